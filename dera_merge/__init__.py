@@ -1,0 +1,37 @@
+"""Turn alignment strength λ at decoding time, exactly or in one model, and measure the distance between the two.
+
+    from dera_merge import ModelPair, compare
+
+    pair = ModelPair.from_pretrained("my-sft", "my-dpo-lora")
+    exact = pair.exact(lam=0.5)                        # two models, any λ: exact DeRa
+    fast = pair.merged(lam=0.5)                        # one model: θ_ref + λΔ
+    compare(pair, [0.5], prompts=prompts).save("out")  # how far apart they are
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import DeraError, DeraWarning
+    from .exact import DeraConfig, DeraForCausalLM
+    from .fidelity import Report, compare
+    from .merge import merge
+    from .pair import ModelPair
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ModelPair": "pair", "merge": "merge", "DeraForCausalLM": "exact", "DeraConfig": "exact", "compare": "fidelity",
+    "Report": "fidelity", "DeraError": "errors", "DeraWarning": "errors",
+}  # fmt: skip
+__all__ = ["DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "ModelPair", "Report", "compare", "merge"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for only then: merging needs no transformers model, and `--help` needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

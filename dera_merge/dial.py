@@ -1,0 +1,104 @@
+"""One live model whose λ turns in place: θ_ref + λΔ in the parameters of an ordinary transformers model."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .checkpoint import slices
+from .errors import DeraError
+from .merge import output_layout
+from .pair import ModelPair
+from .path import Slice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .rounding import Rounding
+
+
+@dataclass(frozen=True)
+class _Dial:
+    """What `set_lam` needs to compute the weights anew, exactly as `merge` would store them."""
+
+    pair: ModelPair
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    rounding: Rounding
+    seed: int
+
+    def build(self, lam: float, dtype: torch.dtype | str) -> PreTrainedModel:
+        """A new model at λ, by transformers' own loading, which knows about tied, renamed and fused tensors."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.pair.ref.base.folder, trust_remote_code=self.pair.trust_remote_code)
+        if self.pair.unties:
+            config.tie_word_embeddings = False
+        state = {name: self.weights(name, lam) for name in self.layout}
+        model, report = self.pair.architecture.model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise DeraError(f"{self.pair.ref.base.name} lacks tensor {missing[0]}; transformers would make it up")
+        return model
+
+    def weights(self, name: str, lam: float) -> torch.Tensor:
+        dtype, shape = self.layout[name]
+        out = torch.empty(shape, dtype=dtype)
+        info = self.pair.tensors[name]
+        rows = out.view(info.rows, *info.row_shape)
+        for start, stop in slices(info):
+            piece = Slice.read(self.pair, name, start, stop, dtype)
+            rows[start:stop] = piece.rounded(piece.value(lam), self.rounding, self.seed)
+        return out
+
+
+def live(
+    pair: ModelPair,
+    lam: float,
+    *,
+    dtype: torch.dtype | str | None = None,
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | str | None = None,
+) -> PreTrainedModel:
+    """θ_ref + λΔ as a transformers model of the pair's architecture, in evaluation mode, with a method `set_lam`.
+
+    Args:
+        pair: the two models.
+        lam: λ to begin with.
+        dtype: what the weights are rounded to: None leaves float32; `"auto"`, or a dtype, rounds as `merge` does, and
+            the values are then those of `merge`'s checkpoint bit for bit.
+        rounding, seed: as for `merge`.
+        device: where the model goes.
+        compute_dtype: dtype of the parameters; default `dtype`, or float32 where that is None.
+
+    Returns:
+        The model. `model.set_lam(λ)` computes θ(λ) anew from the two checkpoints and writes it into the parameters.
+
+    Raises:
+        DeraError: the pair has no weight-space form, or cannot be loaded.
+    """
+    layout, rounding = output_layout(pair, torch.float32 if dtype is None else dtype, rounding)
+    dial = _Dial(pair, layout, rounding, seed)
+    model = dial.build(lam, compute_dtype or (torch.float32 if dtype is None else dtype)).to(device).eval()
+    if config := pair.generation_config():
+        model.generation_config = config
+    model._dera_dial = dial
+    model.set_lam = types.MethodType(_set_lam, model)
+    return model
+
+
+def _set_lam(model: PreTrainedModel, lam: float) -> None:
+    """Turn λ in place: the parameters become those of a fresh merge at λ. Not for use while another thread generates."""
+    dial: _Dial = model._dera_dial
+    parameters = model.state_dict()  # shares memory with the model
+    places = {name: dial.pair.architecture.stored_name(name, parameters) for name in dial.layout}
+    if None not in places.values():
+        for name, place in places.items():
+            parameters[place].copy_(dial.weights(name, lam))
+    else:  # transformers stores some of these tensors under other names, or fused; it knows how
+        model.load_state_dict(dial.build(lam, model.dtype).state_dict())

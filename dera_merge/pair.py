@@ -1,0 +1,568 @@
+"""A reference and an aligned model that belong together.
+
+`ModelPair.from_pretrained` finds both (directories or Hub ids, full checkpoints or adapters), checks that they fit, and
+gives each tensor of either side by the name that the merged checkpoint will have. Nothing here loads a model before
+`exact` or `merged` is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint import REAL, Checkpoint, TensorInfo, load_json, slices
+from .delta import Adapter, Architecture, Piece
+from .errors import DeraError, DeraWarning
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from .exact import DeraForCausalLM
+    from .rounding import Rounding
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+# Keys that give the weights their meaning without changing a shape.
+_SAME_MEANING = ("num_attention_heads", "num_key_value_heads", "n_head", "head_dim", "hidden_act", "activation_function")
+# Keys that may differ between two checkpoints of one model without changing what it computes.
+_MAY_DIFFER = re.compile(
+    r"transformers_version|_name_or_path|use_cache|.*token_id|vocab_size|max_position_embeddings|.*dropout.*|.*pdrop"
+    r"|initializer.*|dtype|torch_dtype|architectures|tie_word_embeddings|pretraining_tp|quantization_config|auto_map"
+    r"|task_specific_params|_attn_.*|return_dict|output_.*|unsloth.*|rope_theta|rope_scaling"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one argument leads: `name` as it was typed, the local `folder`, the commit if it came from the Hub."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+    @classmethod
+    def locate(
+        cls, name: str, revision: str | None = None, allow_pickle: bool = False, trust_remote_code: bool = False
+    ) -> Source:
+        """Find a local directory, or download `id` or `id@revision` from the Hub.
+
+        Raises:
+            DeraError: neither a directory nor a repository that can be reached.
+        """
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return cls(name, folder.resolve())
+        if folder.exists():
+            raise DeraError(f"{name} is a file; give the directory that holds config.json or adapter_config.json")
+        repo, _, typed = name.partition("@")
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", repo):
+            raise DeraError(f"there is no directory {name}")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        patterns += ["*.bin"] * allow_pickle + ["*.py"] * trust_remote_code
+        try:
+            path = snapshot_download(repo, revision=typed or revision, allow_patterns=patterns)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise DeraError(f"{name} is no local directory, and could not be had from the Hub: {reason}") from error
+        return cls(name, Path(path).resolve(), Path(path).name)
+
+    @property
+    def is_adapter(self) -> bool:
+        if (self.folder / "adapter_config.json").is_file():
+            return True
+        if (self.folder / "config.json").is_file():
+            return False
+        raise DeraError(f"{self.name} holds neither config.json nor adapter_config.json; is it a model directory?")
+
+    def has_tokenizer(self) -> bool:
+        return any((self.folder / name).is_file() for name in _VOCABULARY_FILES)
+
+
+@dataclass
+class Side:
+    """One of the two models: a base checkpoint and, maybe, an adapter on it.
+
+    `rows` gives the effective weights, whichever it is; `stored_rows` the stored bits where no adapter changes them.
+    """
+
+    source: Source
+    base: Source
+    adapter: Adapter | None
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)  # by output name
+    key: dict[str, str] = field(default_factory=dict)  # output name → name in the checkpoint
+
+    def info(self, name: str) -> TensorInfo:
+        return self.checkpoint.tensors[self.key[name]]
+
+    def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of the base tensor as stored, any adapter left out."""
+        return self.checkpoint.read(self.key[name], start, stop)
+
+    def rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows [start, stop) of this side's effective weights, computed in `dtype`."""
+        rows = self.stored_rows(name, start, stop).to(dtype)
+        for piece in self.pieces.get(name, ()):
+            rows = piece.apply(rows, start, stop)
+        return rows
+
+
+class ModelPair:
+    """A reference model and an aligned model; make one with `from_pretrained`.
+
+    Attributes:
+        ref, aligned: the two sides.
+        unties: whether θ(λ) has two tensors where REF's config says that one is shared (known once `tensors` is).
+    """
+
+    def __init__(
+        self, ref: Side, aligned: Side, *, allow_pickle: bool = False, trust_remote_code: bool = False
+    ) -> None:
+        self.ref = ref
+        self.aligned = aligned
+        self.allow_pickle = allow_pickle
+        self.trust_remote_code = trust_remote_code
+        self.unties = False
+        self._check_configs()
+        self._check_tokenizers()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        ref: str | os.PathLike[str],
+        aligned: str | os.PathLike[str],
+        *,
+        base: str | os.PathLike[str] | None = None,
+        ref_revision: str | None = None,
+        aligned_revision: str | None = None,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+    ) -> ModelPair:
+        """Open a pair. Each side is a full checkpoint or a PEFT adapter, a local directory or a Hub id (`id@revision`).
+
+        Args:
+            ref: the reference (SFT) model.
+            aligned: the aligned (DPO, RLHF, …) model. An adapter beside a full `ref` applies to `ref`.
+            base: the base model of adapters, where the one that their config names is not to be used.
+            ref_revision, aligned_revision: Hub revisions.
+            allow_pickle: read `.bin` files where there is no safetensors file (never without `weights_only=True`).
+            trust_remote_code: let transformers run code that comes with the checkpoints.
+
+        Raises:
+            DeraError: one of the two cannot be found or read, or they do not belong together.
+        """
+        options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        ref_source = Source.locate(os.fspath(ref), ref_revision, **options)
+        aligned_source = Source.locate(os.fspath(aligned), aligned_revision, **options)
+        given = Source.locate(os.fspath(base), **options) if base is not None else None
+        if given and given.is_adapter:
+            raise DeraError(f"--base {given.name} is an adapter; give the full model that the adapters were trained on")
+
+        opened: dict[Path, Checkpoint] = {}
+
+        def open_side(source: Source, beside: Source | None) -> Side:
+            adapter, home = None, source
+            if source.is_adapter:
+                adapter = Adapter(source.folder, allow_pickle)
+                home = given or (_same_base(adapter, beside) if beside else _named_base(adapter, source, options))
+            config = load_json(home.folder / "config.json")
+            _check_causal(home, config)
+            if home.folder not in opened:
+                opened[home.folder] = Checkpoint(home.folder, allow_pickle=allow_pickle)
+            return Side(source, home, adapter, opened[home.folder], config)
+
+        ref_side = open_side(ref_source, None)
+        aligned_side = open_side(aligned_source, None if ref_source.is_adapter else ref_source)
+        return cls(ref_side, aligned_side, **options)
+
+    # What the two have in common
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.ref, self.aligned
+
+    @property
+    def shared_base(self) -> bool:
+        """Both sides stand on the same base checkpoint: a LoRA pair."""
+        return self.ref.checkpoint is self.aligned.checkpoint
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.of(self.ref.base.folder, self.trust_remote_code)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors of θ(λ), in REF's names, shapes and dtypes.
+
+        Raises:
+            DeraError: the two sides' weights cannot be put in correspondence, or are quantised.
+        """
+        for side in self.sides:
+            if "quantization_config" in side.config:
+                method = side.config["quantization_config"].get("quant_method", "unknown method")
+                raise DeraError(f"{side.base.name} is quantised ({method}); θ_ref + λΔ needs dense weights, give those")
+        stored = self.ref.checkpoint.tensors
+        if not any(side.adapter for side in self.sides) and stored.keys() == self.aligned.checkpoint.tensors.keys():
+            for side in self.sides:
+                side.key = {name: name for name in stored}
+        else:
+            self._match_names()
+        tensors = {name: self.ref.info(name) for name in self.ref.key}
+        for name, info in tensors.items():
+            self._check_tensor(name, info, self.aligned.info(name))
+        return tensors
+
+    def _match_names(self) -> None:
+        """Find each tensor on both sides where names differ, tensors are tied, or an adapter speaks in module names."""
+        architecture = self.architecture
+
+        def home(side: Side, name: str) -> str | None:
+            """The stored tensor that is `name` on this side: its own, or the one that it is tied to."""
+            stored, owner = side.checkpoint.tensors, architecture.owner(name)
+            return architecture.stored_name(name, stored) or (architecture.stored_name(owner, stored) if owner else None)
+
+        def output_name(name: str) -> str:
+            return architecture.stored_name(name, self.ref.checkpoint.tensors) or name
+
+        for side in self.sides:
+            for name, pieces in (side.adapter.bind(architecture) if side.adapter else {}).items():
+                if home(self.ref, name) is None or home(side, name) is None:
+                    raise DeraError(
+                        f"{side.source.name} changes {name}, which {side.base.name} stores under another name "
+                        "(transformers converts it on load); that is not merged yet, decode exactly"
+                    )
+                side.pieces[output_name(name)] = pieces
+        touched = self.ref.pieces.keys() | self.aligned.pieces.keys()
+
+        names = dict.fromkeys([*self.ref.checkpoint.tensors, *map(output_name, self.aligned.checkpoint.tensors)])
+        for name, owner in architecture.tied.items():
+            if touched & {output_name(name), output_name(owner)}:
+                names[output_name(name)] = None  # changed on one end, the two are no longer one tensor
+        for name in names:
+            keys = [home(side, name) for side in self.sides]
+            for side, other, key in zip(self.sides, reversed(self.sides), keys, strict=True):
+                if key is None:
+                    raise DeraError(f"{side.base.name} has no tensor {name}, which {other.base.name} has")
+            self.ref.key[name], self.aligned.key[name] = keys[0] or "", keys[1] or ""
+            if owner := architecture.owner(name):
+                if self._is_tied(name, output_name(owner)):
+                    del self.ref.key[name], self.aligned.key[name]
+                else:
+                    self.unties = True
+
+    def _is_tied(self, name: str, owner: str) -> bool:
+        """Whether both sides hold the same tensor under both names, so that one of them may be left out."""
+        if any({name, owner} & side.pieces.keys() for side in self.sides):
+            return False
+        stored = [(side.checkpoint, side.key[name], side.key.get(owner, owner)) for side in self.sides]
+        return all(one == other or _equal(checkpoint, one, other) for checkpoint, one, other in stored)
+
+    def _check_tensor(self, name: str, ref: TensorInfo, aligned: TensorInfo) -> None:
+        if ref.shape != aligned.shape and not self._is_padding(ref, aligned):
+            raise DeraError(
+                f"tensor {name} is {list(ref.shape)} in {self.ref.base.name} and {list(aligned.shape)} in "
+                f"{self.aligned.base.name}; the two are not the same architecture"
+            )
+        if ref.dtype not in REAL or aligned.dtype not in REAL:
+            same = ref.dtype == aligned.dtype and ref.shape == aligned.shape
+            for start, stop in slices(ref) if same else ():
+                same = same and torch.equal(*(side.stored_rows(name, start, stop) for side in self.sides))
+            if not same:
+                raise DeraError(f"tensor {name} has dtype {ref.dtype} and differs between the two; it cannot be mixed")
+
+    def _is_padding(self, ref: TensorInfo, aligned: TensorInfo) -> bool:
+        """A vocabulary matrix of which one side has more rows than the other."""
+        sizes = [side.config.get("vocab_size") for side in self.sides]
+        return ref.shape[1:] == aligned.shape[1:] and [ref.shape[0], aligned.shape[0]] == sizes
+
+    @cached_property
+    def new_tokens(self) -> bool:
+        """Whether ALIGNED's tokenizer uses rows of the vocabulary that REF does not have."""
+        rows = [side.config.get("vocab_size") for side in self.sides]
+        if None in rows or rows[1] <= rows[0]:
+            return False
+        return max(self.tokenizer.get_vocab().values()) >= rows[0]
+
+    # Checks that need no weights
+
+    def _check_configs(self) -> None:
+        ref, aligned = self.ref.config, self.aligned.config
+        for key in ("architectures", "model_type", *_SAME_MEANING):
+            if ref.get(key) != aligned.get(key):
+                raise DeraError(
+                    f"the two are different models: {key} is {ref.get(key)!r} in {self.ref.base.name} "
+                    f"and {aligned.get(key)!r} in {self.aligned.base.name}"
+                )
+        differing = sorted(
+            key for key in ref.keys() | aligned.keys() if ref.get(key) != aligned.get(key) and not _MAY_DIFFER.fullmatch(key)
+        )
+        if differing:
+            key = differing[0]
+            warn(f"config.json differs in {', '.join(differing)} ({key}: {ref.get(key)!r} in REF, "
+                 f"{aligned.get(key)!r} in ALIGNED); a merged checkpoint takes REF's")  # fmt: skip
+
+    def _check_tokenizers(self) -> None:
+        folders = [folder for side in self.sides if (folder := self._tokenizer_home(side))]
+        if len(set(folders)) < 2:
+            return
+        ref, aligned = folders
+        if not any(_same_file(ref / name, aligned / name) for name in _VOCABULARY_FILES):
+            ours, theirs = (self._load_tokenizer(folder).get_vocab() for folder in (ref, aligned))
+            for token, index in ours.items():
+                if theirs.get(token, index) != index:
+                    raise DeraError(f"the tokenizers disagree: {token!r} is {index} in REF and {theirs[token]} in ALIGNED")
+            names = {index: token for token, index in theirs.items()}
+            for token, index in ours.items():
+                if names.get(index, token) != token:
+                    raise DeraError(f"the tokenizers disagree: id {index} is {token!r} in REF and {names[index]!r} in ALIGNED")
+        if _chat_template(ref) != _chat_template(aligned):
+            warn("the chat templates differ; ALIGNED's is used for both")
+
+    def _tokenizer_home(self, side: Side) -> Path | None:
+        return next((source.folder for source in (side.source, side.base) if source.has_tokenizer()), None)
+
+    # Tokenizer, generation config
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer and chat template come from: ALIGNED if it brings them, else REF."""
+        for source in (self.aligned.source, self.ref.source, self.aligned.base, self.ref.base):
+            if source.has_tokenizer():
+                return source.folder
+        raise DeraError(f"neither {self.ref.source.name} nor {self.aligned.source.name} brings a tokenizer")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, padding on the left as generation needs it."""
+        tokenizer = self._load_tokenizer(self.tokenizer_folder)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or next(iter(tokenizer.get_vocab()))
+        return tokenizer
+
+    def _load_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+        from transformers import AutoConfig, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(self.ref.base.folder, trust_remote_code=self.trust_remote_code)
+        try:
+            return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise DeraError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+
+    @property
+    def generation_folder(self) -> Path | None:
+        """Where generation_config.json comes from: ALIGNED if it brings one, else REF."""
+        for source in (self.aligned.source, self.ref.source, self.ref.base):
+            if (source.folder / "generation_config.json").is_file():
+                return source.folder
+        return None
+
+    def generation_config(self) -> GenerationConfig | None:
+        from transformers import GenerationConfig
+
+        folder = self.generation_folder
+        return GenerationConfig.from_pretrained(folder) if folder else None
+
+    # Loading
+
+    def load_sides(
+        self, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu", **kwargs: Any
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Both models, in evaluation mode. The sides of a LoRA pair share one set of base weights.
+
+        Args:
+            dtype: compute dtype, or `"auto"` for the checkpoint's.
+            device: where to put them.
+            kwargs: passed to transformers' `from_pretrained` (`attn_implementation`, say).
+        """
+        bases: dict[Path, PreTrainedModel] = {}
+
+        def load(side: Side) -> PreTrainedModel:
+            folder = side.base.folder
+            if folder not in bases:
+                bases[folder] = load_model(
+                    folder, dtype, device, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code, **kwargs
+                )
+            model = bases[folder]
+            return _with_adapter(model, side.adapter, device) if side.adapter else model
+
+        return load(self.ref), load(self.aligned)
+
+    def exact(
+        self, lam: float = 1.0, *, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu", **kwargs: Any
+    ) -> DeraForCausalLM:
+        """Exact DeRa at λ as one transformers model: (1-λ)·h_ref + λ·h_aligned (Liu et al., 2024, eq. 9).
+
+        Args:
+            lam: the default λ, any finite number; `generate(..., lam=…)` overrides it per call or per sequence.
+            dtype: compute dtype; default float32 on CPU and the checkpoint's dtype elsewhere.
+            device: where the two models go.
+            kwargs: passed to transformers' `from_pretrained`.
+
+        Raises:
+            DeraError: ALIGNED's tokenizer uses tokens that REF does not have, or the models cannot be loaded.
+        """
+        from .exact import DeraForCausalLM
+
+        if self.new_tokens:
+            raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; use ALIGNED alone (λ=1)")
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        model = DeraForCausalLM(*self.load_sides(dtype, device, **kwargs), lam=lam)
+        if config := self.generation_config():
+            model.generation_config = config
+        return model
+
+    def merged(
+        self,
+        lam: float,
+        *,
+        dtype: torch.dtype | str | None = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        compute_dtype: torch.dtype | str | None = None,
+    ) -> PreTrainedModel:
+        """θ_ref + λΔ as a live transformers model; `model.set_lam(λ)` turns it in place. See `dera_merge.dial`."""
+        from .dial import live
+
+        return live(self, lam, dtype=dtype, rounding=rounding, seed=seed, device=device, compute_dtype=compute_dtype)
+
+    def merge(self, out: str | os.PathLike[str], lams: Sequence[float], **kwargs: Any) -> list[Path]:
+        """Write θ_ref + λΔ as ordinary checkpoints without loading a model. See `dera_merge.merge.merge`."""
+        from .merge import merge
+
+        return merge(self, out, lams, **kwargs)
+
+
+def warn(message: str) -> None:
+    warnings.warn(message, DeraWarning, stacklevel=3)
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype | str,
+    device: str | torch.device,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A causal model from a directory, in evaluation mode; refuses one that transformers would fill with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+        raise DeraError(f"transformers cannot load {folder}: {error}") from error
+    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
+        raise DeraError(f"{folder} lacks tensor {missing[0]} ({len(missing)} in all); transformers would make it up")
+    return model.to(device).eval()
+
+
+def _with_adapter(base: PreTrainedModel, adapter: Adapter, device: str | torch.device) -> PreTrainedModel:
+    """The base model with an adapter in it, unmerged: PEFT's own forward. The base weights stay shared."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    # A second module tree over the same storages. The Parameter objects are new, so that an adapter which assigns to
+    # `.data` cannot reach the reference; one that writes in place (PiSSA and its kind) gets a copy.
+    shared = not adapter.changes_base_at_load
+    twins = {
+        id(p): torch.nn.Parameter(p.data if shared else p.data.clone(), requires_grad=False) for p in base.parameters()
+    }
+    model = copy.deepcopy(base, memo=dict(twins))
+    if not (adapter.folder / "adapter_model.safetensors").is_file() and not adapter.allow_pickle:
+        _ = adapter.checkpoint  # raises with the way out
+    try:
+        peft_model = PeftModel.from_pretrained(model, adapter.folder, torch_device=str(device))
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        raise DeraError(f"PEFT cannot load {adapter.folder}: {error}") from error
+    if peft_model.active_peft_config.is_prompt_learning:
+        raise DeraError(f"{adapter.folder} is a {adapter.config['peft_type']} adapter, which has no weights to mix")
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
+    if odd := sorted(expected ^ adapter.checkpoint.tensors.keys()):
+        where = "lacks" if odd[0] in expected else "has a key that the base has no place for:"
+        raise DeraError(f"{adapter.folder} {where} {odd[0]}; PEFT would silently use the base there")
+    return peft_model.get_base_model().eval()
+
+
+def _named_base(adapter: Adapter, source: Source, options: dict[str, bool]) -> Source:
+    """The base that an adapter's config names: relative to the adapter, then to the working directory, then a Hub id."""
+    name = adapter.base_name
+    if not name:
+        raise DeraError(f"{source.name} does not say what model it adapts; pass --base")
+    beside = source.folder / name
+    base = Source.locate(str(beside) if beside.is_dir() else name, **options)
+    if base.is_adapter:
+        raise DeraError(f"{source.name} adapts {name}, which is an adapter itself; merge that first, or pass --base")
+    return Source(name, base.folder, base.revision)
+
+
+def _same_base(adapter: Adapter, ref: Source) -> Source:
+    """REF as the base of an aligned adapter; warns where the adapter's config does not name it."""
+    name = adapter.base_name
+    places = [adapter.folder / name, Path(name)] if name else []
+    if name != ref.name and not any(place.is_dir() and place.resolve() == ref.folder for place in places):
+        warn(f"the adapter {adapter.folder} names {name or 'no model'} as its base; it is applied to REF ({ref.name})")
+    return ref
+
+
+def _check_causal(source: Source, config: Any) -> None:
+    if not isinstance(config, dict):
+        raise DeraError(f"{source.name}/config.json is not a JSON object")
+    names = config.get("architectures") or []
+    name = names[0] if names else "a model that names no architecture"
+    if any(key in config for key in ("vision_config", "audio_config", "vision_tower")):
+        kind = "a multimodal (vision-language or audio) model"
+    elif config.get("is_encoder_decoder"):
+        kind = "an encoder-decoder model"
+    elif not str(name).endswith(("ForCausalLM", "LMHeadModel")):
+        kind = "not a causal language model"
+    else:
+        return
+    raise DeraError(f"{source.name} is {name}, {kind}; dera-merge takes causal text models only")
+
+
+def _chat_template(folder: Path) -> str | None:
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and (template := load_json(folder / name).get("chat_template")):
+            return str(template)
+    return None
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    infos = checkpoint.tensors[one], checkpoint.tensors[other]
+    if infos[0].shape != infos[1].shape or infos[0].dtype != infos[1].dtype:
+        return False
+    return all(torch.equal(checkpoint.read(one, *r), checkpoint.read(other, *r)) for r in slices(infos[0]))
+
