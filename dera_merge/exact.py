@@ -195,7 +195,9 @@ class DeraForCausalLM(PreTrainedModel, GenerationMixin):
             raise DeraError("guidance_scale would call the mixture without its λ; it is not supported")
         return super()._get_logits_processor(generation_config, *args, **kwargs)
 
-    def _get_candidate_generator(self, generation_config: Any, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+    def _get_candidate_generator(
+        self, generation_config: Any, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
         if generation_config.assistant_ensemble_weight is not None:
             raise DeraError("assistant_ensemble_weight samples from a blend with the draft, which is not exact DeRa")
         theirs = {key: value for key, value in model_kwargs.items() if key != "lam"}  # a draft model knows no λ

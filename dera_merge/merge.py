@@ -251,7 +251,7 @@ class _Output:
         if self.resumed or self.complete:
             return
         if not overwrite:
-            how = "--resume goes on with it, --overwrite starts afresh" if partial.is_file() else "pass --overwrite to replace it"
+            how = "--resume goes on with it, --overwrite starts afresh" if partial.is_file() else "--overwrite replaces it"
             raise DeraError(f"{self.folder} exists and is not empty; {how}, or give another --output")
         if not (partial.is_file() or recipe.is_file()):
             raise DeraError(f"{self.folder} was not written by dera-merge, so --overwrite does not touch it")

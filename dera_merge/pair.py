@@ -330,8 +330,8 @@ class ModelPair:
                     raise DeraError(f"the tokenizers disagree: {token!r} is {index} in REF and {theirs[token]} in ALIGNED")
             names = {index: token for token, index in theirs.items()}
             for token, index in ours.items():
-                if names.get(index, token) != token:
-                    raise DeraError(f"the tokenizers disagree: id {index} is {token!r} in REF and {names[index]!r} in ALIGNED")
+                if (name := names.get(index, token)) != token:
+                    raise DeraError(f"the tokenizers disagree: id {index} is {token!r} in REF and {name!r} in ALIGNED")
         if _chat_template(ref) != _chat_template(aligned):
             warn("the chat templates differ; ALIGNED's is used for both")
 

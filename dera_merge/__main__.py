@@ -1,0 +1,5 @@
+"""`python -m dera_merge`."""
+
+from .cli import main
+
+main()

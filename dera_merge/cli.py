@@ -1,0 +1,397 @@
+"""The command line. It parses, calls the library, and prints; it decides nothing.
+
+Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failure (one line says what and what to do),
+2 usage, 3 a gate is not met, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from . import lambdas
+from .errors import DeraError, DeraWarning
+
+if TYPE_CHECKING:
+    import torch
+
+    from .pair import ModelPair
+
+app = typer.Typer(
+    name="dera-merge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Turn alignment strength λ: exactly (two models), or merged into one, and measure how far apart the two are.",
+)  # fmt: skip
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+Rounding = Literal["stochastic", "nearest"]
+StorageDtype = Literal["auto", "float32", "float16", "bfloat16"]
+Mode = Literal["exact", "merged", "speculative"]
+ComputeDtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+Ref = Annotated[str, typer.Argument(metavar="REF", help="Reference model: a directory or a Hub id (id@revision).")]
+Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help="Aligned model: a full checkpoint or a PEFT adapter.")]
+Lambdas = Annotated[
+    list[str], typer.Option("-l", "--lambda", help="λ: a number, a list 0.25,0.5 or a range 0:2:0.25; repeatable.")
+]
+Base = Annotated[str | None, typer.Option(help="Base model of adapters, instead of the one that their config names.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (with weights_only=True).")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let transformers run code from checkpoints.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling and of stochastic rounding.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
+
+
+@app.callback()
+def _options() -> None:
+    """Options of the whole program: none."""
+
+
+@app.command()
+def merge(
+    ref: Ref,
+    aligned: Aligned,
+    lam: Lambdas,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory; with several λ, the parent of lambda-<λ>.")],
+    dtype: Annotated[StorageDtype, typer.Option(help="Of the output; auto: each tensor's dtype in REF.")] = "auto",
+    rounding: Annotated[Rounding | None, typer.Option(help="Default: stochastic for 16-bit output.")] = None,
+    seed: Seed = 0,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that dera-merge wrote.")] = False,
+    base: Base = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write θ_ref + λΔ as an ordinary checkpoint.
+
+    Example: dera-merge merge my-sft my-dpo-lora -l 0.25,0.5 -o merged
+    """
+    lams = _lams(lam)
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
+    with _progress("merging") as tell:
+        folders = pair.merge(
+            output, lams, dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, resume=resume,
+            overwrite=overwrite, progress=lambda done, total: tell(None, done >> 20, total >> 20),
+        )  # fmt: skip
+    from .checkpoint import load_json
+    from .merge import RECIPE
+
+    written = []
+    for value, folder in zip(lams, folders, strict=True):
+        recipe = load_json(folder / RECIPE)
+        written.append({"lambda": value, "path": str(folder), "rounding": recipe["rounding"],
+                        "kept": recipe["statistics"]["kept"], "error": recipe["statistics"]["error"]})  # fmt: skip
+    if as_json:
+        return _print_json({"ref": ref, "aligned": aligned, "outputs": written})
+    for entry in written:
+        kept = "" if entry["kept"] is None else f"  ({entry['kept']:.1%} of λΔ kept by {entry['rounding']} rounding)"
+        out.print(f"λ={entry['lambda']:g}  {entry['path']}{kept}", markup=False, highlight=False)
+
+
+@app.command()
+def generate(
+    ref: Ref,
+    aligned: Aligned,
+    lam: Lambdas,
+    prompt: Annotated[str, typer.Option(help="Raw text, tokenized with the tokenizer's defaults (but see --chat).")],
+    mode: Annotated[Mode, typer.Option(help="Two models, one, or two with one drafting.")] = "exact",
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template as a user's turn.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    compute_dtype: Annotated[ComputeDtype, typer.Option(help="auto: float32 on CPU, else the checkpoint's.")] = "auto",
+    base: Base = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Decode one prompt at λ.
+
+    Example: dera-merge generate my-sft my-dpo-lora -l 0.5 --chat --prompt "What is rain?"
+    """
+    (value,) = _lams(lam, one=True)
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
+    place = _device(device)
+    from .decode import decode
+
+    kind = None if compute_dtype == "auto" else compute_dtype
+    text = decode(
+        pair, value, prompt, mode=mode, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        device=place, compute_dtype=kind,
+    )  # fmt: skip
+    if as_json:
+        return _print_json({"ref": ref, "aligned": aligned, "lambda": value, "mode": mode, **text})
+    out.print(text["text"], markup=False, highlight=False)
+
+
+@app.command()
+def compare(
+    ref: Ref,
+    aligned: Aligned,
+    lam: Lambdas,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSON Lines or text lines; default: 32 general prompts.")] = None,
+    approx: Annotated[Path | None, typer.Option(help="A merged directory to measure, or the parent of lambda-*.")] = None,
+    dtype: Annotated[StorageDtype, typer.Option(help="How the merged model is stored.")] = "auto",
+    rounding: Annotated[Rounding | None, typer.Option(help="Default: stochastic for 16-bit storage.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of sampled texts.")] = 64,
+    seed: Seed = 0,
+    max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 if kl is above this at any λ.")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Gate: exit 3 if top1 is below this at any λ.")] = None,
+    device: Device = "auto",
+    compute_dtype: Annotated[ComputeDtype, typer.Option(help="auto: float32.")] = "auto",
+    base: Base = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the merged model against exact DeRa, token by token.
+
+    Example: dera-merge compare my-sft my-dpo-lora -l 0:2:0.25 -o report --max-kl 0.02
+    """
+    lams = _lams(lam)
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
+    place = _device(device)
+    _check_report_folder(output, pair)
+    from . import fidelity
+    from .prompts import read
+
+    with _progress("comparing") as tell:
+        report = fidelity.compare(
+            pair, lams, None if prompts is None else read(prompts), approx=approx, dtype=dtype, rounding=rounding,
+            max_new_tokens=max_new_tokens, seed=seed, device=place, progress=tell,
+            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
+        )  # fmt: skip
+    report.save(output)
+    result = report.to_dict()
+    gate = report.gate(max_kl, min_top1) if max_kl is not None or min_top1 is not None else None
+    if gate:
+        result["gate"] = gate
+    if as_json:
+        _print_json(result)
+    else:
+        out.print(_fidelity_table(report.results))
+        from .report import LEGEND
+
+        out.print(f"{LEGEND}\nReport: {output}", markup=False, highlight=False)
+        if gate:
+            verdict = "passed" if gate["passed"] else "not met at λ = " + ", ".join(f"{x:g}" for x in gate["failed"])
+            out.print(f"Gate: {verdict}", markup=False, highlight=False)
+    if gate and not gate["passed"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def inspect(
+    ref: Ref,
+    aligned: Annotated[str | None, typer.Argument(metavar="[ALIGNED]", help="Aligned model.")] = None,
+    dtype: Annotated[StorageDtype, typer.Option(help="Count ulps of this dtype; auto: of each tensor's in REF.")] = "auto",
+    base: Base = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model is, or how far two are apart and what would stop a merge.
+
+    Example: dera-merge inspect my-sft my-dpo-lora
+    """
+    from .inspect import describe, inspect_pair
+
+    models = [describe(name, allow_pickle, trust_remote_code) for name in (ref, aligned) if name]
+    result: dict[str, Any] = {"models": models}
+    if aligned:
+        pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
+        import torch
+
+        with _progress("reading") as tell:
+            kind = None if dtype == "auto" else getattr(torch, dtype)
+            result["delta"] = inspect_pair(pair, kind, lambda done, total: tell(None, done, total))
+    if as_json:
+        return _print_json(result)
+    for model in models:
+        out.print(_model_line(model), markup=False, highlight=False)
+    if aligned:
+        delta = result["delta"]
+        if delta["layers"]:
+            out.print(_delta_table(delta))
+        ending = f"A merge is not possible: {delta['problem']}" if delta["problem"] else "Nothing stops a merge."
+        out.print(ending, markup=False, highlight=False)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the demo writes.")] = Path("demo-output"),
+    as_json: AsJson = False,
+) -> None:
+    """Show what λ does, on a tiny pair that comes with the package: texts, figures, a plot, a merged checkpoint.
+
+    Example: dera-merge demo
+    """
+    from .demo.run import run
+
+    _device("cpu")
+    with _progress("demo") as tell:
+        result = run(output, progress=tell)
+    if as_json:
+        return _print_json(result)
+    table = Table("λ", "exact DeRa (two models)", "merged (one model)", title=f"Prompt: {result['prompt']}", show_lines=True)
+    for sample in result["samples"]:
+        table.add_row(f"{sample['lambda']:g}", sample["exact"], sample["merged"])
+    out.print(table)
+    rewards = {f"reward {name}": [f"{value:.2f}" for value in result[f"reward_{name}"]] for name in ("exact", "merged")}
+    out.print(_fidelity_table(result["results"], ("lambda", "kl", "kl_ci", "tv", "top1", "kl_ref", "captured"), rewards))
+    out.print(f"Plot: {result['plot']}\nMerged checkpoint, loaded back with plain transformers: {result['checkpoint']}",
+              markup=False, highlight=False)  # fmt: skip
+
+
+# Helpers
+
+
+def _lams(texts: list[str], one: bool = False) -> list[float]:
+    try:
+        values = lambdas.parse_lambdas(texts)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if one and len(values) != 1:
+        raise click.UsageError(f"this command takes one λ, not {len(values)}")
+    return values
+
+
+def _open(ref: str, aligned: str, base: str | None, allow_pickle: bool, trust_remote_code: bool) -> ModelPair:
+    from .pair import ModelPair
+
+    return ModelPair.from_pretrained(
+        ref, aligned, base=base, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
+
+
+def _device(name: str) -> torch.device:
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # transformers' bars per loaded model would break into ours
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeraError(f"device {name!r} cannot be used: {_line(error)}") from error
+    return device
+
+
+def _check_report_folder(folder: Path, pair: ModelPair) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise DeraError(f"{folder} is a file; give a directory for the report")
+    if any(folder.resolve() == source.folder for side in pair.sides for source in (side.source, side.base)):
+        raise DeraError(f"{folder} is an input; give another --output")
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _fidelity_table(
+    results: list[dict[str, Any]], columns: Sequence[str] | None = None, extra: dict[str, list[str]] | None = None
+) -> Table:
+    from .report import COLUMNS, cells
+
+    wanted, extra = columns or COLUMNS, extra or {}
+    table = Table(title="Merged against exact DeRa")
+    for column in (*wanted, *extra):
+        table.add_column("λ" if column == "lambda" else column, justify="right")
+    for result, *more in zip(results, *extra.values(), strict=True):
+        row = dict(zip(COLUMNS, cells(result), strict=True))
+        table.add_row(*(row[column] for column in wanted), *more)
+    return table
+
+
+def _delta_table(delta: dict[str, Any]) -> Table:
+    from .inspect import STEPS
+
+    table = Table(title="Δ = θ_aligned - θ_ref, in ulps of the output dtype")
+    for column in ("layer", "weights", "‖Δ‖/‖θ_ref‖", *STEPS):
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=column == "layer")
+    for kind, row in [*delta["layers"].items(), ("all", delta["total"])]:
+        size = "–" if row["relative"] is None else f"{row['relative']:.2e}"
+        table.add_row(kind, f"{row['weights']:,}", size, *(f"{row['steps'].get(step, 0):.1%}" for step in STEPS))
+    return table
+
+
+def _model_line(model: dict[str, Any]) -> str:
+    what = model["adapter"] + f" adapter of {model['base']}" if model["kind"] == "adapter" else str(model["architecture"])
+    parts = [what, f"{model['parameters']:,} parameters", "/".join(model["dtypes"]), f"{model['bytes'] / 1e6:.1f} MB"]
+    if model.get("quantised"):
+        parts.append("quantised")
+    if model.get("partial"):
+        parts.append("PARTIAL: an unfinished merge")
+    if model.get("unmergeable"):
+        parts.append(model["unmergeable"])
+    if merged := model.get("merged"):
+        names = f"{merged['ref']['name']} and {merged['aligned']['name']}"
+        parts.append(f"merged by dera-merge: λ={merged['lambda']:g} of {names}")
+    return f"{model['name']}: " + ", ".join(parts)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[str | None, int, int], None]]:
+    """A progress bar on stderr with the time left; gives a function (what, done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def tell(what: str | None, done: int, total: int) -> None:
+            bar.update(task, description=what or title, completed=done, total=total)
+
+        yield tell
+
+
+def _line(error: BaseException) -> str:
+    """An error's message as one line, control characters escaped."""
+    text = " ".join(part.strip() for part in str(error).splitlines() if part.strip()) or type(error).__name__
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+    if issubclass(category, DeraWarning):
+        err.print(f"warning: {_line(message) if isinstance(message, Warning) else message}", markup=False, highlight=False)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    warnings.showwarning = _show_warning
+    warnings.simplefilter("always", DeraWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        err.print("interrupted")
+        sys.exit(130)
+    except DeraError as error:
+        err.print(f"error: {_line(error)}", markup=False, highlight=False)
+    except Exception as error:  # what no one foresaw is one line too; the environment variable shows where it came from
+        if os.environ.get("DERA_MERGE_TRACEBACK"):
+            raise
+        hint = "set DERA_MERGE_TRACEBACK=1 to see where"
+        err.print(f"error: {type(error).__name__}: {_line(error)} ({hint})", markup=False, highlight=False)
+    sys.exit(1)

@@ -1,0 +1,92 @@
+"""Sampling with noise that belongs to the prompt, not to the batch.
+
+The maximum of log-probabilities plus independent Gumbel noise is an exact sample (Gumbel, 1954). With the noise drawn
+from (seed, prompt, position), a prompt's text does not depend on what else is in its batch, and two models that decode
+with the same noise are coupled: they part only where their distributions do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH = 16  # prompts decoded together
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise to the scores, so that greedy decoding samples at temperature 1.
+
+    Args:
+        streams: one integer per row of the batch; rows with the same stream get the same noise.
+        seed: of all streams.
+    """
+
+    def __init__(self, streams: Sequence[int], seed: int = 0) -> None:
+        self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + stream) for stream in streams]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (rows, vocabulary) with noise; the next call gets fresh noise."""
+        uniform = torch.stack(
+            [torch.rand(scores.shape[1], generator=generator, dtype=torch.float64) for generator in self._generators]
+        )
+        return scores + -torch.log(-torch.log(uniform)).to(scores)
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    **kwargs: object,
+) -> list[list[int]]:
+    """One text a prompt at temperature 1, without any warper.
+
+    Args:
+        model: any causal model.
+        tokenizer: for its padding token.
+        prompts: token ids.
+        max_new_tokens: length limit, in tokens.
+        seed: the same seed gives the same texts, whatever the batches.
+        progress: called with the number of prompts done.
+        kwargs: passed to `generate` (λ, say).
+
+    Returns:
+        The new tokens of each prompt, an end token included, nothing after it.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    # `generate` fills what a config leaves open from the checkpoint's own, whose warpers would make this another
+    # distribution; so it gets a shallow copy of the model (the same modules) with a bare one.
+    model = copy.copy(model)
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
+    )
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    texts: dict[int, list[int]] = {}
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        width = max(len(prompts[index]) for index in batch)
+        padding = [width - len(prompts[index]) for index in batch]
+        ids = [[tokenizer.pad_token_id] * pad + prompts[index] for pad, index in zip(padding, batch, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
+            logits_processor=LogitsProcessorList([GumbelNoise(batch, seed)]), **kwargs,
+        )  # fmt: skip
+        for index, row in zip(batch, output[:, width:].tolist(), strict=True):
+            end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
+            texts[index] = row[: end + 1]
+        if progress:
+            progress(len(texts))
+    return [texts[index] for index in range(len(prompts))]
