@@ -196,8 +196,9 @@ class Tally:
     def add(self, piece: Slice, value: torch.Tensor, stored: torch.Tensor) -> None:
         if piece.aligned is None:
             return
-        step = (value - piece.ref).double()
-        moved = stored.double() - piece.ref.double()
+        # An infinity that both inputs hold has Δ = 0, though ∞ - ∞ is NaN; any other is refused before this.
+        step = (value - piece.ref).double().nan_to_num()
+        moved = (stored.double() - piece.ref.double()).nan_to_num()
         row = self.sums.setdefault(layer_kind(piece.name), [0.0, 0.0, 0.0])
         for index, product in enumerate((moved * step, step * step, (moved - step) ** 2)):
             row[index] += product.sum().item()

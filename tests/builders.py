@@ -1,0 +1,43 @@
+"""What the fixtures and several tests build models from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 64
+LAMS = (-0.5, 0.0, 0.3, 1.0, 2.0, 5.0)
+
+
+def tiny_llama(seed: int, **config) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, bos_token_id=None, pad_token_id=0,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
+
+
+def tokenizer(vocabulary: dict[str, int] | None = None) -> PreTrainedTokenizerFast:
+    """Words w2 … w63, a pad and an end token, and a chat template."""
+    words = vocabulary or {"<pad>": 0, "<end>": 1, **{f"w{n}": n for n in range(2, VOCAB)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="w2")
+    fast.chat_template = "{% for m in messages %}w3 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w4 {% endif %}"
+    return fast
+
+
+def save_tokenizer(folder: Path) -> None:
+    tokenizer().save_pretrained(folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, through the safetensors library."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
