@@ -23,11 +23,11 @@ def tiny_llama(seed: int, **config) -> LlamaForCausalLM:
 
 
 def tokenizer(vocabulary: dict[str, int] | None = None) -> PreTrainedTokenizerFast:
-    """Words w2 … w63, a pad and an end token, and a chat template."""
-    words = vocabulary or {"<pad>": 0, "<end>": 1, **{f"w{n}": n for n in range(2, VOCAB)}}
-    inner = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    """Words w3 … w63, tokens for padding, end and unknown, and a chat template."""
+    words = vocabulary or {"<pad>": 0, "<end>": 1, "<unk>": 2, **{f"w{n}": n for n in range(3, VOCAB)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="w2")
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unk>")
     fast.chat_template = "{% for m in messages %}w3 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w4 {% endif %}"
     return fast
 
