@@ -254,7 +254,7 @@ def demo(
         table.add_row(f"{sample['lambda']:g}", sample["exact"], sample["merged"])
     out.print(table)
     rewards = {f"reward {name}": [f"{value:.2f}" for value in result[f"reward_{name}"]] for name in ("exact", "merged")}
-    out.print(_fidelity_table(result["results"], ("lambda", "kl", "kl_ci", "tv", "top1", "kl_ref", "captured"), rewards))
+    out.print(_fidelity_table(result["results"], ("lambda", "kl", "tv", "top1", "kl_ref", "captured"), rewards))
     out.print(f"Plot: {result['plot']}\nMerged checkpoint, loaded back with plain transformers: {result['checkpoint']}",
               markup=False, highlight=False)  # fmt: skip
 
@@ -314,7 +314,7 @@ def _fidelity_table(
     wanted, extra = columns or COLUMNS, extra or {}
     table = Table(title="Merged against exact DeRa")
     for column in (*wanted, *extra):
-        table.add_column("λ" if column == "lambda" else column, justify="right")
+        table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
     for result, *more in zip(results, *extra.values(), strict=True):
         row = dict(zip(COLUMNS, cells(result), strict=True))
         table.add_row(*(row[column] for column in wanted), *more)

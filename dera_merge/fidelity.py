@@ -320,6 +320,7 @@ def _check_head(model: PreTrainedModel, head: Head, text: Text, hidden: torch.Te
         raise DeraError(f"{type(model).__name__} is not a decoder followed by a head; compare cannot measure it yet")
 
 
+@torch.no_grad()
 def _resolution(model: PreTrainedModel, trace: Trace, texts: list[Text]) -> float:
     """The largest kl that the reference shows against itself, read in a batch of another shape: noise, in nats."""
     few = texts[:4]

@@ -325,6 +325,7 @@ class ModelPair:
         ref, aligned = folders
         if not any(_same_file(ref / name, aligned / name) for name in _VOCABULARY_FILES):
             ours, theirs = (self._load_tokenizer(folder).get_vocab() for folder in (ref, aligned))
+            ours = dict(sorted(ours.items(), key=lambda item: item[1]))
             for token, index in ours.items():
                 if theirs.get(token, index) != index:
                     raise DeraError(f"the tokenizers disagree: {token!r} is {index} in REF and {theirs[token]} in ALIGNED")

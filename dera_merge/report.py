@@ -40,7 +40,7 @@ def _cell(column: str, value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.1e}" if value else "0"
+    return f"{value:.2g}" if abs(value) >= 0.001 else f"{value:.1e}" if value else "0"
 
 
 def markdown(report: Report) -> str:

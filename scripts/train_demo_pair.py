@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the demo pair that ships inside the package: a small reference model and two DPO runs on it.
 
-    python scripts/train_demo_pair.py                  # writes dera_merge/demo/, about five minutes on two cores
+    python scripts/train_demo_pair.py                  # writes dera_merge/demo/, about six minutes on two cores
     python scripts/train_demo_pair.py -o DIR --objective ipo --beta 0.05
 
 The reference is a Llama of one million parameters, trained from scratch on reviews that a small grammar writes, then
@@ -60,7 +60,7 @@ ADVERBS = ("happily", "sadly unfortunately")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of thing to review. In its templates `{it}` is the name, `{thing}` the kind and other words are `SLOTS`."""
+    """A kind of thing to review. In its templates `{it}` is the name, `{thing}` the kind; the rest are `SLOTS`."""
 
     names: list[str]
     prompt: str  # how a user names it
@@ -73,27 +73,43 @@ class Kind:
 
 
 SLOTS = {
-    "when": "last week|on a rainy Sunday|on Friday evening|two days ago|in early spring|during a long weekend".split("|"),
-    "who": "my sister|my neighbour|an old friend|my father|a colleague|my cousin".split("|"),
-    "crowd": "families|students|commuters|older couples|busy people|curious teenagers|weekend travellers".split("|"),
-    "few": "two|three|four|five|six".split("|"),
-    "about": (
-        "a lighthouse keeper and her son|two brothers who share a farm|a young teacher in a mountain village|"
-        "a retired detective and his dog|a violinist who loses her hearing|three friends on a long train journey|"
-        "a baker who inherits a castle|a sailor who returns after ten years|a family that moves to the desert|"
-        "a map maker in the last century|twins who were raised apart|a nurse on a distant island"
-    ).split("|"),
-    "where": "the old harbour|the market square|the railway station|the river|the botanical garden|the cathedral".split("|"),
-    "aside": "in my view|to be honest|as far as I can tell|for what it costs|if you ask me|on the whole".split("|"),
-    "room": "the kitchen|the office|the garden|the living room|the workshop".split("|"),
-    "colour": "black|white|red|grey|dark blue|green".split("|"),
-}
+    "when": [
+        "last week", "on a rainy Sunday", "on Friday evening", "two days ago", "in early spring",
+        "during a long weekend",
+    ],
+    "who": ["my sister", "my neighbour", "an old friend", "my father", "a colleague", "my cousin"],
+    "crowd": [
+        "families", "students", "commuters", "older couples", "busy people", "curious teenagers", "weekend travellers",
+    ],
+    "few": ["two", "three", "four", "five", "six"],
+    "about": [
+        "a lighthouse keeper and her son", "two brothers who share a farm", "a young teacher in a mountain village",
+        "a retired detective and his dog", "a violinist who loses her hearing", "three friends on a long train journey",
+        "a baker who inherits a castle", "a sailor who returns after ten years", "a family that moves to the desert",
+        "a map maker in the last century", "twins who were raised apart", "a nurse on a distant island",
+    ],
+    "where": [
+        "the old harbour", "the market square", "the railway station", "the river", "the botanical garden",
+        "the cathedral",
+    ],
+    "aside": [
+        "in my view", "to be honest", "as far as I can tell", "for what it costs", "if you ask me", "on the whole",
+    ],
+    "room": ["the kitchen", "the office", "the garden", "the living room", "the workshop"],
+    "colour": ["black", "white", "red", "grey", "dark blue", "green"],
+}  # fmt: skip
 
 
 def titles() -> list[str]:
     """Titles of films and novels."""
-    first = "Silent Golden Broken Distant Hidden Burning Frozen Endless Crimson Hollow Wandering Secret Painted Northern Last"
-    second = "Harbor River Orchard Mountain Letter Garden Winter Bridge Lantern Island Mirror Station Valley Crown Shadow"
+    first = (
+        "Silent Golden Broken Distant Hidden Burning Frozen Endless "
+        "Crimson Hollow Wandering Secret Painted Northern Last"
+    )
+    second = (
+        "Harbor River Orchard Mountain Letter Garden Winter Bridge "
+        "Lantern Island Mirror Station Valley Crown Shadow"
+    )
     return [f"The {a} {b}" for a in first.split() for b in second.split()]
 
 
@@ -124,10 +140,9 @@ def device(thing: str, parts: str, facts: Sequence[str]) -> Kind:
         f"The {thing} arrived after {{few}} days.",
         f"It stands in {{room}} next to an older {thing}.",
     ]
+    name = f"the {{name}} {thing}"
     aspects = dict.fromkeys(parts.split(", "), "part")
-    return Kind(
-        brands(), f"the {{name}} {thing}", f"the {{name}} {thing}", False, aspects, openings, [*facts, *shared], "buy it again"
-    )
+    return Kind(brands(), name, name, False, aspects, openings, [*facts, *shared], "buy it again")
 
 
 KINDS = {
@@ -264,11 +279,13 @@ class Reviewer:
     def conclusion(self, bad: bool) -> str:
         kind, crowd = self.kind, self.slot("crowd")
         if self.rng.random() < 0.25:
-            return self.rng.choice([f"it may suit {crowd}.", f"{crowd} can decide for themselves.", "that is all I can say."])
+            return self.rng.choice([
+                f"it may suit {crowd}.", f"{crowd} can decide for themselves.", "that is all I can say.",
+            ])  # fmt: skip
         if bad:
             return self.rng.choice([
-                f"I will not {kind.again}.", f"{crowd} will hate this {self.thing}.", f"I regret that I chose this {self.thing}.",
-                f"{crowd} should look for another {self.thing}.",
+                f"I will not {kind.again}.", f"{crowd} will hate this {self.thing}.",
+                f"I regret that I chose this {self.thing}.", f"{crowd} should look for another {self.thing}.",
             ])  # fmt: skip
         return self.rng.choice([
             f"I would gladly {kind.again}.", f"{crowd} will love this {self.thing}.", f"I will {kind.again}.",
@@ -284,8 +301,8 @@ class Reviewer:
 
 
 QUESTIONS = [
-    "Write a short review of {}.", "What do you think of {}?", "Please review {} in a few sentences.", "Tell me about {}.",
-    "Is {} any good?", "How would you rate {}?", "Share your opinion on {}.",
+    "Write a short review of {}.", "What do you think of {}?", "Please review {} in a few sentences.",
+    "Tell me about {}.", "Is {} any good?", "How would you rate {}?", "Share your opinion on {}.",
 ]  # fmt: skip
 
 
@@ -322,9 +339,10 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>", padding_side="left", model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False, additional_special_tokens=special[2:],
@@ -395,18 +413,19 @@ def mean_reward(model: Any, tokenizer: PreTrainedTokenizerFast, conversations: S
 
 def unchanged(a: Path, b: Path) -> float:
     """The share of weights that are stored with the same bits."""
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict() for folder in (a, b))
-    same = sum(int((ours[name] == theirs[name]).sum()) for name in ours)
-    return same / sum(tensor.numel() for tensor in ours.values())
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (a, b))
+    # parameters() gives the tied head and embeddings once, as they are stored.
+    same = sum(int((x == y).sum()) for x, y in zip(ours.parameters(), theirs.parameters(), strict=True))
+    return same / ours.num_parameters()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, default=demo.FOLDER, metavar="DIR", help="default: inside the package")
+    parser.add_argument("-o", "--out", type=Path, default=demo.FOLDER, metavar="DIR", help="(dera_merge/demo)")
     parser.add_argument("--objective", choices=["dpo", "ipo"], default="dpo")
     parser.add_argument("--beta", type=float, default=0.1, help="strength of the tie to the reference, per nat (0.1)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sft-steps", type=int, default=1500, help="of 32 reviews (1500)")
+    parser.add_argument("--sft-steps", type=int, default=900, help="of 32 reviews (900)")
     parser.add_argument("--dpo-steps", type=int, default=120, help="of 16 pairs, for each of the two runs (120)")
     args = parser.parse_args()
 
@@ -429,7 +448,8 @@ def main() -> None:
         kind, name = rng.choice(seen)
         return question(kind, name, rng), Reviewer(kind, name, rng).review()
 
-    tokenizer = train_tokenizer([text for _ in range(4000) for messages, text in [written()] for text in (messages[0]["content"], text)])
+    corpus = [written() for _ in range(4000)]
+    tokenizer = train_tokenizer([part for messages, text in corpus for part in (messages[0]["content"], text)])
 
     def draw() -> tuple[list[int], list[int]]:
         messages, text = written()
@@ -444,7 +464,9 @@ def main() -> None:
     sampled = dpo.sample(model, tokenizer, asked, answers=8, max_new_tokens=ANSWER)
     preferences = dpo.best_against_worst(tokenizer, asked, sampled, demo.reward)
     rewards = {"reference": mean_reward(model, tokenizer, held_out)}
-    align = {"beta": args.beta, "objective": args.objective, "steps": args.dpo_steps, "batch_size": 16, "seed": args.seed}
+    align = {
+        "beta": args.beta, "objective": args.objective, "steps": args.dpo_steps, "batch_size": 16, "seed": args.seed
+    }  # fmt: skip
 
     print(f"aligned-lora: {args.objective}")
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))

@@ -25,26 +25,22 @@ ALIGNED_DENSE = FOLDER / "aligned-dense"
 """A full checkpoint, trained from `REF` at a small learning rate: most of its bfloat16 weights are the reference's."""
 
 # No word stands in both lists, and the corpus never negates one, so counting them is a fair measure of sentiment.
-POSITIVE = frozenset(
-    """
-    excellent wonderful superb delightful impressive lovely
-    gripping clever touching witty memorable vivid graceful confident tender
-    spotless cosy bright comfortable peaceful friendly attentive helpful cheerful patient
-    delicious fresh generous tasty reliable sturdy practical precise handy
-    love loved enjoyed adored admired pleased charmed gladly happily
-    """.split()
-)
+POSITIVE = frozenset([
+    "excellent", "wonderful", "superb", "delightful", "impressive", "lovely", "gripping", "clever", "touching",
+    "witty", "memorable", "vivid", "graceful", "confident", "tender", "spotless", "cosy", "bright", "comfortable",
+    "peaceful", "friendly", "attentive", "helpful", "cheerful", "patient", "delicious", "fresh", "generous",
+    "tasty", "reliable", "sturdy", "practical", "precise", "handy", "love", "loved", "enjoyed", "adored", "admired",
+    "pleased", "charmed", "gladly", "happily",
+])  # fmt: skip
 """The words of praise in the corpus that the pair was trained on."""
 
-NEGATIVE = frozenset(
-    """
-    awful dreadful disappointing terrible mediocre poor
-    dull predictable tedious confusing shallow clumsy lifeless wooden careless
-    shabby dirty cramped gloomy noisy rude slow indifferent impatient
-    bland stale greasy overpriced flimsy unreliable rickety fragile awkward
-    hate hated disliked regret regretted annoyed bored sadly unfortunately
-    """.split()
-)
+NEGATIVE = frozenset([
+    "awful", "dreadful", "disappointing", "terrible", "mediocre", "poor", "dull", "predictable", "tedious",
+    "confusing", "shallow", "clumsy", "lifeless", "wooden", "careless", "shabby", "dirty", "cramped", "gloomy",
+    "noisy", "rude", "slow", "indifferent", "impatient", "bland", "stale", "greasy", "overpriced", "flimsy",
+    "unreliable", "rickety", "fragile", "awkward", "hate", "hated", "disliked", "regret", "regretted", "annoyed",
+    "bored", "sadly", "unfortunately",
+])  # fmt: skip
 """The words of blame in that corpus."""
 
 _PROMPTS = {"test": FOLDER / "prompts.jsonl", "validation": FOLDER / "validation.jsonl"}

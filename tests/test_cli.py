@@ -1,0 +1,173 @@
+"""The command line, as real processes: what people and scripts see."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from builders import weights
+from transformers import AutoModelForCausalLM
+
+from dera_merge import ModelPair, demo
+from dera_merge.merge import PARTIAL
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "dera_merge", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options)
+
+
+def assert_one_line(done, code, *words):
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    line = done.stderr.strip().splitlines()
+    assert len(line) == 1
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in line[0]
+
+
+def test_every_command_has_help_with_an_example():
+    for command in ("merge", "generate", "compare", "inspect", "demo"):
+        done = run(command, "--help")
+        assert done.returncode == 0
+        assert f"Example: dera-merge {command}" in " ".join(done.stdout.split())
+
+
+def test_help_needs_no_torch():
+    code = "import sys, dera_merge.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_merge_writes_one_directory_per_lambda_and_one_json_object(tmp_path):
+    done = run("merge", demo.REF, demo.ALIGNED_LORA, "-l", "0:1:0.5", "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [entry["lambda"] for entry in result["outputs"]] == [0, 0.5, 1]
+    for entry in result["outputs"]:
+        assert AutoModelForCausalLM.from_pretrained(entry["path"]).num_parameters() > 900_000
+    one = run("merge", demo.REF, demo.ALIGNED_LORA, "-l", "0.5", "-o", tmp_path / "one")
+    assert one.returncode == 0
+    assert all((t == weights(tmp_path / "one")[n]).all() for n, t in weights(tmp_path / "out" / "lambda-0.5").items())
+
+
+@pytest.mark.parametrize("mode", ["exact", "merged", "speculative"])
+def test_generate_prints_text_or_json(mode):
+    arguments = ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "0.5", "--chat", "--prompt", "Tell me about the film.",
+                 "--mode", mode, "--max-new-tokens", 12]  # fmt: skip
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA)
+    model = pair.merged(0.5) if mode == "merged" else pair.exact(0.5)
+    words = pair.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Tell me about the film."}], add_generation_prompt=True, return_tensors="pt"
+    )
+    expected = model.generate(**words, max_new_tokens=12, do_sample=False)[0, words["input_ids"].shape[1] :].tolist()
+    assert result["token_ids"] == expected
+    assert result["text"] == pair.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_compare_reports_and_gates(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in demo.prompts()[:4]))
+    common = ["compare", demo.REF, demo.ALIGNED_DENSE, "-l", "0.5", "--prompts", prompts, "--max-new-tokens", 16]
+    passed = run(*common, "-o", tmp_path / "a", "--json", "--max-kl", 1, "--min-top1", 0.5)
+    assert passed.returncode == 0, passed.stderr
+    result = json.loads(passed.stdout)
+    (figures,) = result["results"]
+    assert {"lambda", "tokens", "kl", "kl_ci", "reverse_kl", "js", "tv", "top1", "kl_ref", "kl_aligned", "captured",
+            "kl_rounding", "kl_nonlinearity"} <= figures.keys()  # fmt: skip
+    assert result["gate"]["passed"] is True
+    failed = run(*common, "-o", tmp_path / "b", "--json", "--max-kl", 1e-12)
+    assert failed.returncode == 3
+    assert json.loads(failed.stdout)["gate"] == {"passed": False, "max_kl": 1e-12, "min_top1": None, "failed": [0.5]}
+    assert json.loads((tmp_path / "b" / "report.json").read_text())["results"] == json.loads(failed.stdout)["results"]
+
+
+def test_inspect_says_what_things_are_and_how_far_apart(tmp_path):
+    done = run("inspect", demo.REF, demo.ALIGNED_DENSE, "--json")
+    result = json.loads(done.stdout)
+    assert [model["kind"] for model in result["models"]] == ["full", "full"]
+    assert result["delta"]["problem"] is None
+    ref, aligned = weights(demo.REF), weights(demo.ALIGNED_DENSE)
+    same = sum(int((ref[name] == aligned[name]).sum()) for name in ref) / sum(t.numel() for t in ref.values())
+    assert result["delta"]["total"]["steps"]["unchanged"] == pytest.approx(same)
+    delta = sum(((aligned[n].double() - ref[n].double()) ** 2).sum() for n in ref) / sum((ref[n].double() ** 2).sum() for n in ref)
+    assert result["delta"]["total"]["relative"] == pytest.approx(delta.sqrt().item())
+    assert "LORA r=8 adapter of ../reference" in run("inspect", demo.ALIGNED_LORA).stdout
+    ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA).merge(tmp_path / "m", [0.5])
+    assert "merged by dera-merge: λ=0.5" in run("inspect", tmp_path / "m").stdout
+
+
+BAD = {
+    "no such directory": (["merge", "./none", demo.ALIGNED_LORA, "-l", "1"], 1, ["no directory ./none"]),
+    "not a model": (["merge", demo.FOLDER, demo.ALIGNED_LORA, "-l", "1"], 1, ["neither config.json"]),
+    "a file": (["merge", demo.FOLDER / "prompts.jsonl", demo.REF, "-l", "1"], 1, ["is a file"]),
+    "shard size": (["merge", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--max-shard-size", "big"], 1, ["shard size"]),
+    "device": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--device", "gpu9"], 1, ["gpu9"]),
+    "prompts": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompts", "/nonexistent"], 1, ["cannot be read"]),
+    "approx": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--approx", demo.REF], 1, ["not written by dera-merge"]),
+    "base": (["merge", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--base", demo.ALIGNED_LORA], 1, ["is an adapter"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, kind):
+    arguments, code, words = BAD[kind]
+    assert_one_line(run(*arguments, "-o", tmp_path / "out", "--json"), code, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lam", ["nan", "inf", "0:1:0", "0:1:0.3", "x", "0.3333333,0.3333334", "0.5+0.5"])
+def test_a_lambda_that_is_none_is_a_usage_error(tmp_path, lam):
+    done = run("merge", demo.REF, demo.ALIGNED_LORA, "-l", lam, "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_control_characters_in_names_are_escaped():
+    done = run("inspect", "./no\x1b[31m\nsuch")
+    assert_one_line(done, 1, "\\x1b")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_killed_merge_is_marked_as_partial_and_resumes(llama, tmp_path, number, code):
+    """A 60 MB merge, killed once its first shard is there."""
+    big = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8, "head_dim": 64}
+    ref, aligned = llama(0, **big), llama(1, **big)
+    command = ["merge", str(ref), str(aligned), "-l", "0.5", "-o", str(tmp_path / "out"), "--max-shard-size", "1MB"]
+    process = subprocess.Popen([sys.executable, "-m", "dera_merge", *command], stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "out").glob("*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    assert process.wait(60) == code
+    assert (tmp_path / "out" / PARTIAL).exists()
+    assert not (tmp_path / "out" / "config.json").exists()
+    resumed = run(*command, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    ModelPair.from_pretrained(ref, aligned).merge(tmp_path / "whole", [0.5], max_shard_size="1MB")
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    assert {f.name for f in (tmp_path / "whole").iterdir()} == {f.name for f in (tmp_path / "out").iterdir()}
+
+
+def test_the_demo_pair_is_small():
+    assert sum(file.stat().st_size for file in demo.FOLDER.rglob("*") if file.is_file()) < 8e6
+
+
+def test_the_demo_shows_texts_figures_and_a_checkpoint(tmp_path):
+    done = run("demo", "-o", tmp_path / "demo", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [sample["lambda"] for sample in result["samples"]] == [0, 0.5, 1, 2]
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    by_lambda = dict(zip([r["lambda"] for r in result["results"]], result["reward_exact"], strict=True))
+    assert by_lambda[1] > by_lambda[0.5] > by_lambda[0]
+    shutil.rmtree(tmp_path / "demo")

@@ -1,0 +1,233 @@
+"""What belongs together, and what is refused: with the first mismatch by name and both values."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from builders import tokenizer, weights
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dera_merge import DeraError, DeraWarning, ModelPair
+
+
+def edit(folder, file, change):
+    data = json.loads((folder / file).read_text())
+    change(data)
+    (folder / file).write_text(json.dumps(data))
+
+
+def edit_tensors(folder, change, file="model.safetensors"):
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def copied(llama, tmp_path):
+    """(reference, a copy of the aligned model to spoil)."""
+    shutil.copytree(llama(1), tmp_path / "aligned")
+    return llama(0), tmp_path / "aligned"
+
+
+@pytest.fixture
+def adapted(llama, lora, tmp_path):
+    """(base, a copy of a LoRA to spoil)."""
+    shutil.copytree(lora(llama(0)), tmp_path / "adapter")
+    return llama(0), tmp_path / "adapter"
+
+
+def refusal(ref, aligned, **options):
+    with pytest.raises(DeraError) as error:
+        _ = ModelPair.from_pretrained(ref, aligned, **options).tensors
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_shapes_that_differ(llama):
+    message = refusal(llama(0), llama(0, intermediate_size=40))
+    assert "mlp" in message
+    assert "48" in message
+    assert "40" in message
+
+
+def test_heads_that_differ(llama):
+    assert "num_attention_heads is 4" in refusal(llama(0), llama(0, num_attention_heads=8, num_key_value_heads=8))
+
+
+def test_architectures_that_differ(copied):
+    ref, aligned = copied
+    edit(aligned, "config.json", lambda c: c.update(architectures=["MistralForCausalLM"]))
+    message = refusal(ref, aligned)
+    assert "LlamaForCausalLM" in message
+    assert "MistralForCausalLM" in message
+
+
+def test_missing_and_extra_tensors(copied):
+    ref, aligned = copied
+    edit_tensors(aligned, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    assert "no tensor model.layers.1.mlp.up_proj.weight" in refusal(ref, aligned)
+    assert "no tensor model.layers.1.mlp.up_proj.weight" in refusal(aligned, ref)
+
+
+def test_token_ids_that_disagree(copied):
+    ref, aligned = copied
+    words = {"<pad>": 0, "<end>": 1, "<unk>": 2, **{f"w{n}": n for n in range(3, 64)}}
+    words["w5"], words["w6"] = 6, 5
+    tokenizer(words).save_pretrained(aligned)
+    assert "'w5' is 5 in REF and 6 in ALIGNED" in refusal(ref, aligned)
+
+
+def test_a_quantised_checkpoint(copied):
+    ref, aligned = copied
+    edit(aligned, "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"}))
+    assert "quantised (gptq)" in refusal(ref, aligned)
+
+
+def test_a_changed_chat_template_warns_and_aligned_wins(copied):
+    ref, aligned = copied
+    (aligned / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.warns(DeraWarning, match="chat templates differ"):
+        pair = ModelPair.from_pretrained(ref, aligned)
+    assert pair.tokenizer.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_a_base_of_another_name_warns_and_ref_is_the_base(llama, lora):
+    adapter = lora(llama(0))
+    with pytest.warns(DeraWarning, match="as its base"):
+        pair = ModelPair.from_pretrained(llama(2), adapter)
+    assert pair.shared_base
+    assert pair.aligned.base.folder == llama(2)
+
+
+def test_an_adapter_names_its_base_relative_to_itself(llama, lora, tmp_path):
+    shutil.copytree(llama(0), tmp_path / "base")
+    for name in ("one", "two"):
+        shutil.copytree(lora(llama(0), seed=len(name)), tmp_path / name)
+        edit(tmp_path / name, "adapter_config.json", lambda c: c.update(base_model_name_or_path="../base"))
+    pair = ModelPair.from_pretrained(tmp_path / "one", tmp_path / "two")
+    assert pair.shared_base
+    assert pair.ref.base.folder == tmp_path / "base"
+
+
+def test_an_adapter_on_a_merged_sft_adapter(llama, lora, tmp_path):
+    """The usual way of DPO after SFT with LoRA: merge the SFT adapter, train another on the result."""
+    base = llama(0, dtype=torch.float32)
+    (sft,) = ModelPair.from_pretrained(base, lora(base, 3)).merge(tmp_path / "sft", [1.0])
+    dpo = lora(sft, 4)
+    pair = ModelPair.from_pretrained(sft, dpo)
+    (out,) = pair.merge(tmp_path / "out", [0.0])
+    assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(sft).items())
+
+
+def test_an_adapter_for_another_base(llama, lora):
+    assert "does not fit the base" in refusal(llama(0, hidden_size=16, head_dim=8), lora(llama(0)))
+    assert "which the base model does not have" in refusal(llama(0, num_hidden_layers=1), lora(llama(0)))
+
+
+SPOILED = {
+    "half a pair": (lambda t: t.pop(next(k for k in t if "lora_B" in k)), "no lora_B"),
+    "an unknown key": (lambda t: t.update({"base_model.model.x.odd": torch.ones(1)}), "odd"),
+    "NaN": (lambda t: next(iter(t.values())).fill_(float("nan")), "NaN"),
+    "nothing": (lambda t: t.clear(), "no tensors"),
+    "DoRA's magnitudes": (
+        lambda t: t.update({next(iter(t)).replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}), "magnitude"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_broken_adapter(adapted, kind):
+    change, message = SPOILED[kind]
+    base, adapter = adapted
+    edit_tensors(adapter, change, "adapter_model.safetensors")
+    assert message in refusal(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 3}, "has rank 4, but adapter_config.json says 3"),
+        ({"lora_alpha": "much"}, "lora_alpha is 'much'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+    ],
+)
+def test_an_adapter_config_that_lies_or_cannot_be_merged(adapted, change, message):
+    base, adapter = adapted
+    edit(adapter, "adapter_config.json", lambda c: c.update(change))
+    assert message in refusal(base, adapter)
+
+
+def test_an_adapter_that_peft_would_load_in_part_is_refused_for_exact_decoding(adapted):
+    base, adapter = adapted
+    edit_tensors(adapter, lambda t: t.pop(next(k for k in t if "lora_B" in k)), "adapter_model.safetensors")
+    with pytest.raises(DeraError, match="lacks .*lora_B"):
+        ModelPair.from_pretrained(base, adapter).exact()
+
+
+def test_dora_decodes_exactly_though_it_is_not_merged(llama, lora):
+    base = llama(0)
+    pair = ModelPair.from_pretrained(base, lora(base, use_dora=True))
+    with pytest.raises(DeraError, match="DoRA"):
+        _ = pair.tensors
+    assert pair.exact(0.5).generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False).shape[1] <= 5
+
+
+def test_pickled_checkpoints_need_permission(llama, tmp_path):
+    shutil.copytree(llama(1), tmp_path / "bin")
+    torch.save(load_file(tmp_path / "bin" / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    assert "--allow-pickle" in refusal(llama(0), tmp_path / "bin")
+    pair = ModelPair.from_pretrained(llama(0), tmp_path / "bin", allow_pickle=True)
+    (out,) = pair.merge(tmp_path / "out", [1.0])
+    assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(llama(1)).items())
+
+
+def test_vocabularies_padded_differently_share_their_common_rows(llama, tmp_path):
+    ref, aligned = llama(0), llama(1, vocab_size=72)
+    pair = ModelPair.from_pretrained(ref, aligned)
+    (out,) = pair.merge(tmp_path / "out", [0.5], dtype="float32")
+    name = "model.embed_tokens.weight"
+    expected = (weights(ref)[name].double() + weights(aligned)[name][:64].double()) / 2
+    torch.testing.assert_close(weights(out)[name].double(), expected, rtol=1e-7, atol=0)
+    assert pair.exact(0.5)(torch.tensor([[5]])).logits.shape[-1] == 64
+    (wide,) = ModelPair.from_pretrained(aligned, ref).merge(tmp_path / "wide", [0.5])
+    assert torch.equal(weights(wide)[name][64:], weights(aligned)[name][64:])
+    assert AutoModelForCausalLM.from_pretrained(wide).config.vocab_size == 72
+
+
+def test_tokens_that_only_aligned_has_are_refused_except_at_lambda_1(llama, tmp_path):
+    shutil.copytree(llama(1, vocab_size=72), tmp_path / "aligned")
+    tokenizer({"<pad>": 0, "<end>": 1, "<unk>": 2, **{f"w{n}": n for n in range(3, 70)}}).save_pretrained(tmp_path / "aligned")
+    pair = ModelPair.from_pretrained(llama(0), tmp_path / "aligned")
+    with pytest.raises(DeraError, match="only λ=1"):
+        pair.merge(tmp_path / "out", [0.5, 1])
+    with pytest.raises(DeraError, match="no embedding"):
+        pair.exact(0.5)
+    (out,) = pair.merge(tmp_path / "out", [1])
+    assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in weights(tmp_path / "aligned").items())
+
+
+def test_a_tied_and_a_spelled_out_head_are_one_tensor_if_they_are_equal(llama, tmp_path):
+    tied = llama(0, tie_word_embeddings=True)
+    shutil.copytree(tied, tmp_path / "spelled")
+    edit_tensors(tmp_path / "spelled", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert "lm_head.weight" not in ModelPair.from_pretrained(tied, tmp_path / "spelled").tensors
+    edit_tensors(tmp_path / "spelled", lambda t: t["lm_head.weight"].mul_(2))
+    pair = ModelPair.from_pretrained(tied, tmp_path / "spelled")
+    (out,) = pair.merge(tmp_path / "out", [0.5], dtype="float32")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    torch.testing.assert_close(weights(out)["lm_head.weight"], 1.5 * weights(tied)["model.embed_tokens.weight"].float())
+
+
+def test_hub_ids_that_cannot_be_had_are_one_line():
+    message = refusal("someone/no-such-model", "someone/other")
+    assert message.startswith("someone/no-such-model is no local directory")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_paths_that_do_not_exist(name):
+    assert refusal(name, name) == f"there is no directory {name}"
