@@ -17,7 +17,6 @@ test-slow: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 
 # Torch first and with its pin: an unpinned torch may fetch gigabytes of CUDA libraries.
 .venv/installed: pyproject.toml constraints.txt

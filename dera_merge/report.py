@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,9 +80,7 @@ def plot_fidelity(
     axes = list(figure.subplots(1, panels))
 
     def curve(axis: Any, key: str, label: str, **style: Any) -> None:
-        points = [(result["lambda"], result[key]) for result in results if result[key] is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=label, **style)
+        axis.plot(lams, [math.nan if r[key] is None else r[key] for r in results], label=label, **style)
 
     floor = 1e-7  # nats: below this a logarithmic axis shows rounding noise only
     for key in ("kl", "kl_ref", "kl_aligned"):
@@ -99,6 +98,7 @@ def plot_fidelity(
     curve(axes[1], "captured", "merged", color="C0", marker="o", markersize=4)
     axes[1].axhline(0, color="0.7", linewidth=0.8)
     low = min([r["captured"] for r in results if r["captured"] is not None], default=0)
+    axes[1].set_xlim(axes[0].get_xlim())
     axes[1].set_ylim(max(-1, min(0, low)) - 0.05, 1.05)
     axes[1].set_ylabel("share of the shift")
     axes[1].set_title("Captured shift")
