@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -311,8 +312,9 @@ def _fidelity_table(
 ) -> Table:
     from .report import COLUMNS, cells
 
-    wanted, extra = columns or COLUMNS, extra or {}
-    table = Table(title="Merged against exact DeRa")
+    fits = [column for column in COLUMNS if column not in ("tokens", "kl_rounding")]  # 80 columns; the report has all
+    wanted, extra = columns or fits, extra or {}
+    table = Table(title="Merged against exact DeRa", box=box.SIMPLE_HEAD)
     for column in (*wanted, *extra):
         table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
     for result, *more in zip(results, *extra.values(), strict=True):
@@ -324,9 +326,9 @@ def _fidelity_table(
 def _delta_table(delta: dict[str, Any]) -> Table:
     from .inspect import STEPS
 
-    table = Table(title="Δ = θ_aligned - θ_ref, in ulps of the output dtype")
-    for column in ("layer", "weights", "‖Δ‖/‖θ_ref‖", *STEPS):
-        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=column == "layer")
+    table = Table(title="Δ = θ_aligned - θ_ref; |Δ| in ulps of the output dtype", box=box.SIMPLE_HEAD)
+    for column in ("layer", "weights", "‖Δ‖/‖θ‖", *STEPS):
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for kind, row in [*delta["layers"].items(), ("all", delta["total"])]:
         size = "–" if row["relative"] is None else f"{row['relative']:.2e}"
         table.add_row(kind, f"{row['weights']:,}", size, *(f"{row['steps'].get(step, 0):.1%}" for step in STEPS))

@@ -15,7 +15,7 @@ from .pair import ModelPair, Source
 from .path import Slice, layer_kind
 
 # Where a moved weight lands, in ulps of the output dtype at θ_ref.
-STEPS = ("unchanged", "below ½ ulp", "½ to 1½ ulp", "above 1½ ulp")
+STEPS = ("unchanged", "<½ ulp", "½-1½ ulp", ">1½ ulp")
 _MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # bits, the hidden one included
 
 

@@ -44,7 +44,8 @@ def main() -> None:
     )
     report.save(args.out)
     print(f"\r{markdown(report)}")
-    print(f"{time.monotonic() - began:.0f} s, torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    seconds = time.monotonic() - began
+    print(f"{seconds:.0f} s, torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
 
 
 if __name__ == "__main__":
