@@ -37,6 +37,8 @@ app = typer.Typer(
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
+PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}  # fits 80 columns
+
 Rounding = Literal["stochastic", "nearest"]
 StorageDtype = Literal["auto", "float32", "float16", "bfloat16"]
 Mode = Literal["exact", "merged", "speculative"]
@@ -314,7 +316,7 @@ def _fidelity_table(
 
     fits = [column for column in COLUMNS if column not in ("tokens", "kl_rounding")]  # 80 columns; the report has all
     wanted, extra = columns or fits, extra or {}
-    table = Table(title="Merged against exact DeRa", box=box.SIMPLE_HEAD)
+    table = Table(title="Merged against exact DeRa", **PLAIN)
     for column in (*wanted, *extra):
         table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
     for result, *more in zip(results, *extra.values(), strict=True):
@@ -326,11 +328,11 @@ def _fidelity_table(
 def _delta_table(delta: dict[str, Any]) -> Table:
     from .inspect import STEPS
 
-    table = Table(title="Δ = θ_aligned - θ_ref; |Δ| in ulps of the output dtype", box=box.SIMPLE_HEAD)
+    table = Table(title="Δ = θ_aligned - θ_ref; |Δ| in ulps of the output dtype", **PLAIN)
     for column in ("layer", "weights", "‖Δ‖/‖θ‖", *STEPS):
         table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for kind, row in [*delta["layers"].items(), ("all", delta["total"])]:
-        size = "–" if row["relative"] is None else f"{row['relative']:.2e}"
+        size = "–" if row["relative"] is None else f"{row['relative']:.1e}"
         table.add_row(kind, f"{row['weights']:,}", size, *(f"{row['steps'].get(step, 0):.1%}" for step in STEPS))
     return table
 

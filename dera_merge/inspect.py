@@ -15,7 +15,7 @@ from .pair import ModelPair, Source
 from .path import Slice, layer_kind
 
 # Where a moved weight lands, in ulps of the output dtype at θ_ref.
-STEPS = ("unchanged", "<½ ulp", "½-1½ ulp", ">1½ ulp")
+STEPS = ("unchanged", "<½", "½-1½", ">1½")
 _MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # bits, the hidden one included
 
 
