@@ -1,6 +1,6 @@
 """Exact decoding-time realignment (DeRa) as one transformers model.
 
-    h_λ(x, y<t) = (1-λ)·h_ref(x, y<t) + λ·h_aligned(x, y<t)            Liu et al., ICML 2024, eq. 9
+    h_λ(x, y<t) = (1-λ)·h_ref(x, y<t) + λ·h_aligned(x, y<t)            Liu et al., ICML 2024
 
 `DeraForCausalLM.forward` runs both models on the same tokens and mixes their logits in float32; everything else
 (sampling, beams, padding, streaming, stopping) is transformers' own `generate`, which sees one model with one cache.
@@ -129,11 +129,7 @@ class DeraForCausalLM(PreTrainedModel, GenerationMixin):
             lam: λ, one for all or one per sequence; None takes the default.
             return_dict: False gives a tuple.
         """
-        if past_key_values is not None and not isinstance(past_key_values, PairCache):
-            raise DeraError(
-                f"a {type(past_key_values).__name__} holds one model's keys and values, exact DeRa needs two; "
-                "leave past_key_values out, or pass the cache that an earlier call returned"
-            )
+        _check_cache(past_key_values)
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise DeraError("a mixture has no attentions or hidden states of its own; ask model.ref or model.aligned")
         if past_key_values is None and use_cache:
@@ -179,9 +175,8 @@ class DeraForCausalLM(PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         past = model_kwargs.get("past_key_values")
+        _check_cache(past)
         if past is not None or generation_config.use_cache is False:
-            if past is not None and not isinstance(past, PairCache):
-                self.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=past)  # raises
             return
         caches = []
         for model in (self.ref, self.aligned):
@@ -215,6 +210,14 @@ class DeraForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.ref.get_input_embeddings()
+
+
+def _check_cache(past: Any) -> None:
+    if past is not None and not isinstance(past, PairCache):
+        raise DeraError(
+            f"a {type(past).__name__} holds one model's keys and values, exact DeRa needs two; leave past_key_values "
+            "out, or pass the cache that an earlier call returned"
+        )
 
 
 def mix(ref: torch.Tensor, aligned: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:

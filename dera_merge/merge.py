@@ -92,6 +92,8 @@ def merge(
     root = Path(out).expanduser()
     folders = [root] if len(lams) == 1 else [root / lambdas.folder_name(lam) for lam in lams]
     for folder in [root, *folders]:
+        if folder.exists() and not folder.is_dir():
+            raise DeraError(f"{folder} is a file; give a directory as --output")
         _check_clear_of_inputs(folder, pair)
     outputs = [_Output(folder, lam, recipe, plan, list(shards)) for folder, lam in zip(folders, lams, strict=True)]
     for output in outputs:
@@ -234,10 +236,8 @@ class _Output:
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Look at what is there, write nothing. Raises DeraError where it must not be touched."""
-        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+        if not self.folder.exists() or not any(self.folder.iterdir()):
             return
-        if not self.folder.is_dir():
-            raise DeraError(f"{self.folder} is a file; give another --output")
         partial, recipe = self.folder / PARTIAL, self.folder / RECIPE
         if resume and partial.is_file():
             state = load_json(partial)

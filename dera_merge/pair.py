@@ -409,7 +409,7 @@ class ModelPair:
     def exact(
         self, lam: float = 1.0, *, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu", **kwargs: Any
     ) -> DeraForCausalLM:
-        """Exact DeRa at λ as one transformers model: (1-λ)·h_ref + λ·h_aligned (Liu et al., 2024, eq. 9).
+        """Exact DeRa at λ as one transformers model: (1-λ)·h_ref + λ·h_aligned (Liu et al., 2024).
 
         Args:
             lam: the default λ, any finite number; `generate(..., lam=…)` overrides it per call or per sequence.

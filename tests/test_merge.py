@@ -279,6 +279,14 @@ def test_an_output_that_touches_an_input_is_refused(llama, tmp_path):
             pair.merge(out, [0.5], overwrite=True)
 
 
+@pytest.mark.parametrize("lams", [[0.5], [0.5, 1.0]])
+def test_an_output_that_is_a_file_is_refused(llama, tmp_path, lams):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(DeraError, match="is a file"):
+        ModelPair.from_pretrained(llama(0), llama(1)).merge(tmp_path / "out", lams, overwrite=True)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_verify_notices_a_changed_file(llama, tmp_path):
     (folder,) = ModelPair.from_pretrained(llama(0), llama(1)).merge(tmp_path / "out", [0.5])
     data = bytearray((folder / "model.safetensors").read_bytes())
