@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
 import typer
 from rich import box
 from rich.console import Console
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from .pair import ModelPair
+
+UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer carry
 
 app = typer.Typer(
     name="dera-merge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -269,9 +270,9 @@ def _lams(texts: list[str], one: bool = False) -> list[float]:
     try:
         values = lambdas.parse_lambdas(texts)
     except ValueError as error:
-        raise click.UsageError(str(error)) from None
+        raise typer.BadParameter(str(error), param_hint="--lambda") from None
     if one and len(values) != 1:
-        raise click.UsageError(f"this command takes one λ, not {len(values)}")
+        raise typer.BadParameter(f"this command takes one λ, not {len(values)}", param_hint="--lambda")
     return values
 
 
@@ -356,7 +357,7 @@ def _model_line(model: dict[str, Any]) -> str:
 def _progress(title: str) -> Iterator[Callable[[str | None, int, int], None]]:
     """A progress bar on stderr with the time left; gives a function (what, done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(title, total=None)
 
         def tell(what: str | None, done: int, total: int) -> None:
@@ -383,12 +384,12 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         sys.exit(app(standalone_mode=False) or 0)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.ClickException as error:
+    except UsageError as error:
         error.show(sys.stderr)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted")
         sys.exit(130)
     except DeraError as error:

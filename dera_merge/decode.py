@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import set_seed
 
+from .errors import DeraError
 from .pair import ModelPair
 from .prompts import encode
 
@@ -48,6 +49,9 @@ def decode(
     tokenizer = pair.tokenizer
     entry = {"messages": [{"role": "user", "content": prompt}]} if chat else prompt
     (encoded,) = encode([entry], tokenizer)
+    limit = pair.ref.config.get("max_position_embeddings")
+    if limit and len(encoded.ids) + max_new_tokens > limit:
+        raise DeraError(f"{len(encoded.ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit}")
     if compute_dtype is None:
         compute_dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     draft = pair.merged(lam, device=device, compute_dtype=compute_dtype) if mode != "exact" else None

@@ -11,7 +11,7 @@ from .checkpoint import REAL, Checkpoint, load_json, slices, total_bytes
 from .delta import Adapter
 from .errors import DeraError
 from .merge import PARTIAL, RECIPE
-from .pair import ModelPair, Source
+from .pair import ModelPair, Source, load_config
 from .path import Slice, layer_kind
 
 # Where a moved weight lands, in ulps of the output dtype at θ_ref.
@@ -34,7 +34,7 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
         checkpoint = adapter.checkpoint
         found |= {"kind": "adapter", "adapter": adapter.kind, "base": adapter.base_name, "unmergeable": adapter.unmergeable}
     else:
-        config = load_json(source.folder / "config.json")
+        config = load_config(source)
         checkpoint = Checkpoint(source.folder, allow_pickle=allow_pickle)
         found |= {"kind": "full", "architecture": (config.get("architectures") or [None])[0],
                   "quantised": "quantization_config" in config}  # fmt: skip

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 
+LARGEST = 3.4e38  # logits are mixed in float32
 MOST = 10_000  # a range with more points than this is a slip of the finger
 
 
@@ -36,6 +37,8 @@ def check_names(lams: Iterable[float]) -> None:
     for lam in lams:
         if not math.isfinite(lam):
             raise ValueError(f"λ must be finite, not {lam}")
+        if abs(lam) > LARGEST:
+            raise ValueError(f"λ must be within ±{LARGEST:g}, not {lam:g}")
         if names.setdefault(name(lam), lam) != lam:
             raise ValueError(f"λ {names[name(lam)]!r} and {lam!r} are both called {name(lam)}; use fewer digits")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -203,7 +204,7 @@ class Tally:
         moved = (stored.double() - piece.ref.double()).nan_to_num()
         row = self.sums.setdefault(layer_kind(piece.name), [0.0, 0.0, 0.0])
         for index, product in enumerate((moved * step, step * step, (moved - step) ** 2)):
-            row[index] += product.sum().item()
+            row[index] = min(row[index] + product.sum().item(), sys.float_info.max)  # JSON holds no infinity
 
     def merge(self, sums: dict[str, list[float]]) -> None:
         for kind, row in sums.items():
@@ -215,7 +216,9 @@ class Tally:
 
         def ratios(row: list[float]) -> dict[str, float | None]:
             dot, square, error = row
-            return {"kept": dot / square if square else None, "error": (error / square) ** 0.5 if square else None}
+            if not square or max(dot, square, error) == sys.float_info.max:  # nothing moved, or λ of 1e200
+                return {"kept": None, "error": None}
+            return {"kept": dot / square, "error": (error / square) ** 0.5}
 
         overall = [sum(column) for column in zip(*self.sums.values(), strict=True)] or [0.0, 0.0, 0.0]
         return ratios(overall) | {"per_kind": {kind: ratios(row) for kind, row in sorted(self.sums.items())}}

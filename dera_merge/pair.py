@@ -182,7 +182,7 @@ class ModelPair:
             if source.is_adapter:
                 adapter = Adapter(source.folder, allow_pickle)
                 home = given or (_same_base(adapter, beside) if beside else _named_base(adapter, source, options))
-            config = load_json(home.folder / "config.json")
+            config = load_config(home)
             _check_causal(home, config)
             if home.folder not in opened:
                 opened[home.folder] = Checkpoint(home.folder, allow_pickle=allow_pickle)
@@ -532,9 +532,15 @@ def _same_base(adapter: Adapter, ref: Source) -> Source:
     return ref
 
 
-def _check_causal(source: Source, config: Any) -> None:
-    if not isinstance(config, dict):
-        raise DeraError(f"{source.name}/config.json is not a JSON object")
+def load_config(source: Source) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises DeraError where it is not an object with a list of architectures."""
+    config = load_json(source.folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("architectures") or [], list):
+        raise DeraError(f"{source.name}/config.json is not the config of a transformers model")
+    return config
+
+
+def _check_causal(source: Source, config: dict[str, Any]) -> None:
     names = config.get("architectures") or []
     name = names[0] if names else "a model that names no architecture"
     if any(key in config for key in ("vision_config", "audio_config", "vision_tower")):

@@ -59,7 +59,7 @@ def round_to(
         rounded = _stochastic_bf16(values, noise) if dtype == torch.bfloat16 else _stochastic_fp16(values, noise)
     else:
         rounded = values.to(dtype)
-    if dtype in (torch.bfloat16, torch.float16) and (over := rounded.isinf() & values.isfinite()).any():
+    if (over := rounded.isinf() & values.isfinite()).any():
         limit = torch.finfo(dtype).max
         rounded = torch.where(over, torch.copysign(torch.full_like(rounded, limit), rounded), rounded)
     return rounded

@@ -24,7 +24,7 @@ def run(*arguments, **options):
 def assert_one_line(done, code, *words):
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
-    line = done.stderr.strip().splitlines()
+    line = done.stderr.splitlines()
     assert len(line) == 1
     assert "Traceback" not in done.stderr
     for word in words:
@@ -129,6 +129,31 @@ def test_a_lambda_that_is_none_is_a_usage_error(tmp_path, lam):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nosuch"], ["merge", demo.REF, demo.ALIGNED_LORA, "-l", "1"], ["inspect"], ["merge", "--nosuch"],
+                  ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "0,1", "--prompt", "x"],
+                  ["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "-o", "x", "--dtype", "int8"]]
+)  # fmt: skip
+def test_wrong_usage_is_status_2(arguments):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_a_prompt_beyond_the_context_is_refused():
+    done = run("generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "word " * 400)
+    assert_one_line(done, 1, "more than the model's 256")
+
+
+@pytest.mark.parametrize("config", ["[]", '{"architectures": "LlamaForCausalLM"}', "{broken", '{"a": 1, "a": 2}'])
+def test_a_config_that_is_none_is_one_line(tmp_path, config):
+    shutil.copytree(demo.ALIGNED_DENSE, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(config)
+    assert_one_line(run("merge", demo.REF, tmp_path / "model", "-l", "1", "-o", tmp_path / "out"), 1, "config.json")
+    assert_one_line(run("inspect", tmp_path / "model"), 1, "config.json")
 
 
 def test_control_characters_in_names_are_escaped():

@@ -287,6 +287,11 @@ def test_an_output_that_is_a_file_is_refused(llama, tmp_path, lams):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_a_huge_lambda_stays_finite_on_disk(llama, tmp_path):
+    (folder,) = ModelPair.from_pretrained(llama(0), llama(1)).merge(tmp_path / "out", [1e38], dtype="float32")
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
 def test_verify_notices_a_changed_file(llama, tmp_path):
     (folder,) = ModelPair.from_pretrained(llama(0), llama(1)).merge(tmp_path / "out", [0.5])
     data = bytearray((folder / "model.safetensors").read_bytes())
