@@ -262,17 +262,18 @@ class ModelPair:
                     raise DeraError(f"{side.base.name} has no tensor {name}, which {other.base.name} has")
             self.ref.key[name], self.aligned.key[name] = keys[0] or "", keys[1] or ""
             if owner := architecture.owner(name):
-                if self._is_tied(name, output_name(owner)):
+                changed = {name, output_name(owner)} & touched
+                if not changed and self._are_equal(name, [home(side, owner) for side in self.sides]):
                     del self.ref.key[name], self.aligned.key[name]
                 else:
                     self.unties = True
 
-    def _is_tied(self, name: str, owner: str) -> bool:
-        """Whether both sides hold the same tensor under both names, so that one of them may be left out."""
-        if any({name, owner} & side.pieces.keys() for side in self.sides):
-            return False
-        stored = [(side.checkpoint, side.key[name], side.key.get(owner, owner)) for side in self.sides]
-        return all(one == other or _equal(checkpoint, one, other) for checkpoint, one, other in stored)
+    def _are_equal(self, name: str, owners: list[str | None]) -> bool:
+        """Whether each side stores under `name` what it stores as the owner of the tie, so that one may be left out."""
+        return all(
+            owner is not None and (side.key[name] == owner or _equal(side.checkpoint, side.key[name], owner))
+            for side, owner in zip(self.sides, owners, strict=True)
+        )
 
     def _check_tensor(self, name: str, ref: TensorInfo, aligned: TensorInfo) -> None:
         if ref.shape != aligned.shape and not self._is_padding(ref, aligned):
