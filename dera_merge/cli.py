@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failure 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -54,7 +55,7 @@ Base = Annotated[str | None, typer.Option(help="Base model of adapters, instead 
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (with weights_only=True).")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let transformers run code from checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-Seed = Annotated[int, typer.Option(help="Seed of sampling and of stochastic rounding.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 
 
@@ -129,6 +130,8 @@ def generate(
     Example: dera-merge generate my-sft my-dpo-lora -l 0.5 --chat --prompt "What is rain?"
     """
     (value,) = _lams(lam, one=True)
+    if temperature and not 1e-3 <= temperature <= 1e3:
+        raise typer.BadParameter("must be 0 (greedy) or from 0.001 to 1000", param_hint="--temperature")
     pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
     place = _device(device)
     from .decode import decode
@@ -169,6 +172,8 @@ def compare(
     Example: dera-merge compare my-sft my-dpo-lora -l 0:2:0.25 -o report --max-kl 0.02
     """
     lams = _lams(lam)
+    if any(limit is not None and not math.isfinite(limit) for limit in (max_kl, min_top1)):
+        raise typer.BadParameter("a gate must be a finite number", param_hint="--max-kl, --min-top1")
     pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
     place = _device(device)
     _check_report_folder(output, pair)
@@ -293,7 +298,8 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError) as error:
         raise DeraError(f"device {name!r} cannot be used: {_line(error)}") from error
     return device
@@ -302,8 +308,9 @@ def _device(name: str) -> torch.device:
 def _check_report_folder(folder: Path, pair: ModelPair) -> None:
     if folder.exists() and not folder.is_dir():
         raise DeraError(f"{folder} is a file; give a directory for the report")
-    if any(folder.resolve() == source.folder for side in pair.sides for source in (side.source, side.base)):
-        raise DeraError(f"{folder} is an input; give another --output")
+    inputs = [source.folder for side in pair.sides for source in (side.source, side.base)]
+    if any(folder.resolve().is_relative_to(place) for place in inputs):
+        raise DeraError(f"{folder} is or lies in an input; give another --output")
 
 
 def _print_json(value: Any) -> None:

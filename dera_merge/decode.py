@@ -49,7 +49,7 @@ def decode(
     tokenizer = pair.tokenizer
     entry = {"messages": [{"role": "user", "content": prompt}]} if chat else prompt
     (encoded,) = encode([entry], tokenizer)
-    limit = pair.ref.config.get("max_position_embeddings")
+    limit = pair.context_length
     if limit and len(encoded.ids) + max_new_tokens > limit:
         raise DeraError(f"{len(encoded.ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit}")
     if compute_dtype is None:

@@ -28,7 +28,7 @@ from .checkpoint import json_bytes, load_json, write_atomically
 from .errors import DeraError
 from .exact import DeraForCausalLM, mix
 from .merge import output_layout, verify
-from .pair import ModelPair, load_model
+from .pair import ModelPair, load_model, warn
 from .prompts import Prompt
 from .sampling import sample
 
@@ -146,9 +146,10 @@ def compare(
     given = [prompt.completion is not None for prompt in encoded]
     if any(given) and not all(given):
         raise DeraError(f"prompt {given.index(False) + 1} has no completion, others have; give all or none")
+    _check_lengths(encoded, max_new_tokens, pair.context_length)
     layout, rounding = output_layout(pair, dtype, rounding)
     split = any(kind != torch.float32 for kind, _ in layout.values())
-    approximations = {lam: _approximation(approx, lam, len(lams)) for lam in lams} if approx is not None else {}
+    approximations = {lam: _approximation(approx, lam, pair) for lam in lams} if approx is not None else {}
 
     tell = progress or (lambda what, done, total: None)
     options = {"device": device, "compute_dtype": compute_dtype}
@@ -161,7 +162,7 @@ def compare(
     def merged(lam: float) -> Iterable[PreTrainedModel]:
         """The model to measure at λ, and its float32 twin where there is one."""
         if lam in approximations:
-            yield load_model(approximations[lam], compute_dtype, device)
+            yield load_model(approximations[lam][0], compute_dtype, device)
         elif stored is not None:
             stored.set_lam(lam)
             yield stored
@@ -189,7 +190,6 @@ def compare(
             tell("scoring", next(done), steps)
             return trace
 
-        _check_lengths(texts, exact.config.text_config)
         ref, aligned = read(exact.ref), read(exact.aligned)
         resolution = max(resolution, _resolution(exact.ref, ref, texts))
         heads: list[torch.nn.ModuleDict] = []  # turning the dial may change the head, so traces keep the one they had
@@ -206,6 +206,8 @@ def compare(
     for lam in lams:
         figures = summarise(report.per_token[lam], report.prompt_of[lam], resolution, seed)
         report.results.append({"lambda": lam, **figures})
+    for _, recipe in approximations.values():  # what was measured is what lies there
+        dtype, rounding, seed = recipe.get("dtype"), recipe.get("rounding"), recipe.get("seed")
     report.settings = {
         "prompts": len(encoded), "texts": "given" if all(given) else "sampled from exact DeRa at each λ",
         "max_new_tokens": None if all(given) else max_new_tokens, "dtype": str(dtype).removeprefix("torch."),
@@ -219,23 +221,26 @@ def _text(index: int, prompt: Prompt, completion: list[int]) -> Text:
     return Text(index, [*prompt.ids, *completion], len(prompt.ids))
 
 
-def _check_lengths(texts: list[Text], config: Any) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    longest = max(texts, key=lambda text: len(text.ids))
-    if limit and len(longest.ids) > limit:
-        count = len(longest.ids)
-        raise DeraError(f"prompt {longest.prompt + 1} and its completion have {count} tokens, the model takes {limit}")
+def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None) -> None:
+    for number, prompt in enumerate(prompts, 1):
+        count = len(prompt.ids) + (max_new_tokens if prompt.completion is None else len(prompt.completion))
+        if limit and count > limit:
+            raise DeraError(f"prompt {number} and its completion have up to {count} tokens, the model takes {limit}")
 
 
-def _approximation(approx: str | os.PathLike[str], lam: float, count: int) -> Path:
-    """The merged directory for λ: `approx` itself, or `approx/lambda-<λ>`."""
+def _approximation(approx: str | os.PathLike[str], lam: float, pair: ModelPair) -> tuple[Path, dict[str, Any]]:
+    """The merged directory for λ, `approx` itself or `approx/lambda-<λ>`, and its recipe."""
     folder = Path(approx)
     if not (folder / "dera_merge.json").is_file() and (folder / lambdas.folder_name(lam)).is_dir():
         folder = folder / lambdas.folder_name(lam)
     recipe = verify(folder)
     if recipe["lambda"] != lam:
         raise DeraError(f"{folder} was merged at λ={recipe['lambda']:g}, asked for is λ={lam:g}")
-    return folder
+    for key, side in (("ref", pair.ref), ("aligned", pair.aligned)):
+        name = str(recipe[key].get("name"))
+        if name != side.source.name and Path(name).resolve() != side.source.folder:
+            warn(f"{folder} was merged from {name}, it is compared with {side.source.name}; are they the same model?")
+    return folder, recipe
 
 
 # One model over all texts
@@ -315,6 +320,8 @@ def _check_head(model: PreTrainedModel, head: Head, text: Text, hidden: torch.Te
     ids = torch.tensor([text.ids[: text.start + 1]], device=model.device)
     whole = model(input_ids=ids, use_cache=False).logits[0, text.start - 1].float()
     here = head(hidden[:1])[0]
+    if not whole.isfinite().any():
+        raise DeraError(f"{type(model).__name__} gives no finite logits; is λ too large, or an input broken?")
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     if not torch.allclose(whole, here, rtol=tolerance, atol=tolerance * float(whole.abs().max())):
         raise DeraError(f"{type(model).__name__} is not a decoder followed by a head; compare cannot measure it yet")

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .checkpoint import REAL, Checkpoint, load_json, slices, total_bytes
+from .checkpoint import REAL, Checkpoint, slices, total_bytes
 from .delta import Adapter
 from .errors import DeraError
-from .merge import PARTIAL, RECIPE
+from .merge import PARTIAL, RECIPE, read_recipe
 from .pair import ModelPair, Source, load_config
 from .path import Slice, layer_kind
 
@@ -37,7 +37,7 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
         config = load_config(source)
         checkpoint = Checkpoint(source.folder, allow_pickle=allow_pickle)
         found |= {"kind": "full", "architecture": (config.get("architectures") or [None])[0],
-                  "quantised": "quantization_config" in config}  # fmt: skip
+                  "quantised": bool(config.get("quantization_config"))}  # fmt: skip
     infos = checkpoint.tensors.values()
     found |= {
         "tensors": len(infos),
@@ -46,8 +46,8 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
         "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in infos}),
         "tokenizer": source.has_tokenizer(),
     }
-    if (recipe := source.folder / RECIPE).is_file():
-        written = load_json(recipe)
+    if (source.folder / RECIPE).is_file():
+        written = read_recipe(source.folder)
         found["merged"] = {key: written.get(key) for key in ("ref", "aligned", "lambda", "rounding", "seed")}
     return found
 

@@ -54,7 +54,7 @@ def folder_name(lam: float) -> str:
 
 def _number(text: str) -> Decimal:
     try:
-        value = Decimal(text)
+        value = Decimal(text if "_" not in text else "")
     except InvalidOperation:
         if "+" in text:
             raise ValueError(f"{text!r} is a λ for several aligned models, but there is one") from None
@@ -71,7 +71,10 @@ def _range(text: str) -> list[Decimal]:
     start, stop, step = map(_number, parts)
     if step == 0:
         raise ValueError(f"the range {text} has a zero step")
-    count = (stop - start) / step
+    try:
+        count = (stop - start) / step
+    except ArithmeticError:
+        raise ValueError(f"the range {text} has more than {MOST} values") from None
     if count < 0 or count != count.to_integral_value():
         raise ValueError(f"the range {text} does not hit its end")
     if count > MOST:

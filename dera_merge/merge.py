@@ -88,7 +88,9 @@ def merge(
     layout, rounding = output_layout(source, dtype, rounding)
     shards = _split(layout, max_shard_size)
     recipe = _recipe(pair, dtype, rounding, seed)
-    plan = _fingerprint(recipe, shards, pair)
+    inputs = _input_files(pair)
+    plan = _fingerprint(recipe, shards, inputs)
+    newest = max(changed for _, _, changed in inputs)
 
     root = Path(out).expanduser()
     folders = [root] if len(lams) == 1 else [root / lambdas.folder_name(lam) for lam in lams]
@@ -96,11 +98,14 @@ def merge(
         if folder.exists() and not folder.is_dir():
             raise DeraError(f"{folder} is a file; give a directory as --output")
         _check_clear_of_inputs(folder, pair)
+    if len(lams) > 1 and any((root / name).exists() for name in ("config.json", RECIPE, PARTIAL)):
+        raise DeraError(f"{root} is a model itself; several λ need a directory of their own")
     outputs = [_Output(folder, lam, recipe, plan, list(shards)) for folder, lam in zip(folders, lams, strict=True)]
     for output in outputs:
-        output.check(resume, overwrite)
+        output.check(resume, overwrite, newest)
     _check_space(root, sum(source.tensors[name].numel * layout[name][0].itemsize for name in layout) * len(outputs))
     outputs = [output for output in outputs if not output.complete]
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         for output in outputs:
             output.begin(overwrite)
@@ -112,6 +117,9 @@ def merge(
     except DeraError:
         for output in outputs:
             output.discard()
+        for folder in made:  # parents that this call made; the innermost comes first
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         raise
     return folders
 
@@ -237,21 +245,24 @@ class _Output:
     complete: bool = False
     resumed: bool = False
 
-    def check(self, resume: bool, overwrite: bool) -> None:
-        """Look at what is there, write nothing. Raises DeraError where it must not be touched."""
+    def check(self, resume: bool, overwrite: bool, newest: int) -> None:
+        """Look at what is there, write nothing; `newest` is the inputs' last change. Raises DeraError: not to be touched."""
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         partial, recipe = self.folder / PARTIAL, self.folder / RECIPE
         if resume and partial.is_file():
             state = load_json(partial)
-            if state.get("plan") != self.plan or state.get("lambda") != self.lam:
+            if not isinstance(state, dict) or state.get("plan") != self.plan or state.get("lambda") != self.lam:
                 raise DeraError(f"{self.folder} was begun by another call or from other inputs; --overwrite starts afresh")
-            self.done = {file: entry for file, entry in state["shards"].items() if (self.folder / file).is_file()}
+            self.done = {file: entry for file, entry in state["shards"].items() if self._is_intact(file, entry)}
             self.resumed = True
         elif resume and recipe.is_file():
+            written = verify(self.folder)
             asked = {**self.recipe, "lambda": self.lam}
-            written = load_json(recipe)
-            self.complete = all(written.get(key) == value for key, value in asked.items())
+            shards = {name for name in written["files"] if name.endswith(".safetensors")}
+            self.complete = shards == set(self.files) and all(written.get(key) == value for key, value in asked.items())
+            if self.complete and newest > recipe.stat().st_mtime_ns:
+                raise DeraError(f"an input has changed since {self.folder} was written; --overwrite merges anew")
         if self.resumed or self.complete:
             return
         if not overwrite:
@@ -262,11 +273,14 @@ class _Output:
         if strange := sorted(path.name for path in self.folder.iterdir() if path.name not in self._ours()):
             raise DeraError(f"{self.folder} holds {strange[0]}, which dera-merge did not write; move it away first")
 
+    def _is_intact(self, file: str, entry: dict[str, Any]) -> bool:
+        return (self.folder / file).is_file() and sha256_of(self.folder / file) == entry["sha256"]
+
     def _ours(self) -> set[str]:
         names = {RECIPE, PARTIAL, "model.safetensors.index.json", "config.json", "generation_config.json", *TOKENIZER_FILES}
         for record, key in ((RECIPE, "files"), (PARTIAL, "files")):
-            if (self.folder / record).is_file():
-                names |= set(load_json(self.folder / record).get(key, ()))
+            if (self.folder / record).is_file() and isinstance(data := load_json(self.folder / record), dict):
+                names |= set(data.get(key) or ()) if isinstance(data.get(key), (list, dict)) else set()
         return names | {f"{name}.partial" for name in names}
 
     def begin(self, overwrite: bool) -> None:
@@ -375,8 +389,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _fingerprint(recipe: dict[str, Any], shards: dict[str, Layout], pair: ModelPair) -> str:
-    """What a resumed run must have in common with the run that it goes on with."""
+def _input_files(pair: ModelPair) -> list[tuple[str, int, int]]:
+    """Name, size in bytes and time of change (ns) of every weight file that the pair reads."""
     inputs = set()
     for side in (pair.ref, pair.aligned):
         checkpoints = [side.checkpoint] + ([side.adapter.checkpoint] if side.adapter else [])
@@ -384,8 +398,13 @@ def _fingerprint(recipe: dict[str, Any], shards: dict[str, Layout], pair: ModelP
             for info in checkpoint.tensors.values():
                 state = info.file.stat()
                 inputs.add((info.file.name, state.st_size, state.st_mtime_ns))
+    return sorted(inputs)
+
+
+def _fingerprint(recipe: dict[str, Any], shards: dict[str, Layout], inputs: list[tuple[str, int, int]]) -> str:
+    """What a resumed run must have in common with the run that it goes on with."""
     names = {file: [(n, DTYPE_NAMES[d], s) for n, (d, s) in layout.items()] for file, layout in shards.items()}
-    return hashlib.sha256(json_bytes([recipe, names, sorted(inputs)])).hexdigest()
+    return hashlib.sha256(json_bytes([recipe, names, inputs])).hexdigest()
 
 
 def _check_clear_of_inputs(folder: Path, pair: ModelPair) -> None:
@@ -404,6 +423,17 @@ def _check_space(root: Path, needed: int) -> None:
         raise DeraError(f"{root} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
 
 
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """dera_merge.json of a merged directory. Raises DeraError where there is none or it is not one of ours."""
+    if not (folder / RECIPE).is_file():
+        raise DeraError(f"{folder} holds no {RECIPE}; it was not written by dera-merge")
+    recipe = load_json(folder / RECIPE)
+    shape = {"ref": dict, "aligned": dict, "files": dict, "lambda": (int, float)}
+    if not isinstance(recipe, dict) or not all(isinstance(recipe.get(key), kind) for key, kind in shape.items()):
+        raise DeraError(f"{folder / RECIPE} is not one that dera-merge wrote")
+    return recipe
+
+
 def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The recipe of a merged directory, after checking that it is complete and its files are those that were written.
 
@@ -413,9 +443,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     place = Path(folder)
     if (place / PARTIAL).is_file() and not (place / "config.json").is_file():
         raise DeraError(f"{place} is a partial merge; finish it with --resume")
-    if not (place / RECIPE).is_file():
-        raise DeraError(f"{place} holds no {RECIPE}; it was not written by dera-merge")
-    recipe = load_json(place / RECIPE)
+    recipe = read_recipe(place)
     for name, digest in recipe["files"].items():
         if not (place / name).is_file() or sha256_of(place / name) != digest:
             raise DeraError(f"{place / name} is missing or has changed since it was merged; merge again")

@@ -35,13 +35,15 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
+_CONTEXT = ("max_position_embeddings", "n_positions")
+
 # Keys that give the weights their meaning without changing a shape.
 _SAME_MEANING = ("num_attention_heads", "num_key_value_heads", "n_head", "head_dim", "hidden_act", "activation_function")
 # Keys that may differ between two checkpoints of one model without changing what it computes.
 _MAY_DIFFER = re.compile(
     r"transformers_version|_name_or_path|use_cache|.*token_id|vocab_size|max_position_embeddings|.*dropout.*|.*pdrop"
     r"|initializer.*|dtype|torch_dtype|architectures|tie_word_embeddings|pretraining_tp|quantization_config|auto_map"
-    r"|task_specific_params|_attn_.*|return_dict|output_.*|unsloth.*|rope_theta|rope_scaling"
+    r"|task_specific_params|_attn_.*|return_dict|output_.*|unsloth.*"
 )
 
 
@@ -215,11 +217,14 @@ class ModelPair:
             DeraError: the two sides' weights cannot be put in correspondence, or are quantised.
         """
         for side in self.sides:
-            if "quantization_config" in side.config:
-                method = side.config["quantization_config"].get("quant_method", "unknown method")
+            if quantised := side.config.get("quantization_config"):
+                method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
                 raise DeraError(f"{side.base.name} is quantised ({method}); θ_ref + λΔ needs dense weights, give those")
         stored = self.ref.checkpoint.tensors
-        if not any(side.adapter for side in self.sides) and stored.keys() == self.aligned.checkpoint.tensors.keys():
+        ties = [side.config.get("tie_word_embeddings") for side in self.sides]
+        spelled = ties[0] != ties[1] or (ties[0] and {"lm_head.weight", "embed_out.weight"} & stored.keys())
+        same = stored.keys() == self.aligned.checkpoint.tensors.keys()
+        if same and not spelled and not any(side.adapter for side in self.sides):
             for side in self.sides:
                 side.key = {name: name for name in stored}
         else:
@@ -232,10 +237,11 @@ class ModelPair:
     def _match_names(self) -> None:
         """Find each tensor on both sides where names differ, tensors are tied, or an adapter speaks in module names."""
         architecture = self.architecture
+        aligned = architecture if self.shared_base else Architecture.of(self.aligned.base.folder, self.trust_remote_code)
 
         def home(side: Side, name: str) -> str | None:
             """The stored tensor that is `name` on this side: its own, or the one that it is tied to."""
-            stored, owner = side.checkpoint.tensors, architecture.owner(name)
+            stored, owner = side.checkpoint.tensors, (aligned if side is self.aligned else architecture).owner(name)
             return architecture.stored_name(name, stored) or (architecture.stored_name(owner, stored) if owner else None)
 
         def output_name(name: str) -> str:
@@ -304,7 +310,7 @@ class ModelPair:
     # Checks that need no weights
 
     def _check_configs(self) -> None:
-        ref, aligned = self.ref.config, self.aligned.config
+        ref, aligned = (_with_one_rope(side.config) for side in self.sides)
         for key in ("architectures", "model_type", *_SAME_MEANING):
             if ref.get(key) != aligned.get(key):
                 raise DeraError(
@@ -381,6 +387,11 @@ class ModelPair:
 
         folder = self.generation_folder
         return GenerationConfig.from_pretrained(folder) if folder else None
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens both models take; None where their configs do not say."""
+        return min((side.config[key] for side in self.sides for key in _CONTEXT if side.config.get(key)), default=None)
 
     # Loading
 
@@ -533,11 +544,24 @@ def _same_base(adapter: Adapter, ref: Source) -> Source:
     return ref
 
 
+def _with_one_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with its rotary embedding under one key; transformers 4 and 5 spell it differently."""
+    config = dict(config)
+    theta, scaling = config.pop("rope_theta", None), config.pop("rope_scaling", None)
+    rope = dict(config.pop("rope_parameters", None) or scaling or {})
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    rope.setdefault("rope_theta", theta)
+    return {**config, "rope": rope} if rope["rope_theta"] is not None or len(rope) > 2 else config
+
+
 def load_config(source: Source) -> dict[str, Any]:
     """A checkpoint's config.json. Raises DeraError where it is not an object with a list of architectures."""
     config = load_json(source.folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("architectures") or [], list):
         raise DeraError(f"{source.name}/config.json is not the config of a transformers model")
+    for key in ("vocab_size", *_CONTEXT):
+        if not isinstance(config.get(key), int | None):
+            raise DeraError(f"{source.name}/config.json: {key} is {config[key]!r}, expected a whole number")
     return config
 
 

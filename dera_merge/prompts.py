@@ -36,7 +36,8 @@ def read(file: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: U+2028 and its kind may stand inside a JSON text or a prompt.
+        lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise DeraError(f"prompts {file} cannot be read as UTF-8 text: {error}") from error
     prompts = []

@@ -112,6 +112,8 @@ BAD = {
     "device": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--device", "gpu9"], 1, ["gpu9"]),
     "prompts": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompts", "/nonexistent"], 1, ["cannot be read"]),
     "approx": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--approx", demo.REF], 1, ["not written by dera-merge"]),
+    "huge lambda": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1e30"], 1, ["no finite logits"]),
+    "meta": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--device", "meta"], 1, ["meta"]),
     "base": (["merge", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--base", demo.ALIGNED_LORA], 1, ["is an adapter"]),
 }
 
@@ -134,6 +136,9 @@ def test_a_lambda_that_is_none_is_a_usage_error(tmp_path, lam):
 @pytest.mark.parametrize(
     "arguments", [["nosuch"], ["merge", demo.REF, demo.ALIGNED_LORA, "-l", "1"], ["inspect"], ["merge", "--nosuch"],
                   ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "0,1", "--prompt", "x"],
+                  ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--seed", "-1"],
+                  ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--temperature", "inf"],
+                  ["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "-o", "x", "--max-kl", "nan"],
                   ["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "-o", "x", "--dtype", "int8"]]
 )  # fmt: skip
 def test_wrong_usage_is_status_2(arguments):
@@ -154,6 +159,19 @@ def test_a_config_that_is_none_is_one_line(tmp_path, config):
     (tmp_path / "model" / "config.json").write_text(config)
     assert_one_line(run("merge", demo.REF, tmp_path / "model", "-l", "1", "-o", tmp_path / "out"), 1, "config.json")
     assert_one_line(run("inspect", tmp_path / "model"), 1, "config.json")
+
+
+@pytest.mark.parametrize("recipe", ["[]", "{}", '{"files": 3}'])
+def test_a_recipe_that_is_none_is_one_line(tmp_path, recipe):
+    shutil.copytree(demo.ALIGNED_DENSE, tmp_path / "model")
+    (tmp_path / "model" / "dera_merge.json").write_text(recipe)
+    assert_one_line(run("inspect", tmp_path / "model"), 1, "not one that dera-merge wrote")
+
+
+def test_a_report_is_not_written_into_an_input(tmp_path):
+    shutil.copytree(demo.REF, tmp_path / "ref")
+    done = run("compare", tmp_path / "ref", demo.ALIGNED_DENSE, "-l", "1", "-o", tmp_path / "ref" / "sub")
+    assert_one_line(done, 1, "lies in an input")
 
 
 def test_control_characters_in_names_are_escaped():

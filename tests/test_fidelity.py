@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from dera_merge import DeraError, ModelPair, compare
+from dera_merge import DeraError, DeraWarning, ModelPair, compare
+from dera_merge import prompts as prompt_files
 from dera_merge.fidelity import MEASURES, bootstrap
 from dera_merge.sampling import sample
 
@@ -79,6 +80,13 @@ def test_a_merged_directory_is_measured_as_it_lies(pair, tmp_path):
         assert one["kl"] == pytest.approx(other["kl"], rel=1e-6)
     with pytest.raises(DeraError, match=r"merged at λ=0\.3"):
         compare(pair, [0.5], PROMPTS, approx=tmp_path / "out" / "lambda-0.3")
+
+
+def test_a_directory_merged_from_another_pair_warns_and_is_described_as_it_lies(pair, llama, tmp_path):
+    ModelPair.from_pretrained(llama(2), llama(3)).merge(tmp_path / "out", [0.5], rounding="nearest", dtype="bfloat16")
+    with pytest.warns(DeraWarning, match="was merged from"):
+        report = compare(pair, [0.5], PROMPTS, approx=tmp_path / "out")
+    assert (report.settings["dtype"], report.settings["rounding"]) == ("bfloat16", "nearest")
 
 
 def test_reference_and_aligned_model_read_given_texts_once_for_all_lambdas(pair, monkeypatch):
@@ -170,6 +178,11 @@ def test_bootstrap_resamples_prompts_not_tokens():
     low, high = bootstrap(np.repeat(levels, 100), np.repeat(range(20), 100))
     assert high - low == pytest.approx(2 * 1.96 * levels.std() / math.sqrt(20), rel=0.25)
     assert bootstrap(np.ones(5), np.zeros(5)) is None
+
+
+def test_prompt_files_with_a_byte_order_mark_or_odd_line_separators(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + '{"prompt": "a\u2028b"}\r\nplain\x85text\r\n\r\n'.encode())
+    assert prompt_files.read(tmp_path / "a.txt") == [{"prompt": "a\u2028b"}, {"prompt": "plain\x85text"}]
 
 
 def test_a_report_on_disk_is_json_markdown_and_a_plot(pair, tmp_path):

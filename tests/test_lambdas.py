@@ -24,7 +24,7 @@ def test_minus_zero_is_zero():
 
 
 @pytest.mark.parametrize(
-    "text", ["nan", "inf", "-inf", "1e999", "", "x", "0:1:0", "0:1:0.3", "1:0:0.5", "0:1", "0:1e9:1e-9", "0.5+0.25"]
+    "text", ["nan", "inf", "-inf", "1e999", "", "x", "0:1:0", "0:1:0.3", "1:0:0.5", "0:1", "0:1e9:1e-9", "0:100:1e-999999", "1_0", "0.5+0.25"]
 )
 def test_what_is_no_finite_lambda_is_refused(text):
     with pytest.raises(ValueError, match=r"λ|range|number"):

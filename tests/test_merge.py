@@ -92,6 +92,9 @@ def test_a_value_that_becomes_nan_is_an_error_and_leaves_nothing(tmp_path, llama
     with pytest.raises(DeraError, match=r"model\.norm\.weight: 1 merged values are NaN"):
         ModelPair.from_pretrained(llama(0), tmp_path / "broken").merge(tmp_path / "out", [0.5])
     assert not (tmp_path / "out").exists()
+    with pytest.raises(DeraError):
+        ModelPair.from_pretrained(llama(0), tmp_path / "broken").merge(tmp_path / "a" / "b", [0.5, 0.75])
+    assert not (tmp_path / "a").exists()
 
 
 ADAPTERS = {
@@ -251,6 +254,65 @@ def test_an_interrupted_merge_is_no_model_and_resumes_to_the_same_bytes(llama, t
     pair.merge(tmp_path / "out", [0.4], max_shard_size="9KB", resume=True)
     files = [{f.name: f.read_bytes() for f in folder.iterdir()} for folder in (whole, tmp_path / "out")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "input changed", "other shards"])
+def test_resume_does_not_call_a_damaged_or_outdated_output_complete(llama, tmp_path, damage):
+    shutil.copytree(llama(0), tmp_path / "ref")
+    out = tmp_path / "out"
+    ModelPair.from_pretrained(tmp_path / "ref", llama(1)).merge(out, [0.4])
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    pair = ModelPair.from_pretrained(tmp_path / "ref", llama(1))
+    assert pair.merge(out, [0.4], resume=True) == [out]  # intact: nothing to do
+    options = {"max_shard_size": "9KB"} if damage == "other shards" else {}
+    if damage == "truncated":
+        (out / "model.safetensors").write_bytes(before["model.safetensors"][:1000])
+    elif damage == "gone":
+        (out / "model.safetensors").unlink()
+    elif damage == "input changed":
+        (tmp_path / "ref" / "model.safetensors").touch()
+    with pytest.raises(DeraError, match="missing or has changed|an input has changed|--overwrite"):
+        ModelPair.from_pretrained(tmp_path / "ref", llama(1)).merge(out, [0.4], resume=True, **options)
+
+
+def test_resume_writes_a_damaged_shard_again(llama, tmp_path):
+    pair = ModelPair.from_pretrained(llama(0), llama(1, near=0))
+    (whole,) = pair.merge(tmp_path / "whole", [0.4], max_shard_size="9KB")
+
+    def interrupt(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        pair.merge(out, [0.4], max_shard_size="9KB", progress=interrupt)
+    shard = min(out.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    pair.merge(out, [0.4], max_shard_size="9KB", resume=True)
+    assert {f.name: f.read_bytes() for f in whole.iterdir()} == {f.name: f.read_bytes() for f in out.iterdir()}
+
+
+def test_several_lambdas_do_not_go_into_a_model_directory(llama, tmp_path):
+    pair = ModelPair.from_pretrained(llama(0), llama(1))
+    pair.merge(tmp_path / "out", [0.5])
+    with pytest.raises(DeraError, match="is a model itself"):
+        pair.merge(tmp_path / "out", [0.25, 0.5])
+
+
+def test_a_tied_reference_that_spells_its_head_out_is_untied_by_an_untied_one(llama, tmp_path):
+    from safetensors.torch import save_file
+
+    shutil.copytree(llama(0, tie_word_embeddings=True), tmp_path / "tied")
+    tensors = weights(tmp_path / "tied")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "tied" / "model.safetensors", metadata={"format": "pt"})
+    (out,) = ModelPair.from_pretrained(tmp_path / "tied", llama(1)).merge(tmp_path / "out", [1.0])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    ids = torch.tensor([[5, 6, 7]])
+    expected = AutoModelForCausalLM.from_pretrained(llama(1), dtype="auto")(ids).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(out, dtype="auto")(ids).logits, expected)
+    (back,) = ModelPair.from_pretrained(llama(1), llama(0, tie_word_embeddings=True)).merge(tmp_path / "back", [1.0])
+    assert torch.equal(weights(back)["lm_head.weight"], weights(tmp_path / "tied")["lm_head.weight"])
 
 
 def test_overwrite_replaces_only_what_dera_merge_wrote(llama, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -91,6 +92,25 @@ def test_a_changed_chat_template_warns_and_aligned_wins(copied):
     with pytest.warns(DeraWarning, match="chat templates differ"):
         pair = ModelPair.from_pretrained(ref, aligned)
     assert pair.tokenizer.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_another_rope_warns_however_it_is_spelled(copied):
+    ref, aligned = copied
+    edit(aligned, "config.json", lambda c: (c.pop("rope_parameters", None), c.update(rope_theta=10000.0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeraWarning)
+        ModelPair.from_pretrained(ref, aligned)  # the same value in transformers 4's spelling
+    edit(aligned, "config.json", lambda c: c.update(rope_theta=500000.0))
+    with pytest.warns(DeraWarning, match="rope"):
+        ModelPair.from_pretrained(ref, aligned)
+
+
+def test_a_size_that_is_no_number(copied):
+    ref, aligned = copied
+    edit(aligned, "config.json", lambda c: c.update(vocab_size="64"))
+    assert "vocab_size is '64'" in refusal(ref, aligned)
+    edit(aligned, "config.json", lambda c: c.update(vocab_size=64, quantization_config=None))
+    assert ModelPair.from_pretrained(ref, aligned).tensors
 
 
 def test_a_base_of_another_name_warns_and_ref_is_the_base(llama, lora):
