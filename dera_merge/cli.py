@@ -42,9 +42,8 @@ err = Console(stderr=True, soft_wrap=True)
 PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}  # fits 80 columns
 
 Rounding = Literal["stochastic", "nearest"]
-StorageDtype = Literal["auto", "float32", "float16", "bfloat16"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Mode = Literal["exact", "merged", "speculative"]
-ComputeDtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 Ref = Annotated[str, typer.Argument(metavar="REF", help="Reference model: a directory or a Hub id (id@revision).")]
 Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help="Aligned model: a full checkpoint or a PEFT adapter.")]
@@ -59,18 +58,13 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 
 
-@app.callback()
-def _options() -> None:
-    """Options of the whole program: none."""
-
-
 @app.command()
 def merge(
     ref: Ref,
     aligned: Aligned,
     lam: Lambdas,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory; with several λ, the parent of lambda-<λ>.")],
-    dtype: Annotated[StorageDtype, typer.Option(help="Of the output; auto: each tensor's dtype in REF.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the output; auto: each tensor's dtype in REF.")] = "auto",
     rounding: Annotated[Rounding | None, typer.Option(help="Default: stochastic for 16-bit output.")] = None,
     seed: Seed = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
@@ -92,12 +86,11 @@ def merge(
             output, lams, dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, resume=resume,
             overwrite=overwrite, progress=lambda done, total: tell(None, done >> 20, total >> 20),
         )  # fmt: skip
-    from .checkpoint import load_json
-    from .merge import RECIPE
+    from .merge import read_recipe
 
     written = []
     for value, folder in zip(lams, folders, strict=True):
-        recipe = load_json(folder / RECIPE)
+        recipe = read_recipe(folder)
         written.append({"lambda": value, "path": str(folder), "rounding": recipe["rounding"],
                         "kept": recipe["statistics"]["kept"], "error": recipe["statistics"]["error"]})  # fmt: skip
     if as_json:
@@ -119,7 +112,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Seed = 0,
     device: Device = "auto",
-    compute_dtype: Annotated[ComputeDtype, typer.Option(help="auto: float32 on CPU, else the checkpoint's.")] = "auto",
+    compute_dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, else the checkpoint's.")] = "auto",
     base: Base = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -154,14 +147,14 @@ def compare(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report.")],
     prompts: Annotated[Path | None, typer.Option(help="JSON Lines or text lines; default: 32 general prompts.")] = None,
     approx: Annotated[Path | None, typer.Option(help="A merged directory to measure, or the parent of lambda-*.")] = None,
-    dtype: Annotated[StorageDtype, typer.Option(help="How the merged model is stored.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="How the merged model is stored.")] = "auto",
     rounding: Annotated[Rounding | None, typer.Option(help="Default: stochastic for 16-bit storage.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of sampled texts.")] = 64,
     seed: Seed = 0,
     max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 if kl is above this at any λ.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Gate: exit 3 if top1 is below this at any λ.")] = None,
     device: Device = "auto",
-    compute_dtype: Annotated[ComputeDtype, typer.Option(help="auto: float32.")] = "auto",
+    compute_dtype: Annotated[Dtype, typer.Option(help="auto: float32.")] = "auto",
     base: Base = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -209,7 +202,7 @@ def compare(
 def inspect(
     ref: Ref,
     aligned: Annotated[str | None, typer.Argument(metavar="[ALIGNED]", help="Aligned model.")] = None,
-    dtype: Annotated[StorageDtype, typer.Option(help="Count ulps of this dtype; auto: of each tensor's in REF.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Count ulps of this dtype; auto: of each tensor's in REF.")] = "auto",
     base: Base = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,

@@ -220,10 +220,10 @@ class Adapter:
         return pieces
 
     def _low_rank(self, module: str, a: str, b: str, architecture: Architecture) -> LowRank:
-        (rank, *_), (out, *_) = self.checkpoint.tensors[a].shape, self.checkpoint.tensors[b].shape
         shape_a, shape_b = self.checkpoint.tensors[a].shape, self.checkpoint.tensors[b].shape
-        if len(shape_a) != 2 or len(shape_b) != 2 or shape_b[1] != rank:
+        if len(shape_a) != 2 or len(shape_b) != 2 or shape_b[1] != shape_a[0]:
             raise DeraError(f"{self.folder}: {module} has A of shape {shape_a} and B of {shape_b}, which do not multiply")
+        (rank, into), (out, _) = shape_a, shape_b
         stated = self._pattern("rank_pattern", module, self.config.get("r"))
         if rank != stated:
             raise DeraError(f"{self.folder}: {module} has rank {rank}, but adapter_config.json says {stated}")
@@ -232,7 +232,7 @@ class Adapter:
             raise DeraError(f"{self.folder}: lora_alpha is {alpha!r}, expected a number")
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         transposed = "lora_embedding" in a or module in architecture.transposed
-        self._fits(f"{module}.weight", (shape_a[1], out) if transposed else (out, shape_a[1]), architecture)
+        self._fits(f"{module}.weight", (into, out) if transposed else (out, into), architecture)
         return LowRank(self.checkpoint, a, b, scale, transposed)
 
     def _fits(self, name: str, shape: tuple[int, ...], architecture: Architecture) -> None:

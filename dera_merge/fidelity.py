@@ -24,9 +24,9 @@ import torch
 
 from . import lambdas
 from . import prompts as prompt_files
-from .checkpoint import json_bytes, load_json, write_atomically
+from .checkpoint import json_bytes, write_atomically
 from .errors import DeraError
-from .exact import DeraForCausalLM, mix
+from .exact import mix
 from .merge import output_layout, verify
 from .pair import ModelPair, load_model, warn
 from .prompts import Prompt
@@ -153,9 +153,7 @@ def compare(
 
     tell = progress or (lambda what, done, total: None)
     options = {"device": device, "compute_dtype": compute_dtype}
-    exact = DeraForCausalLM(*pair.load_sides(compute_dtype, device))
-    if config := pair.generation_config():
-        exact.generation_config = config
+    exact = pair.exact(dtype=compute_dtype, device=device)
     stored = None if approx is not None else pair.merged(lams[0], dtype=dtype, rounding=rounding, seed=seed, **options)
     smooth = pair.merged(lams[0], **options) if split or stored is None else None
 
@@ -193,8 +191,8 @@ def compare(
         ref, aligned = read(exact.ref), read(exact.aligned)
         resolution = max(resolution, _resolution(exact.ref, ref, texts))
         heads: list[torch.nn.ModuleDict] = []  # turning the dial may change the head, so traces keep the one they had
-        approximations = [(lam, [read(model, heads) for model in merged(lam)]) for lam in at]
-        report.per_token |= divergences(ref, aligned, approximations, exact.config.vocab_size)
+        traces = [(lam, [read(model, heads) for model in merged(lam)]) for lam in at]
+        report.per_token |= divergences(ref, aligned, traces, exact.config.vocab_size)
         prompt_of = np.repeat([text.prompt for text in texts], [len(text.ids) - text.start for text in texts])
         report.prompt_of |= dict.fromkeys(at, prompt_of)
 
@@ -412,9 +410,3 @@ def bootstrap(values: np.ndarray, prompt_of: np.ndarray, seed: int = 0, samples:
     draws = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
     means = sums[draws].sum(1) / counts[draws].sum(1)
     return [float(bound) for bound in np.quantile(means, [0.025, 0.975])]
-
-
-def load_report(file: str | os.PathLike[str]) -> Report:
-    """A report from its report.json, without the per-token values."""
-    data = load_json(Path(file))
-    return Report(data["ref"], data["aligned"], data["results"], data["settings"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -100,18 +99,18 @@ def merge(
         _check_clear_of_inputs(folder, pair)
     if len(lams) > 1 and any((root / name).exists() for name in ("config.json", RECIPE, PARTIAL)):
         raise DeraError(f"{root} is a model itself; several λ need a directory of their own")
-    outputs = [_Output(folder, lam, recipe, plan, list(shards)) for folder, lam in zip(folders, lams, strict=True)]
+    outputs = [_Output(folder, lam, recipe, plan, shards) for folder, lam in zip(folders, lams, strict=True)]
     for output in outputs:
         output.check(resume, overwrite, newest)
-    _check_space(root, sum(source.tensors[name].numel * layout[name][0].itemsize for name in layout) * len(outputs))
+    _check_space(root, _total_bytes(layout) * len(outputs))
     outputs = [output for output in outputs if not output.complete]
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         for output in outputs:
             output.begin(overwrite)
-        _write_shards(source, outputs, shards, layout, rounding, seed, progress)
+        _write_shards(source, outputs, shards, rounding, seed, progress)
         for output in outputs:
-            output.finish(pair, source, layout, dtype)
+            output.finish(pair, source, dtype)
     except OSError as error:
         raise DeraError(f"writing {root} broke off: {error}; what is finished stays, go on with --resume") from error
     except DeraError:
@@ -165,13 +164,11 @@ def _write_shards(
     pair: ModelPair,
     outputs: list[_Output],
     shards: dict[str, Layout],
-    layout: Layout,
     rounding: Rounding,
     seed: int,
     progress: Progress | None,
 ) -> None:
-    total = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
-    written = 0
+    total, written = sum(map(_total_bytes, shards.values())), 0
     for file, names in shards.items():
         pending = [output for output in outputs if file not in output.done]
         writers = [ShardWriter(output.folder / file, names) for output in pending]
@@ -212,7 +209,7 @@ class Tally:
         moved = (stored.double() - piece.ref.double()).nan_to_num()
         row = self.sums.setdefault(layer_kind(piece.name), [0.0, 0.0, 0.0])
         for index, product in enumerate((moved * step, step * step, (moved - step) ** 2)):
-            row[index] = min(row[index] + product.sum().item(), sys.float_info.max)  # JSON holds no infinity
+            row[index] += product.sum().item()
 
     def merge(self, sums: dict[str, list[float]]) -> None:
         for kind, row in sums.items():
@@ -224,9 +221,7 @@ class Tally:
 
         def ratios(row: list[float]) -> dict[str, float | None]:
             dot, square, error = row
-            if not square or max(dot, square, error) == sys.float_info.max:  # nothing moved, or λ of 1e200
-                return {"kept": None, "error": None}
-            return {"kept": dot / square, "error": (error / square) ** 0.5}
+            return {"kept": dot / square if square else None, "error": (error / square) ** 0.5 if square else None}
 
         overall = [sum(column) for column in zip(*self.sums.values(), strict=True)] or [0.0, 0.0, 0.0]
         return ratios(overall) | {"per_kind": {kind: ratios(row) for kind, row in sorted(self.sums.items())}}
@@ -240,7 +235,7 @@ class _Output:
     lam: float
     recipe: dict[str, Any]
     plan: str
-    files: list[str]
+    shards: dict[str, Layout]
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # shard → its SHA-256 and Tally
     complete: bool = False
     resumed: bool = False
@@ -260,7 +255,7 @@ class _Output:
             written = verify(self.folder)
             asked = {**self.recipe, "lambda": self.lam}
             shards = {name for name in written["files"] if name.endswith(".safetensors")}
-            self.complete = shards == set(self.files) and all(written.get(key) == value for key, value in asked.items())
+            self.complete = shards == self.shards.keys() and all(written.get(key) == value for key, value in asked.items())
             if self.complete and newest > recipe.stat().st_mtime_ns:
                 raise DeraError(f"an input has changed since {self.folder} was written; --overwrite merges anew")
         if self.resumed or self.complete:
@@ -278,9 +273,10 @@ class _Output:
 
     def _ours(self) -> set[str]:
         names = {RECIPE, PARTIAL, "model.safetensors.index.json", "config.json", "generation_config.json", *TOKENIZER_FILES}
-        for record, key in ((RECIPE, "files"), (PARTIAL, "files")):
-            if (self.folder / record).is_file() and isinstance(data := load_json(self.folder / record), dict):
-                names |= set(data.get(key) or ()) if isinstance(data.get(key), (list, dict)) else set()
+        for record in (RECIPE, PARTIAL):
+            data = load_json(self.folder / record) if (self.folder / record).is_file() else None
+            if isinstance(data, dict) and isinstance(files := data.get("files"), list | dict):
+                names |= set(files)
         return names | {f"{name}.partial" for name in names}
 
     def begin(self, overwrite: bool) -> None:
@@ -290,23 +286,23 @@ class _Output:
         self._save()
 
     def _save(self) -> None:
-        state = {"plan": self.plan, "lambda": self.lam, "files": self.files, "shards": self.done}
+        state = {"plan": self.plan, "lambda": self.lam, "files": list(self.shards), "shards": self.done}
         write_atomically(self.folder / PARTIAL, json_bytes({"partial": "this is not a model yet", **state}))
 
     def shard_done(self, file: str, digest: str, tally: Tally) -> None:
         self.done[file] = {"sha256": digest, "sums": tally.sums}
         self._save()
 
-    def finish(self, pair: ModelPair, source: ModelPair, layout: Layout, dtype: torch.dtype | str | None) -> None:
+    def finish(self, pair: ModelPair, source: ModelPair, dtype: torch.dtype | str | None) -> None:
         """Everything but the weights; config.json, which makes the directory a model, last."""
-        files = {file: self.done[file]["sha256"] for file in self.files}
+        files = {file: self.done[file]["sha256"] for file in self.shards}
 
         def write(name: str, content: bytes) -> None:
             files[name] = write_atomically(self.folder / name, content)
 
-        if len(self.files) > 1:
-            weight_map = {name: file for file in self.files for name in _names_in(self.folder / file)}
-            size = sum(torch.Size(shape).numel() * kind.itemsize for kind, shape in layout.values())
+        if len(self.shards) > 1:
+            weight_map = {name: file for file, names in self.shards.items() for name in names}
+            size = sum(_total_bytes(names) for names in self.shards.values())
             write("model.safetensors.index.json", json_bytes(
                 {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}))  # fmt: skip
         for origin in _companions(pair):
@@ -320,7 +316,7 @@ class _Output:
         content = json_bytes(config)
         files["config.json"] = hashlib.sha256(content).hexdigest()
         tally = Tally()
-        for file in self.files:
+        for file in self.shards:
             tally.merge(self.done[file]["sums"])
         record = {**self.recipe, "lambda": self.lam, "statistics": tally.summary(), "files": files}
         write_atomically(self.folder / RECIPE, json_bytes(record))
@@ -336,16 +332,14 @@ class _Output:
         ours = self._ours()
         # config.json first: without it the rest is no model, whatever happens to this process next.
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name != "config.json"):
-            if path.name in ours or path.name.removesuffix(".partial") in self.files:
+            if path.name in ours or path.name.removesuffix(".partial") in self.shards:
                 path.unlink()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
 
-def _names_in(file: Path) -> list[str]:
-    from .checkpoint import read_header
-
-    return list(read_header(file))
+def _total_bytes(layout: Layout) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
 
 
 def _companions(pair: ModelPair) -> list[Path]:

@@ -508,8 +508,7 @@ def _with_adapter(base: PreTrainedModel, adapter: Adapter, device: str | torch.d
         id(p): torch.nn.Parameter(p.data if shared else p.data.clone(), requires_grad=False) for p in base.parameters()
     }
     model = copy.deepcopy(base, memo=dict(twins))
-    if not (adapter.folder / "adapter_model.safetensors").is_file() and not adapter.allow_pickle:
-        _ = adapter.checkpoint  # raises with the way out
+    stored = adapter.checkpoint.tensors.keys()  # before PEFT reads: pickles need permission
     try:
         peft_model = PeftModel.from_pretrained(model, adapter.folder, torch_device=str(device))
     except (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
@@ -517,7 +516,7 @@ def _with_adapter(base: PreTrainedModel, adapter: Adapter, device: str | torch.d
     if peft_model.active_peft_config.is_prompt_learning:
         raise DeraError(f"{adapter.folder} is a {adapter.config['peft_type']} adapter, which has no weights to mix")
     expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
-    if odd := sorted(expected ^ adapter.checkpoint.tensors.keys()):
+    if odd := sorted(expected ^ stored):
         where = "lacks" if odd[0] in expected else "has a key that the base has no place for:"
         raise DeraError(f"{adapter.folder} {where} {odd[0]}; PEFT would silently use the base there")
     return peft_model.get_base_model().eval()

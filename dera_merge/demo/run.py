@@ -9,6 +9,7 @@ from typing import Any
 from .. import demo
 from ..fidelity import Progress, compare
 from ..pair import ModelPair
+from ..prompts import encode
 from ..report import plot_fidelity
 from ..sampling import sample
 
@@ -38,13 +39,7 @@ def run(out: str | os.PathLike[str], progress: Progress | None = None) -> dict[s
     report = compare(pair, LAMS, prompts, max_new_tokens=TOKENS, progress=progress)
     report.save(folder)
 
-    ids = [
-        tokenizer(
-            tokenizer.apply_chat_template(prompt["messages"], tokenize=False, add_generation_prompt=True),
-            add_special_tokens=False,
-        )["input_ids"]
-        for prompt in prompts
-    ]
+    ids = [prompt.ids for prompt in encode(prompts, tokenizer)]
     exact, merged = pair.exact(), pair.merged(0.0)
     samples, rewards = [], {"exact": [], "merged": []}
     for number, lam in enumerate(LAMS, 1):
