@@ -11,8 +11,10 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import struct
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,11 +29,17 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # the scales of MX formats; torch 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the dtypes that θ_ref + λΔ is defined on
 
 MAX_HEADER = 100_000_000  # bytes; the same limit as the safetensors library
-SLICE = 1 << 22  # elements held in memory at a time when a tensor is walked through
+_WORTH_A_THREAD = 1 << 16  # bytes
+_FLUSH = 1 << 28  # bytes written before the disk is set to work on them
+MAX_JSON = 100_000_000  # bytes of a config, an index, an adapter's settings
+CHUNK = 1 << 21  # elements of a tensor that are handed from thread to thread at a time
+SLICE = 1 << 18  # elements that are computed at a time: as many as stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,14 @@ class TensorInfo:
         return self.shape[-1:] if len(self.shape) > 1 else ()
 
 
-def slices(info: TensorInfo, elements: int = SLICE) -> Iterator[tuple[int, int]]:
-    """Row ranges (start, stop) that cover a tensor in pieces of about `elements` elements."""
+def slices(
+    info: TensorInfo, elements: int = CHUNK, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Row ranges that cover a tensor's rows [start, stop) in pieces of about `elements` elements."""
+    stop = info.rows if stop is None else stop
     step = max(1, elements // max(1, math.prod(info.row_shape)))
-    for start in range(0, info.rows, step):
-        yield start, min(start + step, info.rows)
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
 
 
 class Checkpoint:
@@ -84,6 +95,7 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._pickled: dict[str, torch.Tensor] = {}
+        self._open: dict[Path, BinaryIO] = {}
         files = _shards(folder, f"{stem}.safetensors")
         if files:
             for file, expected in files.items():
@@ -117,28 +129,61 @@ class Checkpoint:
         self._pickled |= state
         return {name: TensorInfo(t.dtype, tuple(t.shape), file) for name, t in state.items()}
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows [start, stop) of a tensor, in its stored dtype; shape (stop-start, last axis), or (stop-start,)."""
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows [start, stop) of a tensor, in its stored dtype; shape (stop-start, last axis), or (stop-start,).
+
+        `out` is memory to read into: contiguous, of that shape and dtype.
+        """
         info = self.tensors[name]
         stop = info.rows if stop is None else stop
-        shape = (stop - start, *info.row_shape)
+        if out is None:
+            out = torch.empty((stop - start, *info.row_shape), dtype=info.dtype)
         if name in self._pickled:
-            return self._pickled[name].reshape(info.rows, *info.row_shape)[start:stop].contiguous()
-        out = torch.empty(shape, dtype=info.dtype)
-        row_bytes = math.prod(info.row_shape) * info.dtype.itemsize
+            return out.copy_(self._pickled[name].reshape(info.rows, *info.row_shape)[start:stop])
+        position = info.offset + start * math.prod(info.row_shape) * info.dtype.itemsize
         view = memoryview(as_bytes(out))
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset + start * row_bytes)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise DeraError(f"{info.file} ended while tensor {name} was read; the file is truncated")
-                view = view[count:]
+        if info.file not in self._open:
+            self._open[info.file] = info.file.open("rb", buffering=0)
+        while view:
+            count = _read_at(self._open[info.file], view, position)
+            if not count:
+                raise DeraError(f"{info.file} ended while tensor {name} was read; the file is truncated")
+            view, position = view[count:], position + count
         return out
 
     def read_whole(self, name: str) -> torch.Tensor:
         """A whole tensor in its stored dtype and shape."""
         return self.read(name).reshape(self.tensors[name].shape)
+
+
+def _read_at(file: BinaryIO, into: memoryview, position: int) -> int:
+    """Read at a position; several threads may read one file. Returns the number of bytes, 0 at the file's end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [into], position)
+    with open(file.name, "rb", buffering=0) as own:
+        own.seek(position)
+        return own.readinto(into)
+
+
+class Buffers:
+    """Memory that one worker uses again and again: fresh pages cost more than the arithmetic that is done in them."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}  # a view costs some microseconds
+
+    def take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised CPU tensor; the next `take` for the same `use` overwrites it."""
+        view = self._views.get((use, shape, dtype))
+        if view is None:
+            size = math.prod(shape) * dtype.itemsize
+            if use not in self._memory or self._memory[use].numel() < size:
+                self._memory[use] = torch.empty(size, dtype=torch.uint8)
+                self._views = {key: kept for key, kept in self._views.items() if key[0] != use}
+            view = self._views[use, shape, dtype] = self._memory[use][:size].view(dtype).view(shape)
+        return view
 
 
 def as_bytes(tensor: torch.Tensor) -> Any:
@@ -156,6 +201,8 @@ def load_json(path: Path) -> Any:
             raise DeraError(f"{path} has the key {max(keys, key=keys.count)!r} twice")
         return result
 
+    if path.stat().st_size > MAX_JSON:
+        raise DeraError(f"{path} has {path.stat().st_size} bytes, too many for a JSON file of settings")
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -261,9 +308,12 @@ class ShardWriter:
             position = end
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._stream: BinaryIO = self._partial.open("wb", buffering=0)
+        self._stream: BinaryIO = open_new(self._partial)
         self._hash = hashlib.sha256()
         self._left = position
+        self._unflushed = 0
+        self._threads = ThreadPoolExecutor(2)  # one hashes what the caller's thread writes, one sends it on to the disk
+        self._flushing: Future[None] | None = None
         self._put(struct.pack("<Q", len(text)) + text)
 
     @property
@@ -271,10 +321,21 @@ class ShardWriter:
         return self.file.with_name(self.file.name + ".partial")
 
     def _put(self, data: Any) -> None:
-        self._hash.update(data)
         view = memoryview(data).cast("B")
-        while view:
-            view = view[self._stream.write(view) :]
+        hashing = self._threads.submit(self._hash.update, view) if len(view) >= _WORTH_A_THREAD else None
+        if hashing is None:
+            self._hash.update(view)
+        rest = view
+        while rest:
+            rest = rest[self._stream.write(rest) :]
+        self._unflushed += len(view)
+        if self._unflushed >= _FLUSH and (self._flushing is None or self._flushing.done()):
+            if self._flushing:
+                self._flushing.result()  # raises what the disk said
+            self._unflushed = 0
+            self._flushing = self._threads.submit(os.fsync, self._stream.fileno())
+        if hashing:
+            hashing.result()
 
     def write(self, rows: torch.Tensor) -> None:
         """Append the next rows of the tensor whose turn it is."""
@@ -285,6 +346,7 @@ class ShardWriter:
         """Flush to disk, give the file its name, and return its SHA-256."""
         if self._left:
             raise RuntimeError(f"{self._left} bytes of {self.file} were not written")
+        self._threads.shutdown()
         os.fsync(self._stream.fileno())
         self._stream.close()
         self._partial.replace(self.file)
@@ -292,6 +354,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close without a result; the `.partial` file stays."""
+        self._threads.shutdown()
         self._stream.close()
 
 
@@ -300,12 +363,19 @@ def file_order(layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> list[s
     return sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
 
 
+def open_new(file: Path) -> BinaryIO:
+    """Open for writing a file that is made anew, with the modes of the umask; a symlink of that name is not followed."""
+    file.unlink(missing_ok=True)
+    return open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb", buffering=0)
+
+
 def write_atomically(file: Path, content: bytes) -> str:
     """Write a small file so that it is either absent or whole, and return its SHA-256."""
-    temporary = file.with_name(file.name + ".partial")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")  # several processes may write the same file
+    with open_new(temporary) as stream:
+        view = memoryview(content)
+        while view:
+            view = view[stream.write(view) :]
         os.fsync(stream.fileno())
     temporary.replace(file)
     return hashlib.sha256(content).hexdigest()

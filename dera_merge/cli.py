@@ -86,7 +86,7 @@ def merge(
             output, lams, dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, resume=resume,
             overwrite=overwrite, progress=lambda done, total: tell(None, done >> 20, total >> 20),
         )  # fmt: skip
-    from .merge import read_recipe
+    from .output import read_recipe
 
     written = []
     for value, folder in zip(lams, folders, strict=True):

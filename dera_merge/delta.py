@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,8 +31,8 @@ _SUFFIX = re.compile(
 class Piece(Protocol):
     """One thing that an adapter does to one tensor."""
 
-    def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The tensor's rows [start, stop) with the adapter, given them without it; same shape and dtype."""
+    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
+        """Change the tensor's rows [start, stop), float32 or float64, in place from without the adapter to with it."""
         ...
 
 
@@ -46,14 +46,18 @@ class LowRank:
     scale: float
     transposed: bool
 
-    def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
+        right = _factor(self.adapter, self.b if self.transposed else self.a, rows.dtype)
         if self.transposed:
-            left = self.adapter.read_whole(self.a)[:, start:stop].T
-            right = self.adapter.read_whole(self.b).T
+            left, right = _factor(self.adapter, self.a, rows.dtype)[:, start:stop].T, right.T
         else:
-            left = self.adapter.read(self.b, start, stop)
-            right = self.adapter.read_whole(self.a)
-        return rows + self.scale * (left.to(rows.dtype) @ right.to(rows.dtype))
+            left = self.adapter.read(self.b, start, stop).to(rows.dtype)
+        rows.addmm_(left, right, alpha=self.scale)
+
+
+@lru_cache(maxsize=4)  # the slices of one tensor come one after another, and each needs the whole factor
+def _factor(adapter: Checkpoint, key: str, dtype: torch.dtype) -> torch.Tensor:
+    return adapter.read_whole(key).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class Replacement:
     adapter: Checkpoint
     key: str
 
-    def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        return self.adapter.read(self.key, start, stop).to(rows.dtype)
+    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
+        rows.copy_(self.adapter.read(self.key, start, stop))
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from .checkpoint import slices
+from .checkpoint import Buffers, slices
 from .errors import DeraError
 from .merge import output_layout
 from .pair import ModelPair
-from .path import Slice
+from .path import Sums, stored_rows
+from .pipeline import in_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +38,7 @@ class _Dial:
         config = AutoConfig.from_pretrained(self.pair.ref.base.folder, trust_remote_code=self.pair.trust_remote_code)
         if self.pair.unties:
             config.tie_word_embeddings = False
-        state = {name: self.weights(name, lam) for name in self.layout}
+        state = dict(self.weights(lam))
         model, report = self.pair.architecture.model_class.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
@@ -44,15 +46,22 @@ class _Dial:
             raise DeraError(f"{self.pair.ref.base.name} lacks tensor {missing[0]}; transformers would make it up")
         return model
 
-    def weights(self, name: str, lam: float) -> torch.Tensor:
-        dtype, shape = self.layout[name]
-        out = torch.empty(shape, dtype=dtype)
-        info = self.pair.tensors[name]
-        rows = out.view(info.rows, *info.row_shape)
-        for start, stop in slices(info):
-            piece = Slice.read(self.pair, name, start, stop, dtype)
-            rows[start:stop] = piece.rounded(piece.value(lam), self.rounding, self.seed)
-        return out
+    def weights(self, lam: float) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor of θ(λ) in turn."""
+        tasks = [(name, *rows) for name in self.layout for rows in slices(self.pair.tensors[name])]
+
+        def work(task: tuple[str, int, int], scratch: Buffers, kept: Buffers) -> list[tuple[torch.Tensor, Sums | None]]:
+            dtype, _ = self.layout[task[0]]
+            return stored_rows(self.pair, *task, [lam], dtype, self.rounding, self.seed, scratch, kept)
+
+        for (name, start, stop), [(rows, _)] in zip(tasks, in_order(tasks, work), strict=True):
+            dtype, shape = self.layout[name]
+            info = self.pair.tensors[name]
+            if start == 0:
+                out = torch.empty(shape, dtype=dtype)
+            out.view(info.rows, *info.row_shape)[start:stop] = rows
+            if stop == info.rows:
+                yield name, out
 
 
 def live(
@@ -98,7 +107,7 @@ def _set_lam(model: PreTrainedModel, lam: float) -> None:
     parameters = model.state_dict()  # shares memory with the model
     places = {name: dial.pair.architecture.stored_name(name, parameters) for name in dial.layout}
     if None not in places.values():
-        for name, place in places.items():
-            parameters[place].copy_(dial.weights(name, lam))
+        for name, weight in dial.weights(lam):
+            parameters[places[name]].copy_(weight)
     else:  # transformers stores some of these tensors under other names, or fused; it knows how
         model.load_state_dict(dial.build(lam, model.dtype).state_dict())

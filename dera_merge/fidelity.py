@@ -27,7 +27,8 @@ from . import prompts as prompt_files
 from .checkpoint import json_bytes, write_atomically
 from .errors import DeraError
 from .exact import mix
-from .merge import output_layout, verify
+from .merge import output_layout
+from .output import verify
 from .pair import ModelPair, load_model, warn
 from .prompts import Prompt
 from .sampling import sample

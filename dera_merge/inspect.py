@@ -10,7 +10,7 @@ import torch
 from .checkpoint import REAL, Checkpoint, slices, total_bytes
 from .delta import Adapter
 from .errors import DeraError
-from .merge import PARTIAL, RECIPE, read_recipe
+from .output import PARTIAL, RECIPE, read_recipe
 from .pair import ModelPair, Source, load_config
 from .path import Slice, layer_kind
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint import REAL, Checkpoint, TensorInfo, load_json, slices
-from .delta import Adapter, Architecture, Piece
+from .checkpoint import REAL, Buffers, Checkpoint, TensorInfo, load_json, slices
+from .delta import Adapter, Architecture, LowRank, Piece
 from .errors import DeraError, DeraWarning
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Source:
 class Side:
     """One of the two models: a base checkpoint and, maybe, an adapter on it.
 
-    `rows` gives the effective weights, whichever it is; `stored_rows` the stored bits where no adapter changes them.
+    A tensor's effective rows are its `base_rows`, then changed in place by `adapt`.
     """
 
     source: Source
@@ -114,16 +114,18 @@ class Side:
     def info(self, name: str) -> TensorInfo:
         return self.checkpoint.tensors[self.key[name]]
 
-    def stored_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of the base tensor as stored, any adapter left out."""
-        return self.checkpoint.read(self.key[name], start, stop)
+    def base_rows(self, name: str, start: int, stop: int, out: torch.Tensor, buffers: Buffers) -> None:
+        """Rows [start, stop) of the base tensor, any adapter left out, in `out`'s dtype."""
+        info = self.info(name)
+        if info.dtype == out.dtype:
+            self.checkpoint.read(self.key[name], start, stop, out)
+        else:
+            out.copy_(self.checkpoint.read(self.key[name], start, stop, buffers.take("stored", out.shape, info.dtype)))
 
-    def rows(self, name: str, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows [start, stop) of this side's effective weights, computed in `dtype`."""
-        rows = self.stored_rows(name, start, stop).to(dtype)
+    def adapt(self, name: str, start: int, stop: int, rows: torch.Tensor) -> None:
+        """Make of the base's rows [start, stop) this side's effective ones, in place."""
         for piece in self.pieces.get(name, ()):
-            rows = piece.apply(rows, start, stop)
-        return rows
+            piece.apply(rows, start, stop)
 
 
 class ModelPair:
@@ -234,6 +236,20 @@ class ModelPair:
             self._check_tensor(name, info, self.aligned.info(name))
         return tensors
 
+    def adapts(self, name: str) -> bool:
+        """Whether an adapter changes this tensor by a sum over all of it, which no rounding should lose whole."""
+        return any(isinstance(piece, LowRank) for side in self.sides for piece in side.pieces.get(name, ()))
+
+    def is_opaque(self, name: str) -> bool:
+        """Whether a tensor is not a plain array of weights; it must be the same on both sides, and its bits stay."""
+        return self.ref.info(name).dtype not in REAL
+
+    def is_same(self, name: str) -> bool:
+        """Whether the two sides are one tensor, so that θ(λ) is its stored bits at every λ."""
+        ref, aligned = self.ref.info(name), self.aligned.info(name)
+        changed = name in self.ref.pieces or name in self.aligned.pieces
+        return self.is_opaque(name) or (ref is aligned and not changed)
+
     def _match_names(self) -> None:
         """Find each tensor on both sides where names differ, tensors are tied, or an adapter speaks in module names."""
         architecture = self.architecture
@@ -290,7 +306,7 @@ class ModelPair:
         if ref.dtype not in REAL or aligned.dtype not in REAL:
             same = ref.dtype == aligned.dtype and ref.shape == aligned.shape
             for start, stop in slices(ref) if same else ():
-                same = same and torch.equal(*(side.stored_rows(name, start, stop) for side in self.sides))
+                same = same and torch.equal(*(side.checkpoint.read(side.key[name], start, stop) for side in self.sides))
             if not same:
                 raise DeraError(f"tensor {name} has dtype {ref.dtype} and differs between the two; it cannot be mixed")
 

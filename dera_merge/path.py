@@ -1,19 +1,22 @@
 """θ(λ): the curve through the reference and the aligned model, one slice of one tensor at a time.
 
-This is the whole of the merge. `blend` is the formula, `Slice.at` the one place where a value is rounded.
+This is the whole of the merge: `Slice.read` brings both sides of a few rows into memory, `Slice.at` is the formula and
+the one place where a value is rounded.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from .checkpoint import REAL, TensorInfo
+from .checkpoint import REAL, SLICE, Buffers, TensorInfo, slices
 from .errors import DeraError
 from .pair import ModelPair
-from .rounding import Rounding, round_to
+from .rounding import NARROW, Rounding, in_range, random_bits, round_to
 
 
 def output_dtype(info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
@@ -21,13 +24,46 @@ def output_dtype(info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
     return info.dtype if dtype is None or info.dtype not in REAL else dtype
 
 
+def step_back(ref: torch.Tensor, aligned: torch.Tensor, lam: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """-λΔ, never -0 where Δ = 0: what θ(λ) is, is θ_ref minus this, and x - 0 is x for both zeros."""
+    first, second = (ref, aligned) if lam >= 0 else (aligned, ref)
+    return torch.sub(first, second, out=out).mul_(abs(lam))
+
+
 def blend(ref: torch.Tensor, aligned: torch.Tensor, lam: float) -> torch.Tensor:
-    """(1-λ)·θ_ref + λ·θ_aligned, which is θ_ref + λΔ, but exact at both ends and where Δ = 0."""
+    """θ_ref + λΔ, exact at both ends and where Δ = 0. Each operation rounds once, so slices do not change the bits."""
     if lam == 0.0:
         return ref
     if lam == 1.0:
         return aligned
-    return torch.where(ref == aligned, ref, (1.0 - lam) * ref + lam * aligned)
+    return torch.where(ref == aligned, ref, ref - step_back(ref, aligned, lam))  # ∞ - ∞ is NaN, though Δ = 0 there
+
+
+@dataclass
+class Sums:
+    """What rounding made of λΔ, summed over weights; the sums in float64.
+
+    Attributes:
+        cross: ⟨stored - θ_ref, λΔ⟩.
+        square: ‖λΔ‖².
+        error: ‖stored - θ(λ)‖².
+        weights: how many.
+        saturated: weights whose θ(λ) is beyond the largest number of the output dtype, stored as that number.
+        nonfinite: weights whose θ(λ) is NaN or infinite; they are left out of the sums above.
+        moved: whether any stored weight differs from the reference's.
+    """
+
+    cross: float = 0.0
+    square: float = 0.0
+    error: float = 0.0
+    weights: int = 0
+    saturated: int = 0
+    nonfinite: int = 0
+    moved: bool = False
+
+    def add(self, other: Sums) -> None:
+        for key, value in vars(other).items():
+            setattr(self, key, getattr(self, key) or value if key == "moved" else getattr(self, key) + value)
 
 
 @dataclass(frozen=True)
@@ -35,50 +71,140 @@ class Slice:
     """Rows [start, stop) of one tensor of a pair, read once and blended at as many λ as wanted.
 
     Attributes:
+        start: flat index of the first element.
+        dtype, rounding, seed: how θ(λ) is stored; see `round_to`.
         ref: θ_ref in the compute dtype, or as stored where the two sides are the same tensor.
         aligned: θ_aligned in the compute dtype, or None where the two sides are the same tensor.
+        buffers: where all of it lies.
     """
 
     name: str
-    start: int  # flat index of the first element
-    dtype: torch.dtype  # of the output
+    start: int
+    dtype: torch.dtype
+    rounding: Rounding
+    seed: int
     ref: torch.Tensor
     aligned: torch.Tensor | None
+    buffers: Buffers
 
     @classmethod
-    def read(cls, pair: ModelPair, name: str, start: int, stop: int, dtype: torch.dtype) -> Slice:
+    def read(
+        cls, pair: ModelPair, name: str, start: int, stop: int, dtype: torch.dtype,
+        rounding: Rounding = "nearest", seed: int = 0, buffers: Buffers | None = None,
+    ) -> Slice:  # fmt: skip
         """Read both sides. 16-bit outputs are computed in float32, wider ones in float64."""
-        ref_info, aligned_info = pair.ref.info(name), pair.aligned.info(name)
-        first = start * math.prod(ref_info.row_shape)
-        touched = name in pair.ref.pieces or name in pair.aligned.pieces
-        if ref_info.dtype not in REAL or (ref_info is aligned_info and not touched):
-            return cls(name, first, dtype, pair.ref.stored_rows(name, start, stop), None)
+        buffers = buffers or Buffers()
+        ref, aligned = pair.ref, pair.aligned
+        info, other = ref.info(name), aligned.info(name)
+        shape = (stop - start, *info.row_shape)
+        how = (name, start * math.prod(info.row_shape), dtype, rounding, seed)
+        if pair.is_same(name):
+            stored = ref.checkpoint.read(ref.key[name], start, stop, buffers.take("stored", shape, info.dtype))
+            return cls(*how, stored, None, buffers)
         compute = torch.float32 if dtype.itemsize == 2 else torch.float64
-        ref = pair.ref.rows(name, start, stop, compute)
-        common = max(start, min(stop, aligned_info.rows))
-        aligned = pair.aligned.rows(name, start, common, compute)
-        if common < stop:  # padding rows of the vocabulary that only REF has
-            aligned = torch.cat([aligned, ref[common - start :]])
-        return cls(name, first, dtype, ref, aligned)
+        rows, theirs = (buffers.take(use, shape, compute) for use in ("ref", "aligned"))
+        ref.base_rows(name, start, stop, rows, buffers)
+        if other is info:
+            theirs.copy_(rows)
+        else:
+            common = max(start, min(stop, other.rows))
+            aligned.base_rows(name, start, common, theirs[: common - start], buffers)
+            theirs[common - start :] = rows[common - start :]  # padding rows of the vocabulary that only REF has
+        ref.adapt(name, start, stop, rows)
+        aligned.adapt(name, start, stop, theirs)
+        return cls(*how, rows, theirs, buffers)
 
-    def value(self, lam: float) -> torch.Tensor:
-        """θ(λ) before rounding."""
-        return self.ref if self.aligned is None else blend(self.ref, self.aligned, lam)
-
-    def rounded(self, value: torch.Tensor, rounding: Rounding, seed: int) -> torch.Tensor:
-        """A value of `self.value` as stored, same shape.
+    def at(
+        self, lam: float, out: torch.Tensor | None = None, sums: Sums | None = None, allow_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """θ(λ) as stored, in `self.dtype`.
 
         What came from the output dtype is held by it exactly, so every rounding returns its bits: at λ=0 and λ=1, and
         wherever Δ = 0, the inputs' own bits come out.
 
+        Args:
+            lam: λ.
+            out: memory for the result.
+            sums: where to add what became of λΔ.
+            allow_nonfinite: store NaN and infinity where θ(λ) is that.
+
         Raises:
             DeraError: a value is NaN or infinite, other than an infinity that both inputs hold.
         """
-        if self.aligned is not None and (odd := ~torch.isfinite(value) & (self.ref != self.aligned)).any():
-            raise DeraError(f"tensor {self.name}: {int(odd.sum())} merged values are NaN or infinite; is an input broken?")
-        if value.dtype == self.dtype:
-            return value
-        return round_to(value, self.dtype, rounding, seed, self.name, self.start)
+        if self.aligned is None:
+            return round_to(self.ref, self.dtype, self._noise, out)
+        take, shape, compute = self.buffers.take, tuple(self.ref.shape), self.ref.dtype
+        both = take("step and error", (2, *shape), compute)
+        step = step_back(self.ref, self.aligned, lam, out=both[0])
+        if lam in (0.0, 1.0):
+            value = self.aligned if lam else self.ref
+        else:
+            value = torch.sub(self.ref, step, out=take("value", shape, compute))
+        saturated = nonfinite = 0
+        ordinary = in_range(value, self.dtype)
+        if not ordinary:
+            value = blend(self.ref, self.aligned, lam)
+            finite = value.isfinite()
+            nonfinite = int((~finite & (self.ref != self.aligned)).sum())
+            saturated = int((finite & (value.abs() > torch.finfo(self.dtype).max)).sum())
+            if nonfinite and not allow_nonfinite:
+                raise DeraError(
+                    f"tensor {self.name}: {nonfinite} merged values are NaN or infinite; is an input broken? "
+                    "--allow-nonfinite stores them"
+                )
+        stored = round_to(value, self.dtype, self._noise, out, ordinary)
+        if sums is not None:
+            error = both[1].copy_(stored)
+            moved = sums.moved or differs(error, self.ref)
+            error.sub_(value)
+            square, cross, lost = moments(both, self.buffers)
+            if not math.isfinite(square + cross + lost):
+                square, cross, lost = moments(torch.where(both.isfinite().all(0), both, 0.0), self.buffers)
+            sums.add(Sums(square - cross, square, lost, value.numel(), saturated, nonfinite, moved))
+        return stored
+
+    @cached_property
+    def _noise(self) -> torch.Tensor | None:
+        """The bits that every λ of this slice is rounded with."""
+        if self.rounding == "nearest" or self.dtype not in NARROW or self.ref.dtype == self.dtype:
+            return None
+        bits = random_bits(self.seed, self.name, self.start, self.ref.numel())
+        return self.buffers.take("noise", self.ref.shape, torch.int32).copy_(bits.view(self.ref.shape))
+
+
+def differs(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors differ anywhere; looks at a few values first, where it mostly shows."""
+    one, other = one.flatten(), other.flatten()
+    return not (torch.equal(one[:4096], other[:4096]) and torch.equal(one, other))
+
+
+def moments(both: torch.Tensor, buffers: Buffers) -> tuple[float, float, float]:
+    """‖x‖², ⟨x, y⟩, ‖y‖² of `both` = (x, y): products and sums in float64."""
+    wide = buffers.take("wide", (2, both[0].numel()), torch.float64)
+    wide.view(both.shape).copy_(both)
+    (xx, xy), (_, yy) = (wide @ wide.T).tolist()
+    return xx, xy, yy
+
+
+def stored_rows(
+    pair: ModelPair, name: str, start: int, stop: int, lams: Sequence[float], dtype: torch.dtype, rounding: Rounding,
+    seed: int, scratch: Buffers, kept: Buffers, allow_nonfinite: bool = False,
+) -> list[tuple[torch.Tensor, Sums | None]]:  # fmt: skip
+    """Rows [start, stop) of θ(λ) as stored, for each λ, and what became of λΔ (None: the two sides are one tensor).
+
+    The result lies in `kept`. Everything else goes through `scratch`, a cache-sized slice at a time.
+    """
+    info = pair.ref.info(name)
+    changes = not pair.is_same(name)
+    results = [
+        (kept.take(f"stored {number}", (stop - start, *info.row_shape), dtype), Sums() if changes else None)
+        for number in range(len(lams))
+    ]
+    for first, last in slices(info, SLICE, start, stop):
+        piece = Slice.read(pair, name, first, last, dtype, rounding, seed, scratch)
+        for lam, (out, sums) in zip(lams, results, strict=True):
+            piece.at(lam, out[first - start : last - start], sums, allow_nonfinite)
+    return results
 
 
 def layer_kind(name: str) -> str:

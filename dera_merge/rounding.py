@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 Rounding = Literal["stochastic", "nearest"]
+NARROW = (torch.bfloat16, torch.float16)  # what stochastic rounding is for; wider dtypes round to nearest
 
 
 def random_bits(seed: int, name: str, start: int, count: int) -> torch.Tensor:
@@ -36,49 +37,63 @@ def random_bits(seed: int, name: str, start: int, count: int) -> torch.Tensor:
     words.advance(start // 4)  # one 64-bit output serves four elements
     skip = start % 4
     raw = words.random_raw((skip + count + 3) // 4).astype("<u8", copy=False).view("<u2")
-    return torch.from_numpy(raw[skip : skip + count].astype(np.int32))
+    return torch.from_numpy(raw[skip : skip + count]).to(torch.int32)
 
 
 def round_to(
-    values: torch.Tensor, dtype: torch.dtype, rounding: Rounding, seed: int = 0, name: str = "", start: int = 0
+    values: torch.Tensor,
+    dtype: torch.dtype,
+    noise: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    ordinary: bool | None = None,
 ) -> torch.Tensor:
     """Round float32 (or float64) values to a storage dtype.
 
     Args:
         values: any shape, contiguous.
-        dtype: the output dtype. Stochastic rounding applies to bfloat16 and float16; others round to nearest.
-        rounding: `"nearest"` (ties to even) or `"stochastic"`.
-        seed, name, start: see `random_bits`; `start` is the flat index of the first of `values`.
+        dtype: the output dtype.
+        noise: `random_bits` of the same shape for stochastic rounding to bfloat16 or float16; None rounds to nearest
+            (ties to even).
+        out: memory for the result; default: new.
+        ordinary: what `in_range` says of the values, where it is known.
 
     Returns:
         Tensor of `dtype`, same shape. Values that `dtype` holds exactly stay as they are, finite values stay finite.
     """
-    if rounding == "stochastic" and dtype in (torch.bfloat16, torch.float16):
-        values = values.float()
-        noise = random_bits(seed, name, start, values.numel()).view(values.shape)
-        rounded = _stochastic_bf16(values, noise) if dtype == torch.bfloat16 else _stochastic_fp16(values, noise)
+    out = torch.empty(values.shape, dtype=dtype) if out is None else out
+    if values.dtype == dtype:
+        return out.copy_(values)
+    ordinary = in_range(values, dtype) if ordinary is None else ordinary
+    if noise is None:
+        out.copy_(values)
+    elif dtype == torch.bfloat16:
+        # A bfloat16 is the upper half of a float32. Adding 16 random bits to the lower half carries into the upper half
+        # with probability lower/65536, which is (x - lower neighbour)/ulp; in sign-magnitude that holds for both signs.
+        bits = noise + values.float().view(torch.int32)
+        out.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
     else:
-        rounded = values.to(dtype)
-    if (over := rounded.isinf() & values.isfinite()).any():
+        out.copy_(_to_eleven_bits(values.float(), noise))
+    if not ordinary:
         limit = torch.finfo(dtype).max
-        rounded = torch.where(over, torch.copysign(torch.full_like(rounded, limit), rounded), rounded)
-    return rounded
+        held = torch.where(values.isfinite(), values.clamp(-limit, limit), values).to(dtype)
+        out.copy_(torch.where((values.abs() <= limit) & out.isfinite(), out, held))
+    return out
 
 
-def _stochastic_bf16(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    # A bfloat16 is the upper half of a float32. Adding 16 random bits to the lower half carries into the upper half
-    # with probability lower/65536, which is (x - lower neighbour)/ulp; in sign-magnitude that holds for both signs.
-    bits = values.view(torch.int32)
-    carried = torch.where(values.isfinite(), bits + noise, bits)
-    return (carried >> 16).to(torch.int16).view(torch.bfloat16)
+def in_range(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether all values are finite and no larger than the largest number of `dtype`."""
+    if not values.numel() or not dtype.is_floating_point:
+        return True
+    low, high = values.aminmax()
+    limit = torch.finfo(dtype).max
+    return low.item() >= -limit and high.item() <= limit  # NaN compares as false
 
 
-def _stochastic_fp16(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def _to_eleven_bits(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     # |x| = mantissa·2^exponent with mantissa in [½, 1): float16 has 11 bits of it, fewer below 2^-14.
     exponent = torch.frexp(values).exponent.clamp_(min=-13)
     ulp = torch.ldexp(torch.ones_like(values), exponent - 11)
     scaled = values.abs() / ulp  # exact: a division by a power of two
     floor = scaled.floor()
     up = noise < (scaled - floor) * 65536
-    rounded = torch.copysign((floor + up) * ulp, values)
-    return torch.where(values.isfinite(), rounded, values).to(torch.float16)
+    return torch.copysign((floor + up) * ulp, values)

@@ -13,7 +13,7 @@ from builders import weights
 from transformers import AutoModelForCausalLM
 
 from dera_merge import ModelPair, demo
-from dera_merge.merge import PARTIAL
+from dera_merge.output import PARTIAL
 
 
 def run(*arguments, **options):

@@ -12,6 +12,10 @@ NARROW = [torch.bfloat16, torch.float16]
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
+def rounded(values, dtype, rounding, seed=0, name="w"):
+    return round_to(values, dtype, random_bits(seed, name, 0, values.numel()) if rounding == "stochastic" else None)
+
+
 def neighbours(value: float, dtype: torch.dtype) -> tuple[float, float]:
     """The representable numbers at or below and at or above a value, by walking from the nearest one."""
     near = torch.tensor(value, dtype=torch.float64).to(dtype)
@@ -28,7 +32,7 @@ def neighbours(value: float, dtype: torch.dtype) -> tuple[float, float]:
 @settings(max_examples=200, deadline=None)
 @given(values=st.lists(floats, min_size=1, max_size=20), seed=st.integers(0, 3))
 def test_a_value_goes_to_one_of_its_two_neighbours(dtype, rounding, values, seed):
-    stored = round_to(torch.tensor(values, dtype=torch.float32), dtype, rounding, seed, "w").double().tolist()
+    stored = rounded(torch.tensor(values, dtype=torch.float32), dtype, rounding, seed).double().tolist()
     limit = torch.finfo(dtype).max
     for value, result in zip(values, stored, strict=True):
         assert np.isfinite(result)
@@ -41,7 +45,7 @@ def test_a_value_goes_to_one_of_its_two_neighbours(dtype, rounding, values, seed
 def test_what_the_dtype_holds_exactly_keeps_its_bits(dtype, bits):
     stored = torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(dtype)
     stored = stored[~stored.isnan()]
-    again = round_to(stored.float(), dtype, "stochastic", 3, "w")
+    again = rounded(stored.float(), dtype, "stochastic", 3)
     assert torch.equal(again.view(torch.int16), stored.view(torch.int16))
 
 
@@ -52,13 +56,13 @@ def test_stochastic_rounding_goes_up_as_often_as_the_value_lies_up(dtype, share)
     high = torch.nextafter(low, torch.tensor(2.0, dtype=dtype))
     value = low.double() + share * (high.double() - low.double())
     n = 100_000
-    up = (round_to(value.float().expand(n).contiguous(), dtype, "stochastic", 0, "w") == high).double().mean().item()
+    up = (rounded(value.float().expand(n).contiguous(), dtype, "stochastic") == high).double().mean().item()
     assert abs(up - share) < 5 * (share * (1 - share) / n) ** 0.5  # five standard deviations
 
 
 def test_nearest_rounding_would_fail_the_test_of_unbiasedness():
     value = torch.full((1000,), 1 + 0.05 * 2**-7)
-    assert (round_to(value, torch.bfloat16, "nearest") == 1).all()
+    assert (rounded(value, torch.bfloat16, "nearest") == 1).all()
 
 
 @settings(max_examples=50, deadline=None)
@@ -82,5 +86,5 @@ def test_random_bits_are_uniform():
 def test_rounding_is_monotone_in_the_value():
     """The noise is the same at every λ, so a weight that moves up with λ is never stored lower."""
     values = torch.linspace(1, 1.1, 1000).float()
-    stored = torch.stack([round_to(v.repeat(64), torch.bfloat16, "stochastic", 0, "w").float() for v in values])
+    stored = torch.stack([rounded(v.repeat(64), torch.bfloat16, "stochastic").float() for v in values])
     assert (stored.diff(dim=0) >= 0).all()
