@@ -7,25 +7,43 @@ is which, which tensors are tied, and which layers store their weight transposed
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .checkpoint import Checkpoint, load_json
+from .checkpoint import Checkpoint, load_json, slices
 from .errors import DeraError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+# Types of which PEFT merges a module from the adapter's tensors and that module's weight alone. The others have no weights
+# to merge (prompts), or derive what they do from the base when they are loaded (OSF, PSOFT, FRoD, AdaMSS).
+_THROUGH_PEFT = frozenset(
+    "LORA ADALORA LOHA LOKR IA3 OFT BOFT VERA PVERA RANDLORA HRA FOURIERFT WAVEFT MISS VBLORA SHIRA LN_TUNING C3A DELORA "
+    "GRALORA HIRA GLORA UNILORA TINYLORA ROAD DEFT PEANUT BEFT TRAINABLE_TOKENS".split()
+)
+# What LoRA configs say that our own sum s·BA does not cover, and PEFT's merge does.
+_MORE_THAN_LOW_RANK = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
 # What may be left at `init_lora_weights` without the base having been changed when the adapter was made.
 _HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."
 _SUFFIX = re.compile(
-    r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector(?:\.weight)?"
-    r"|lora_[AB]\.bias|token_adapter\..*|base_layer\.weight|weight|bias)$"
+    r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|base_layer\.weight|weight|bias)$"
 )
+
+
+# The base's embeddings, stored beside the adapter by `save_embedding_layers`.
+_COPY = re.compile(r"(\.base_layer|embed_tokens|lm_head|wte|embed_in|embed_out)\.weight$")
 
 
 class Piece(Protocol):
@@ -71,6 +89,94 @@ class Replacement:
         rows.copy_(self.adapter.read(self.key, start, stop))
 
 
+@dataclass(frozen=True, eq=False)
+class ThroughPeft:
+    """A parameter of a module that PEFT merges: DoRA, OFT, IA³ and whatever else is no plain sum s·BA."""
+
+    modules: PeftModules
+    module: str
+    parameter: str
+
+    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
+        merged = self.modules.merged(self.module)[self.parameter]
+        rows.copy_(merged.reshape(-1, *rows.shape[1:])[start:stop])
+
+
+class PeftModules:
+    """The adapted modules of a model that has no weights: PEFT merges each when its base weight is put in.
+
+    The model is built of zeros that take no memory, so what is held is the adapter, and one module at a time.
+
+    Args:
+        adapter: whose modules.
+        read_base: gives the whole base tensor of a parameter, by its name in memory, in float32.
+    """
+
+    def __init__(self, adapter: Adapter, read_base: Callable[[str], torch.Tensor], model: PreTrainedModel) -> None:
+        self._read_base = read_base
+        self._adapter = adapter
+        self._lock = Lock()
+        self._latest: tuple[str, dict[str, torch.Tensor]] | None = None
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        _hollow(model)
+        root = adapter.load_onto(model, "cpu").get_base_model()
+        self.modules: dict[str, torch.nn.Module] = {}
+        for name, module in root.named_modules():
+            inside = any(name.startswith(f"{outer}.") for outer in self.modules)
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
+                self.modules[name] = module
+
+    def parameters(self) -> Iterator[tuple[str, str]]:
+        """(module, parameter) of everything that the adapter may change."""
+        for name, module in self.modules.items():
+            for parameter, _ in _base_of(module).named_parameters():
+                yield name, parameter
+
+    def merged(self, name: str) -> dict[str, torch.Tensor]:
+        """The parameters of one module with the adapter in them, float32. Raises DeraError where PEFT cannot merge it."""
+        with self._lock:  # the slices of one tensor are asked for by several threads, one after another
+            if self._latest is None or self._latest[0] != name:
+                self._latest = None
+                self._latest = (name, self._merge(name))
+            return self._latest[1]
+
+    def _merge(self, name: str) -> dict[str, torch.Tensor]:
+        module = self.modules[name]
+        weights = {
+            id(hollow): torch.nn.Parameter(self._read_base(f"{name}.{parameter}"), requires_grad=False)
+            for parameter, hollow in _base_of(module).named_parameters()
+        }
+        twin = copy.deepcopy(module, dict(weights))
+        try:
+            if hasattr(twin, "unload_and_optionally_merge_module"):
+                done = twin.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            else:
+                twin.merge()
+                done = twin.get_base_layer()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise DeraError(f"{self._adapter.folder}: PEFT cannot merge {name}: {error}; decode exactly") from error
+        return {parameter: merged.detach().float() for parameter, merged in done.named_parameters()}
+
+
+def _base_of(module: Any) -> torch.nn.Module:
+    if hasattr(module, "token_adapter"):
+        return module.token_adapter.get_base_layer()
+    return module.original_module if hasattr(module, "original_module") else module.get_base_layer()
+
+
+def _hollow(model: torch.nn.Module) -> None:
+    """Put zeros that share one element in the place of all parameters and buffers."""
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, tensor in kept.items():
+                if tensor is not None:
+                    zeros = torch.zeros((), dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
+                    hollow = zeros.expand(tensor.shape)
+                    kept[name] = torch.nn.Parameter(hollow, False) if kept is module._parameters else hollow
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The model that a config describes, without weights.
@@ -80,6 +186,7 @@ class Architecture:
         tied: name → the name that it shares its tensor with (`lm_head.weight` → `model.embed_tokens.weight`).
         prefix: `base_model_prefix`, which some checkpoints leave out (`transformer.` in GPT-2's).
         transposed: modules that store their weight as (in, out).
+        linear: linear modules, the head left out.
         model_class: transformers' class.
     """
 
@@ -87,25 +194,22 @@ class Architecture:
     tied: dict[str, str]
     prefix: str
     transposed: frozenset[str]
+    linear: tuple[str, ...]
     model_class: type
 
     @classmethod
     def of(cls, folder: Path, trust_remote_code: bool = False) -> Architecture:
         """Build from `folder/config.json`. Raises DeraError where transformers does not know the architecture."""
-        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
 
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except (ValueError, OSError, KeyError, AttributeError, TypeError, ImportError) as error:
-            raise DeraError(f"transformers cannot build the model that {folder}/config.json describes: {error}") from error
+        model = empty_model(folder, trust_remote_code)
+        head = model.get_output_embeddings()
         return cls(
             {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
             dict(getattr(model, "all_tied_weights_keys", None) or {}),
             f"{model.base_model_prefix}.",
             frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
+            tuple(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head),
             type(model),
         )
 
@@ -119,6 +223,18 @@ class Architecture:
     def owner(self, name: str) -> str | None:
         """The tensor that `name` shares by the config, or None."""
         return self.tied.get(name) or self.tied.get(f"{self.prefix}{name}")
+
+
+def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that `folder/config.json` describes, on the meta device. Raises DeraError where transformers cannot."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, AttributeError, TypeError, ImportError) as error:
+        raise DeraError(f"transformers cannot build the model that {folder}/config.json describes: {error}") from error
 
 
 @dataclass
@@ -149,6 +265,15 @@ class Adapter:
         return self.config.get("base_model_name_or_path")
 
     @property
+    def trained_on(self) -> str | None:
+        """The quantisation of the base that it was trained on, where its config records one that we know."""
+        settings = self.config.get("quantization_config")
+        if not isinstance(settings, dict) or not settings.get("load_in_4bit"):
+            return None
+        double = "-double" if settings.get("bnb_4bit_use_double_quant") else ""
+        return f"{settings.get('bnb_4bit_quant_type', 'fp4')}{double}"
+
+    @property
     def kind(self) -> str:
         """What to call it: `LORA r=16`, say."""
         rank = f" r={self.config['r']}" if self.config["peft_type"] == "LORA" and "r" in self.config else ""
@@ -159,30 +284,65 @@ class Adapter:
         """PiSSA, OLoRA, LoftQ and their kind, unless converted, rewrite the base weights when PEFT loads them."""
         return self.config.get("init_lora_weights", True) not in _HARMLESS_INIT
 
+    @property
+    def brings_base_tensors(self) -> bool:
+        """`save_embedding_layers` puts the base's embeddings beside the adapter; PEFT writes them into the base."""
+        return any(_COPY.search(key) for key in self.checkpoint.tensors)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all that it does are sums s·BA and tensors that were trained whole."""
+        return self.config["peft_type"] == "LORA" and not any(self.config.get(key) for key in _MORE_THAN_LOW_RANK)
+
     def _why_unmergeable(self) -> str | None:
         config = self.config
-        if config["peft_type"] != "LORA":
-            return f"{config['peft_type']} adapters are not merged yet"
+        if config["peft_type"] not in _THROUGH_PEFT:
+            return f"{config['peft_type']} adapters are not merged"
         for key, what in (
-            ("use_dora", "DoRA"),
             ("use_qalora", "QA-LoRA"),
             ("alora_invocation_tokens", "activated LoRA"),
             ("layer_replication", "layer replication"),
-            ("lora_bias", "lora_bias"),
-            ("trainable_token_indices", "trainable_token_indices"),
-            ("target_parameters", "target_parameters"),
             ("ensure_weight_tying", "ensure_weight_tying"),
             ("use_bdlora", "BD-LoRA"),
             ("arrow_config", "Arrow"),
         ):
             if config.get(key):
-                return f"LoRA with {what} is not merged yet"
+                return f"LoRA with {what} is not merged"
         if self.changes_base_at_load:
             return f"LoRA with init_lora_weights={config['init_lora_weights']!r} changes the base when it is loaded"
         return None
 
-    def bind(self, architecture: Architecture) -> dict[str, list[Piece]]:
+    def load_onto(self, model: PreTrainedModel, device: str | torch.device) -> PeftModel:
+        """PEFT's own model of a base and this adapter.
+
+        Raises:
+            DeraError: PEFT cannot load it, would leave a module at the base in silence, or it has no weights to mix.
+        """
+        from peft import PeftModel, get_peft_model_state_dict
+
+        stored = self.checkpoint.tensors.keys()  # before PEFT reads: pickles need permission
+        try:
+            adapted = PeftModel.from_pretrained(model, self.folder, torch_device=str(device))
+        except (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
+            raise DeraError(f"PEFT cannot load {self.folder}: {error}") from error
+        if adapted.active_peft_config.is_prompt_learning:
+            raise DeraError(f"{self.folder} is a {self.config['peft_type']} adapter, which has no weights to mix")
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        copies = {key for key in stored if _COPY.search(key)} & adapted.state_dict().keys()
+        if odd := sorted(expected ^ (stored - copies)):
+            where = "lacks" if odd[0] in expected else "has a key that the base has no place for:"
+            raise DeraError(f"{self.folder} {where} {odd[0]}; PEFT would silently use the base there")
+        return adapted
+
+    def bind(
+        self, architecture: Architecture, read_base: Callable[[str], torch.Tensor], build: Callable[[], PreTrainedModel]
+    ) -> dict[str, list[Piece]]:
         """What this adapter does, by parameter name in memory.
+
+        Args:
+            architecture: of the base.
+            read_base: gives the whole base tensor of a parameter in float32.
+            build: makes the empty model.
 
         Raises:
             DeraError: the adapter cannot be merged, does not fit the architecture, or its file does not match its
@@ -190,25 +350,51 @@ class Adapter:
         """
         if self.unmergeable:
             raise DeraError(f"{self.folder}: {self.unmergeable}; decode it exactly, or merge it with PEFT first")
-        modules: dict[str, dict[str, str]] = {}
-        for key in self.checkpoint.tensors:
-            found = _SUFFIX.search(key)
-            if not key.startswith(_PREFIX) or not found:
-                raise DeraError(f"{self.folder}: key {key!r} is none that a LoRA adapter has")
-            modules.setdefault(key[len(_PREFIX) : found.start()], {})[found.group(1)] = key
-            if not torch.isfinite(self.checkpoint.read_whole(key).float()).all():
+        for key, info in self.checkpoint.tensors.items():
+            if info.dtype.is_floating_point and not all(
+                self.checkpoint.read(key, *rows).float().isfinite().all() for rows in slices(info)
+            ):
                 raise DeraError(f"{self.folder}: tensor {key} holds NaN or infinity; the adapter is broken")
-        pieces: dict[str, list[Piece]] = {}
-        for module, keys in modules.items():
-            for name, piece in self._pieces(module, keys, architecture):
-                pieces.setdefault(name, []).append(piece)
-        if not pieces:
+        if not self.checkpoint.tensors:
             raise DeraError(f"{self.folder} holds no tensors; the adapter changes nothing")
+        pieces: dict[str, list[Piece]] = {}
+        if self.is_plain:
+            modules: dict[str, dict[str, str]] = {}
+            for key in self.checkpoint.tensors:
+                found = _SUFFIX.search(key)
+                if not key.startswith(_PREFIX) or not found:
+                    raise DeraError(f"{self.folder}: key {key!r} is none that a LoRA adapter has")
+                modules.setdefault(key[len(_PREFIX) : found.start()], {})[found.group(1)] = key
+            for module, keys in modules.items():
+                for name, piece in self._pieces(module, keys, architecture):
+                    pieces.setdefault(name, []).append(piece)
+        else:
+            adapted = PeftModules(self, read_base, build())
+            for module, parameter in adapted.parameters():
+                name = f"{module}.{parameter}"
+                if not self._is_tied_copy(module, name, architecture, adapted):
+                    pieces[name] = [ThroughPeft(adapted, module, parameter)]
         return pieces
+
+    def _is_tied_copy(self, module: str, name: str, architecture: Architecture, adapted: PeftModules) -> bool:
+        """Trained tokens of tied embeddings: PEFT changes both ends alike, and the output keeps one tensor."""
+        owner = architecture.owner(name)
+        both = (adapted.modules.get(end.removesuffix(".weight")) for end in (name, owner) if end)
+        return owner is not None and all(hasattr(end, "token_adapter") for end in both)
+
+    @property
+    def keeps_ties(self) -> bool:
+        """Whether a change of one end of a tie is meant for the other too."""
+        return bool(self.config.get("trainable_token_indices"))
 
     def _pieces(self, module: str, keys: dict[str, str], architecture: Architecture) -> list[tuple[str, Piece]]:
         weight = f"{module}.weight"
         pieces: list[tuple[str, Piece]] = []
+        for copied in ("base_layer.weight", "weight"):  # first: the sum is on top of it
+            trained = copied == "weight" and self._saved_whole(module, "weight")
+            if copied in keys and not trained and _COPY.search(keys[copied]):
+                self._fits(weight, self.checkpoint.tensors[keys[copied]].shape, architecture)
+                pieces.append((weight, Replacement(self.checkpoint, keys.pop(copied))))
         for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
             if a not in keys and b not in keys:
                 continue

@@ -78,7 +78,7 @@ def merge(
     if pair.new_tokens:
         if set(lams) != {1.0}:
             raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; only λ=1 can be merged")
-        source = ModelPair(pair.aligned, pair.aligned)
+        source = ModelPair(pair.aligned, pair.aligned, base_quantization=pair.base_quantization)
     layout, rounding = output_layout(source, dtype, rounding)
     shards = _split(layout, max_shard_size)
     share = list(shards)[shard[0] - 1 :: shard[1]] if shard else list(shards)
@@ -229,6 +229,7 @@ def describe_pair(pair: ModelPair) -> dict[str, Any]:
         "schema_version": SCHEMA,
         "ref": describe(pair.ref),
         "aligned": describe(pair.aligned),
+        "base_quantization": None if pair.base_quantization == "none" else pair.base_quantization,
         "path": "line",
         "versions": {name: _version(name) for name in ("dera-merge", "torch", "numpy")},
     }

@@ -13,15 +13,16 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .checkpoint import REAL, Buffers, Checkpoint, TensorInfo, load_json, slices
-from .delta import Adapter, Architecture, LowRank, Piece
+from .delta import Adapter, Architecture, Piece, Replacement, empty_model
 from .errors import DeraError, DeraWarning
+from .quantisation import Requantised
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -110,17 +111,31 @@ class Side:
     config: dict[str, Any]
     pieces: dict[str, list[Piece]] = field(default_factory=dict)  # by output name
     key: dict[str, str] = field(default_factory=dict)  # output name → name in the checkpoint
+    requantised: Requantised | None = None  # --base-quantization
 
     def info(self, name: str) -> TensorInfo:
         return self.checkpoint.tensors[self.key[name]]
 
-    def base_rows(self, name: str, start: int, stop: int, out: torch.Tensor, buffers: Buffers) -> None:
-        """Rows [start, stop) of the base tensor, any adapter left out, in `out`'s dtype."""
-        info = self.info(name)
-        if info.dtype == out.dtype:
-            self.checkpoint.read(self.key[name], start, stop, out)
+    @property
+    def quantisation(self) -> str | None:
+        """How the checkpoint says that it is quantised: `fp8`, `gptq`, …"""
+        settings = self.config.get("quantization_config")
+        if not settings:
+            return None
+        return str(settings.get("quant_method", "quantised") if isinstance(settings, dict) else settings)
+
+    def base_rows(
+        self, name: str, start: int, stop: int, out: torch.Tensor, buffers: Buffers, key: str | None = None
+    ) -> None:
+        """Rows [start, stop) of the base tensor, any adapter left out, in `out`'s dtype. `key`: its name as stored."""
+        key = key or self.key[name]
+        info = self.checkpoint.tensors[key]
+        if self.requantised is not None and key in self.requantised:
+            out.copy_(self.requantised.rows(key, start, stop))
+        elif info.dtype == out.dtype:
+            self.checkpoint.read(key, start, stop, out)
         else:
-            out.copy_(self.checkpoint.read(self.key[name], start, stop, buffers.take("stored", out.shape, info.dtype)))
+            out.copy_(self.checkpoint.read(key, start, stop, buffers.take("stored", tuple(out.shape), info.dtype)))
 
     def adapt(self, name: str, start: int, stop: int, rows: torch.Tensor) -> None:
         """Make of the base's rows [start, stop) this side's effective ones, in place."""
@@ -137,10 +152,19 @@ class ModelPair:
     """
 
     def __init__(
-        self, ref: Side, aligned: Side, *, allow_pickle: bool = False, trust_remote_code: bool = False
+        self,
+        ref: Side,
+        aligned: Side,
+        *,
+        base_quantization: str | None = None,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         self.ref = ref
         self.aligned = aligned
+        self.base_quantization = base_quantization or self._recorded_quantisation()
+        if base_quantization and base_quantization != "none" and not (ref.adapter or aligned.adapter):
+            raise DeraError("--base-quantization is for adapters, whose base was quantised when they were trained")
         self.allow_pickle = allow_pickle
         self.trust_remote_code = trust_remote_code
         self.unties = False
@@ -154,6 +178,7 @@ class ModelPair:
         aligned: str | os.PathLike[str],
         *,
         base: str | os.PathLike[str] | None = None,
+        base_quantization: str | None = None,
         ref_revision: str | None = None,
         aligned_revision: str | None = None,
         allow_pickle: bool = False,
@@ -165,6 +190,9 @@ class ModelPair:
             ref: the reference (SFT) model.
             aligned: the aligned (DPO, RLHF, …) model. An adapter beside a full `ref` applies to `ref`.
             base: the base model of adapters, where the one that their config names is not to be used.
+            base_quantization: what the adapters' base was quantised to when they were trained: `"nf4"`, `"nf4-double"`
+                (QLoRA's), `"fp4"`, `"fp4-double"`; the reference is then dequant(base). None takes what the adapter's
+                config records, `"none"` the base as it is.
             ref_revision, aligned_revision: Hub revisions.
             allow_pickle: read `.bin` files where there is no safetensors file (never without `weights_only=True`).
             trust_remote_code: let transformers run code that comes with the checkpoints.
@@ -194,7 +222,7 @@ class ModelPair:
 
         ref_side = open_side(ref_source, None)
         aligned_side = open_side(aligned_source, None if ref_source.is_adapter else ref_source)
-        return cls(ref_side, aligned_side, **options)
+        return cls(ref_side, aligned_side, base_quantization=base_quantization, **options)
 
     # What the two have in common
 
@@ -218,10 +246,10 @@ class ModelPair:
         Raises:
             DeraError: the two sides' weights cannot be put in correspondence, or are quantised.
         """
-        for side in self.sides:
-            if quantised := side.config.get("quantization_config"):
-                method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-                raise DeraError(f"{side.base.name} is quantised ({method}); θ_ref + λΔ needs dense weights, give those")
+        for side, other in ((self.ref, self.aligned), (self.aligned, self.ref)):
+            if side.quantisation and not other.quantisation:
+                raise DeraError(f"{side.base.name} is quantised ({side.quantisation}) and {other.base.name} is not; "
+                                "θ_ref + λΔ needs dense weights, give those")  # fmt: skip
         stored = self.ref.checkpoint.tensors
         ties = [side.config.get("tie_word_embeddings") for side in self.sides]
         spelled = ties[0] != ties[1] or (ties[0] and {"lm_head.weight", "embed_out.weight"} & stored.keys())
@@ -237,12 +265,22 @@ class ModelPair:
         return tensors
 
     def adapts(self, name: str) -> bool:
-        """Whether an adapter changes this tensor by a sum over all of it, which no rounding should lose whole."""
-        return any(isinstance(piece, LowRank) for side in self.sides for piece in side.pieces.get(name, ()))
+        """Whether an adapter changes all of this tensor, so that losing the whole of it is a fault and not rounding."""
+        pieces = [piece for side in self.sides for piece in side.pieces.get(name, ())]
+        return any(not isinstance(piece, Replacement) for piece in pieces)
 
     def is_opaque(self, name: str) -> bool:
-        """Whether a tensor is not a plain array of weights; it must be the same on both sides, and its bits stay."""
-        return self.ref.info(name).dtype not in REAL
+        """Whether a tensor is no plain array of weights, but quantised or a scale that belongs to quantised ones.
+
+        It must be the same on both sides, and its bits stay.
+        """
+        return self.ref.info(name).dtype not in REAL or name.rpartition(".")[0] in self._quantised_modules
+
+    @cached_property
+    def _quantised_modules(self) -> set[str]:
+        """Modules of a quantised checkpoint of which a tensor is not stored as real numbers."""
+        stored = self.ref.checkpoint.tensors if self.ref.config.get("quantization_config") else {}
+        return {name.rpartition(".")[0] for name, info in stored.items() if info.dtype not in REAL}
 
     def is_same(self, name: str) -> bool:
         """Whether the two sides are one tensor, so that θ(λ) is its stored bits at every λ."""
@@ -263,19 +301,52 @@ class ModelPair:
         def output_name(name: str) -> str:
             return architecture.stored_name(name, self.ref.checkpoint.tensors) or name
 
-        for side in self.sides:
-            for name, pieces in (side.adapter.bind(architecture) if side.adapter else {}).items():
-                if home(self.ref, name) is None or home(side, name) is None:
+        def find(side: Side, name: str) -> str:
+            """The stored tensor that an adapter changes."""
+            for place in (self.ref, side):
+                key = home(place, name)
+                if key is None:
+                    how = "in packed, quantised form" if place.quantisation else "under another name"
                     raise DeraError(
-                        f"{side.source.name} changes {name}, which {side.base.name} stores under another name "
-                        "(transformers converts it on load); that is not merged yet, decode exactly"
+                        f"{side.source.name} changes {name}, which {place.base.name} stores {how} "
+                        "(transformers converts it on load); that is not merged, decode exactly"
                     )
+                if place.checkpoint.tensors[key].dtype not in REAL:
+                    kind = str(place.checkpoint.tensors[key].dtype).removeprefix("torch.")
+                    raise DeraError(
+                        f"{side.source.name} changes {name}, which {place.base.name} stores quantised ({kind}); "
+                        "merge onto the dense base instead"
+                    )
+            return key
+
+        if self.base_quantization not in (None, "none"):
+            if architecture.transposed:
+                raise DeraError("--base-quantization does not know layers that store their weight transposed (Conv1D)")
+            for side in self.sides:
+                stored = side.checkpoint.tensors
+                linear = {architecture.stored_name(f"{module}.weight", stored) for module in architecture.linear}
+                side.requantised = Requantised(side.checkpoint, linear - {None}, self.base_quantization)
+        for side in self.sides:
+            if side.adapter is None:
+                continue
+
+            def read_base(name: str, side: Side = side) -> torch.Tensor:
+                key = find(side, name)
+                info = side.checkpoint.tensors[key]
+                out = torch.empty((info.rows, *info.row_shape), dtype=torch.float32)
+                side.base_rows(name, 0, info.rows, out, Buffers(), key)
+                return out.view(info.shape)
+
+            build = partial(empty_model, side.base.folder, self.trust_remote_code)
+            for name, pieces in side.adapter.bind(architecture, read_base, build).items():
+                find(side, name)
                 side.pieces[output_name(name)] = pieces
-        touched = self.ref.pieces.keys() | self.aligned.pieces.keys()
+        # Ends of a tie that are no longer one tensor. Trained tokens change both ends alike.
+        parted = {name for side in self.sides if not (side.adapter and side.adapter.keeps_ties) for name in side.pieces}
 
         names = dict.fromkeys([*self.ref.checkpoint.tensors, *map(output_name, self.aligned.checkpoint.tensors)])
         for name, owner in architecture.tied.items():
-            if touched & {output_name(name), output_name(owner)}:
+            if parted & {output_name(name), output_name(owner)}:
                 names[output_name(name)] = None  # changed on one end, the two are no longer one tensor
         for name in names:
             keys = [home(side, name) for side in self.sides]
@@ -284,7 +355,7 @@ class ModelPair:
                     raise DeraError(f"{side.base.name} has no tensor {name}, which {other.base.name} has")
             self.ref.key[name], self.aligned.key[name] = keys[0] or "", keys[1] or ""
             if owner := architecture.owner(name):
-                changed = {name, output_name(owner)} & touched
+                changed = {name, output_name(owner)} & parted
                 if not changed and self._are_equal(name, [home(side, owner) for side in self.sides]):
                     del self.ref.key[name], self.aligned.key[name]
                 else:
@@ -303,12 +374,14 @@ class ModelPair:
                 f"tensor {name} is {list(ref.shape)} in {self.ref.base.name} and {list(aligned.shape)} in "
                 f"{self.aligned.base.name}; the two are not the same architecture"
             )
-        if ref.dtype not in REAL or aligned.dtype not in REAL:
+        if self.is_opaque(name) or aligned.dtype not in REAL:
             same = ref.dtype == aligned.dtype and ref.shape == aligned.shape
-            for start, stop in slices(ref) if same else ():
+            for start, stop in slices(ref) if same and ref is not aligned else ():
                 same = same and torch.equal(*(side.checkpoint.read(side.key[name], start, stop) for side in self.sides))
             if not same:
-                raise DeraError(f"tensor {name} has dtype {ref.dtype} and differs between the two; it cannot be mixed")
+                quantised = self.ref.quantisation or self.aligned.quantisation
+                what = f"belongs to a quantised layer ({quantised})" if quantised else f"has dtype {ref.dtype}"
+                raise DeraError(f"tensor {name} {what} and differs between the two; θ_ref + λΔ needs dense weights")
 
     def _is_padding(self, ref: TensorInfo, aligned: TensorInfo) -> bool:
         """A vocabulary matrix of which one side has more rows than the other."""
@@ -322,6 +395,18 @@ class ModelPair:
         if None in rows or rows[1] <= rows[0]:
             return False
         return max(self.tokenizer.get_vocab().values()) >= rows[0]
+
+    def _recorded_quantisation(self) -> str | None:
+        """What the adapters' configs say of the base that they were trained on; warns where they only look like QLoRA."""
+        adapters = [side.adapter for side in self.sides if side.adapter]
+        recorded = {kind for adapter in adapters if (kind := adapter.trained_on)}
+        if len(recorded) > 1:
+            raise DeraError(f"the two adapters were trained on bases quantised differently ({', '.join(sorted(recorded))})")
+        for adapter in adapters:
+            if not recorded and re.search(r"4-?bit|nf4|qlora", f"{adapter.base_name} {adapter.folder.name}", re.I):
+                warn(f"{adapter.folder} looks like QLoRA, trained on a 4-bit base; --base-quantization nf4 (or nf4-double) "
+                     "merges onto that base, none onto the full one and hides this line")  # fmt: skip
+        return next(iter(recorded), None)
 
     # Checks that need no weights
 
@@ -422,6 +507,8 @@ class ModelPair:
             kwargs: passed to transformers' `from_pretrained` (`attn_implementation`, say).
         """
         bases: dict[Path, PreTrainedModel] = {}
+        if self.base_quantization not in (None, "none"):
+            _ = self.tensors  # decides what is quantised
 
         def load(side: Side) -> PreTrainedModel:
             folder = side.base.folder
@@ -429,6 +516,8 @@ class ModelPair:
                 bases[folder] = load_model(
                     folder, dtype, device, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code, **kwargs
                 )
+                if side.requantised:
+                    _put(side.requantised, bases[folder], self.architecture)
             model = bases[folder]
             return _with_adapter(model, side.adapter, device) if side.adapter else model
 
@@ -515,27 +604,23 @@ def load_model(
 
 def _with_adapter(base: PreTrainedModel, adapter: Adapter, device: str | torch.device) -> PreTrainedModel:
     """The base model with an adapter in it, unmerged: PEFT's own forward. The base weights stay shared."""
-    from peft import PeftModel, get_peft_model_state_dict
-
     # A second module tree over the same storages. The Parameter objects are new, so that an adapter which assigns to
     # `.data` cannot reach the reference; one that writes in place (PiSSA and its kind) gets a copy.
-    shared = not adapter.changes_base_at_load
+    shared = not (adapter.changes_base_at_load or adapter.brings_base_tensors)
     twins = {
         id(p): torch.nn.Parameter(p.data if shared else p.data.clone(), requires_grad=False) for p in base.parameters()
     }
     model = copy.deepcopy(base, memo=dict(twins))
-    stored = adapter.checkpoint.tensors.keys()  # before PEFT reads: pickles need permission
-    try:
-        peft_model = PeftModel.from_pretrained(model, adapter.folder, torch_device=str(device))
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
-        raise DeraError(f"PEFT cannot load {adapter.folder}: {error}") from error
-    if peft_model.active_peft_config.is_prompt_learning:
-        raise DeraError(f"{adapter.folder} is a {adapter.config['peft_type']} adapter, which has no weights to mix")
-    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
-    if odd := sorted(expected ^ stored):
-        where = "lacks" if odd[0] in expected else "has a key that the base has no place for:"
-        raise DeraError(f"{adapter.folder} {where} {odd[0]}; PEFT would silently use the base there")
-    return peft_model.get_base_model().eval()
+    return adapter.load_onto(model, device).get_base_model().eval()
+
+
+def _put(weights: Requantised, model: PreTrainedModel, architecture: Architecture) -> None:
+    """Replace a loaded model's weights by their requantised ones."""
+    parameters = model.state_dict()  # shares memory with the model
+    for key in weights.keys:
+        if (place := architecture.stored_name(key, parameters)) is None:
+            raise DeraError(f"transformers stores {key} under another name, so its quantised form cannot be put in")
+        parameters[place].copy_(weights.rows(key, 0, None))
 
 
 def _named_base(adapter: Adapter, source: Source, options: dict[str, bool]) -> Source:

@@ -99,7 +99,8 @@ class Slice:
         shape = (stop - start, *info.row_shape)
         how = (name, start * math.prod(info.row_shape), dtype, rounding, seed)
         if pair.is_same(name):
-            stored = ref.checkpoint.read(ref.key[name], start, stop, buffers.take("stored", shape, info.dtype))
+            stored = buffers.take("ref", shape, info.dtype)
+            ref.base_rows(name, start, stop, stored, buffers)
             return cls(*how, stored, None, buffers)
         compute = torch.float32 if dtype.itemsize == 2 else torch.float64
         rows, theirs = (buffers.take(use, shape, compute) for use in ("ref", "aligned"))
