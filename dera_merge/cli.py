@@ -43,6 +43,8 @@ PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_e
 
 Rounding = Literal["stochastic", "nearest"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Format = Literal["full", "adapter"]
+BaseQuantisation = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double"]
 Mode = Literal["exact", "merged", "speculative"]
 
 Ref = Annotated[str, typer.Argument(metavar="REF", help="Reference model: a directory or a Hub id (id@revision).")]
@@ -52,6 +54,9 @@ Lambdas = Annotated[
 ]
 Base = Annotated[str | None, typer.Option(help="Base model of adapters, instead of the one that their config names.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (with weights_only=True).")]
+BaseQuantization = Annotated[
+    BaseQuantisation | None, typer.Option(help="What the adapter's base was quantised to in training; REF is then that.")
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let transformers run code from checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]
@@ -68,9 +73,15 @@ def merge(
     rounding: Annotated[Rounding | None, typer.Option(help="Default: stochastic for 16-bit output.")] = None,
     seed: Seed = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    format: Annotated[Format, typer.Option(help="Checkpoints, or λΔ as PEFT adapters over the base.")] = "full",
+    rank: Annotated[int | None, typer.Option(min=1, help="Cut adapters to this rank by SVD.")] = None,
+    extract_rank: Annotated[int | None, typer.Option(min=1, help="Δ of a dense pair as adapters of this rank.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that dera-merge wrote.")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Store NaN and infinity, counted.")] = False,
+    shard: Annotated[str | None, typer.Option(help="i/n: write the i-th of n shares. Default: the launcher's rank.")] = None,
     base: Base = None,
+    base_quantization: BaseQuantization = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -80,24 +91,37 @@ def merge(
     Example: dera-merge merge my-sft my-dpo-lora -l 0.25,0.5 -o merged
     """
     lams = _lams(lam)
-    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
+    common: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed, "resume": resume, "overwrite": overwrite}
+    share = _share(shard)
+    if format == "adapter" or extract_rank:
+        if shard or allow_nonfinite:
+            raise typer.BadParameter("does not go with adapters", param_hint="--shard" if shard else "--allow-nonfinite")
+        common |= {"format": "adapter", "rank": rank, "extract_rank": extract_rank}
+    elif rank:
+        raise typer.BadParameter("goes with --format adapter", param_hint="--rank")
+    else:
+        common |= {"max_shard_size": max_shard_size, "allow_nonfinite": allow_nonfinite, "shard": share}
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, base_quantization)
     with _progress("merging") as tell:
-        folders = pair.merge(
-            output, lams, dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size, resume=resume,
-            overwrite=overwrite, progress=lambda done, total: tell(None, done >> 20, total >> 20),
-        )  # fmt: skip
-    from .output import read_recipe
-
-    written = []
-    for value, folder in zip(lams, folders, strict=True):
-        recipe = read_recipe(folder)
-        written.append({"lambda": value, "path": str(folder), "rounding": recipe["rounding"],
-                        "kept": recipe["statistics"]["kept"], "error": recipe["statistics"]["error"]})  # fmt: skip
+        unit = 0 if "format" in common else 20  # tensors, or MiB
+        folders = pair.merge(output, lams, **common, progress=lambda done, all: tell(None, done >> unit, all >> unit))
+    written = [_merged(value, folder) for value, folder in zip(lams, folders, strict=True)]
     if as_json:
         return _print_json({"ref": ref, "aligned": aligned, "outputs": written})
     for entry in written:
-        kept = "" if entry["kept"] is None else f"  ({entry['kept']:.1%} of λΔ kept by {entry['rounding']} rounding)"
-        out.print(f"λ={entry['lambda']:g}  {entry['path']}{kept}", markup=False, highlight=False)
+        note = ""
+        if not entry["complete"]:
+            note = f"  (share {share[0]}/{share[1]} is written; the process that ends last completes it)" if share else ""
+        elif entry["energy"] is not None:
+            note = f"  (adapter of rank {entry['rank']}, {entry['energy']:.1%} of ‖λΔ‖²)"
+        elif entry["kept"] is not None:
+            note = f"  ({entry['kept']:.1%} of λΔ kept by {entry['rounding']} rounding)"
+        out.print(f"λ={entry['lambda']:g}  {entry['path']}{note}", markup=False, highlight=False)
+        for count, what in ((entry["saturated"], "saturated"), (entry["nonfinite"], "are NaN or infinite")):
+            if count:
+                err.print(f"warning: λ={entry['lambda']:g}: {count:,} weights {what}", markup=False, highlight=False)
+    if "format" in common:
+        out.print(_serve_line(pair.ref.base.name, lams, folders), markup=False, highlight=False)
 
 
 @app.command()
@@ -274,12 +298,51 @@ def _lams(texts: list[str], one: bool = False) -> list[float]:
     return values
 
 
-def _open(ref: str, aligned: str, base: str | None, allow_pickle: bool, trust_remote_code: bool) -> ModelPair:
+def _open(
+    ref: str, aligned: str, base: str | None, allow_pickle: bool, trust_remote_code: bool,
+    base_quantization: str | None = None,
+) -> ModelPair:  # fmt: skip
     from .pair import ModelPair
 
     return ModelPair.from_pretrained(
-        ref, aligned, base=base, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
-    )
+        ref, aligned, base=base, base_quantization=base_quantization, allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+def _share(text: str | None) -> tuple[int, int] | None:
+    """`i/n`, or what `torchrun`, `accelerate launch` or `srun` say of this process."""
+    if text is None:
+        for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+            if os.environ.get(rank, "").isdigit() and os.environ.get(size, "").isdigit() and int(os.environ[size]) > 1:
+                return int(os.environ[rank]) + 1, int(os.environ[size])
+        return None
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+        raise typer.BadParameter(f"{text!r} is not i/n with 1 ≤ i ≤ n", param_hint="--shard")
+    return int(i), int(n)
+
+
+def _merged(lam: float, folder: Path) -> dict[str, Any]:
+    """What `merge` says of one output."""
+    from .output import RECIPE, read_recipe
+
+    entry: dict[str, Any] = {"lambda": lam, "path": str(folder), "complete": (folder / RECIPE).is_file()}
+    recipe = read_recipe(folder) if entry["complete"] else {}
+    statistics = recipe.get("statistics", {})
+    return entry | {key: recipe.get(key) for key in ("rounding", "rank")} | {
+        key: statistics.get(key) for key in ("kept", "error", "saturated", "nonfinite", "energy")
+    }  # fmt: skip
+
+
+def _serve_line(base: str, lams: list[float], folders: list[Path]) -> str:
+    from .adapter import serving_rank
+
+    rank = serving_rank(folders[0])
+    if rank is None:
+        return "The rank is above what vLLM serves (512); --rank cuts it"
+    modules = " ".join(f"lambda-{lam:g}={folder}" for lam, folder in zip(lams, folders, strict=True))
+    return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --max-loras {len(lams)} --lora-modules {modules}"
 
 
 def _device(name: str) -> torch.device:

@@ -83,7 +83,7 @@ def merge(
     shards = _split(layout, max_shard_size)
     share = list(shards)[shard[0] - 1 :: shard[1]] if shard else list(shards)
 
-    wanted = _dtype(dtype)
+    wanted = parse_dtype(dtype)
     recipe = describe_pair(pair) | {
         "dtype": "auto" if wanted is None else str(wanted).removeprefix("torch."), "rounding": rounding, "seed": seed,
         "allow_nonfinite": allow_nonfinite,
@@ -156,7 +156,7 @@ def output_layout(
     pair: ModelPair, dtype: torch.dtype | str | None, rounding: Rounding | None
 ) -> tuple[Layout, Rounding]:
     """The dtype and shape of each tensor of θ(λ), and the rounding to use where none was chosen."""
-    wanted = _dtype(dtype)
+    wanted = parse_dtype(dtype)
     layout = {
         name: (info.dtype if pair.is_opaque(name) else output_dtype(info, wanted), info.shape)
         for name, info in pair.tensors.items()
@@ -165,7 +165,8 @@ def output_layout(
     return layout, rounding or ("stochastic" if narrow else "nearest")
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype to store weights in from its name; None for `"auto"`. Raises DeraError for any other."""
     if isinstance(dtype, torch.dtype) or dtype is None:
         return dtype
     if dtype == "auto":

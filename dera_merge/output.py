@@ -190,13 +190,16 @@ class Output:
             return False
         return (self.folder / PARTIAL).is_file()
 
-    def finish(self, config_name: str, config: dict[str, Any], companions: Sequence[Path]) -> None:
+    def finish(
+        self, config_name: str, config: dict[str, Any], companions: Sequence[Path], statistics: dict[str, Any] | None = None
+    ) -> None:
         """Everything but the weights; the config, which makes the directory a model, last.
 
         Args:
             config_name: `config.json` or `adapter_config.json`.
             config: its content.
             companions: files to copy beside the weights.
+            statistics: what `dera_merge.json` says of the weights; default: what became of λΔ.
 
         Raises:
             DeraError: Δ is not zero, and the output would be the reference all the same.
@@ -220,7 +223,7 @@ class Output:
             tally.merge(self.done[file])
         if tally.is_reference():
             raise DeraError(f"at λ={self.lam:g} nothing of Δ survives rounding; --dtype float32 keeps it")
-        record = {**self.recipe, "lambda": self.lam, "statistics": tally.summary(), "files": files}
+        record = {**self.recipe, "lambda": self.lam, "statistics": statistics or tally.summary(), "files": files}
         write_atomically(self.folder / RECIPE, json_bytes(record))
         fsync_folder(self.folder)
         write_atomically(self.folder / config_name, content)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -563,11 +563,22 @@ class ModelPair:
 
         return live(self, lam, dtype=dtype, rounding=rounding, seed=seed, device=device, compute_dtype=compute_dtype)
 
-    def merge(self, out: str | os.PathLike[str], lams: Sequence[float], **kwargs: Any) -> list[Path]:
-        """Write θ_ref + λΔ as ordinary checkpoints without loading a model. See `dera_merge.merge.merge`."""
+    def merge(
+        self,
+        out: str | os.PathLike[str],
+        lams: Sequence[float],
+        *,
+        format: Literal["full", "adapter"] = "full",
+        **kwargs: Any,
+    ) -> list[Path]:
+        """Write θ_ref + λΔ without loading a model: as ordinary checkpoints, or λΔ as PEFT adapters over the base.
+
+        See `dera_merge.merge.merge` and `dera_merge.adapter.merge_adapters`.
+        """
+        from .adapter import merge_adapters
         from .merge import merge
 
-        return merge(self, out, lams, **kwargs)
+        return (merge_adapters if format == "adapter" else merge)(self, out, lams, **kwargs)
 
 
 def warn(message: str) -> None:

@@ -268,3 +268,115 @@ def test_a_dense_pair_of_which_rounding_leaves_nothing_is_an_error(llama, tmp_pa
     assert not (tmp_path / "out").exists()
     (kept,) = ModelPair.from_pretrained(base, other).merge(tmp_path / "kept", [0.5], dtype="float32")
     assert not torch.equal(weights(kept)["model.norm.weight"], weights(base)["model.norm.weight"].float())
+
+
+# λΔ as adapters
+
+
+def product(base, adapter):
+    """s·BA by module of an adapter, by PEFT's own computation."""
+    model = unmerged(base, adapter)
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 5}},
+    {"target_modules": ["embed_tokens", "v_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+])  # fmt: skip
+def test_a_lambda_adapter_over_the_base_is_the_merge(llama, lora, tmp_path, options):
+    base = llama(0, dtype=torch.float32)
+    adapter = lora(base, **options)
+    pair = ModelPair.from_pretrained(base, adapter)
+    for lam, folder in zip((0.0, 0.3, 2.0), pair.merge(tmp_path / "a", [0, 0.3, 2], format="adapter"), strict=True):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["r"] == config["lora_alpha"] == 4
+        assert not config["use_rslora"] and not config["rank_pattern"] and not config["alpha_pattern"]
+        (full,) = pair.merge(tmp_path / f"full{lam}", [lam])
+        expected = logits(AutoModelForCausalLM.from_pretrained(full))
+        torch.testing.assert_close(logits(unmerged(base, folder)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_two_adapters_on_one_base_are_their_exact_concatenation(llama, lora, tmp_path):
+    base = llama(0, dtype=torch.float32)
+    one, two = lora(base, 7, target_modules=["q_proj", "up_proj"]), lora(base, 8, r=3, target_modules=["q_proj", "v_proj"])
+    pair = ModelPair.from_pretrained(one, two, base=base)
+    (folder,) = pair.merge(tmp_path / "a", [0.3], format="adapter")
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 7
+    first, second, mixed = (product(base, adapter) for adapter in (one, two, folder))
+    assert mixed.keys() == first.keys() | second.keys()
+    for name, delta in mixed.items():
+        expected = 0.7 * first.get(name, torch.zeros(())) + 0.3 * second.get(name, torch.zeros(()))
+        torch.testing.assert_close(delta, expected.expand_as(delta), rtol=0, atol=1e-6)
+
+
+def test_a_cut_rank_is_the_best_approximation_and_says_what_it_lost(llama, lora, tmp_path):
+    base = llama(0, dtype=torch.float32)
+    one, two = lora(base, 7), lora(base, 8)
+    pair = ModelPair.from_pretrained(one, two, base=base)
+    (folder,) = pair.merge(tmp_path / "a", [0.5], format="adapter", rank=5)
+    found = json.loads((folder / "dera_merge.json").read_text())["statistics"]
+    first, second, mixed = (product(base, adapter) for adapter in (one, two, folder))
+    kept = total = 0.0
+    for name, delta in mixed.items():
+        sigma = torch.linalg.svdvals((0.5 * first[name] + 0.5 * second[name]).double())
+        best = sigma[5:].square().sum()
+        error = (delta - (0.5 * first[name] + 0.5 * second[name])).double().square().sum()
+        assert error == pytest.approx(best.item(), rel=1e-3, abs=1e-9)
+        kept, total = kept + sigma[:5].square().sum().item(), total + sigma.square().sum().item()
+        assert found["per_module"][f"base_model.model.{name}"] == pytest.approx(
+            (sigma[:5].square().sum() / sigma.square().sum()).item(), rel=1e-5
+        )
+    assert found["energy"] == pytest.approx(kept / total, rel=1e-5)
+    assert found["energy"] < 0.999
+
+
+def test_a_dense_pair_becomes_adapters_by_svd(llama, tmp_path):
+    base, aligned = llama(0, dtype=torch.float32), llama(1, dtype=torch.float32, near=0)
+    pair = ModelPair.from_pretrained(base, aligned)
+    with pytest.warns(DeraWarning, match="other tensors change too"):
+        half, full = pair.merge(tmp_path / "a", [0.5, 1.0], format="adapter", extract_rank=32)
+    mixed = product(base, half)
+    start, end = weights(base), weights(aligned)
+    for name, delta in mixed.items():  # rank 32 is the whole of these layers
+        expected = 0.5 * (end[f"{name}.weight"] - start[f"{name}.weight"])
+        torch.testing.assert_close(delta, expected, rtol=0, atol=1e-5)
+    found = json.loads((full / "dera_merge.json").read_text())["statistics"]
+    assert found["energy"] == pytest.approx(1, abs=1e-5)
+    assert "model.embed_tokens.weight" in found["left_out"]
+    with pytest.warns(DeraWarning):
+        (small,) = pair.merge(tmp_path / "b", [1.0], format="adapter", extract_rank=4)
+    share = json.loads((small / "dera_merge.json").read_text())["statistics"]["energy"]
+    sigmas = [torch.linalg.svdvals((end[f"{n}.weight"] - start[f"{n}.weight"]).double()).square() for n in mixed]
+    best = sum(s[:4].sum() for s in sigmas) / sum(s.sum() for s in sigmas)
+    assert best.item() * 0.97 < share <= best.item() * 1.000001
+
+
+def test_what_no_adapter_can_hold_is_refused_by_name(llama, lora, tmp_path):
+    base, aligned = llama(0, dtype=torch.float32), llama(1, dtype=torch.float32, near=0)
+    dora = lora(base, use_dora=True)
+    for pair, message in (
+        (ModelPair.from_pretrained(base, aligned), "two full models is no adapter"),
+        (ModelPair.from_pretrained(base, dora), "is no sum s·BA"),
+    ):
+        with pytest.raises(DeraError, match=f"{message}.*--format full"):
+            pair.merge(tmp_path / "out", [0.5], format="adapter")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bfloat16_adapters_stay_bfloat16_and_can_be_resumed(llama, lora, tmp_path):
+    base = llama(0)
+    adapter = lora(base)
+    file = adapter / "adapter_model.safetensors"
+    save_file({key: tensor.bfloat16() for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    pair = ModelPair.from_pretrained(base, adapter)
+    (folder,) = pair.merge(tmp_path / "out", [0.5], format="adapter")
+    assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    assert pair.merge(tmp_path / "out", [0.5], format="adapter", resume=True) == [folder]
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    with pytest.raises(DeraError, match="--overwrite"):
+        pair.merge(tmp_path / "out", [0.7], format="adapter")

@@ -1,0 +1,336 @@
+"""λΔ as a PEFT adapter: one base, many λ, each a small file that serving engines load beside it.
+
+Base and adapter give an adapter of the same rank. Two adapters on one base give the exact concatenation
+(1-λ)·s₁B₁A₁ + λ·s₂B₂A₂ of rank r₁+r₂; adding A and B separately would be another model. A dense pair gives the best
+rank-R adapter that a randomised SVD finds. Every scale is folded into B, with one rank and lora_alpha = r, because
+serving engines ignore the keys that say otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import lambdas
+from .checkpoint import Buffers, ShardWriter, file_order, load_json, slices
+from .delta import LowRank, Replacement
+from .errors import DeraError
+from .merge import Progress, describe_pair, parse_dtype
+from .output import Layout, Output, Tally, open_outputs, writing
+from .pair import TOKENIZER_FILES, ModelPair, warn
+from .path import Slice, stored_rows
+from .rounding import NARROW, Rounding, random_bits, round_to
+
+FILE = "adapter_model.safetensors"
+OVERSAMPLING, POWER_ITERATIONS = 8, 2  # of the randomised SVD (Halko et al., 2011, §1.3)
+_NONE = torch.empty(0)
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
+
+
+@dataclass(frozen=True)
+class Factors:
+    """λΔ of one module as left·right; `kept` of the `total` ‖λΔ‖² is in them."""
+
+    left: torch.Tensor  # (out, k), float32
+    right: torch.Tensor  # (k, in), float32
+    kept: float = 1.0
+    total: float = 1.0
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module: the names of its factors in the file, their shapes, and the factors at each of some λ."""
+
+    a: str
+    b: str
+    out: int
+    into: int
+    rank: int
+    factors: Callable[[Sequence[float]], list[Factors]]
+
+
+def merge_adapters(
+    pair: ModelPair,
+    out: str | os.PathLike[str],
+    lams: Sequence[float],
+    *,
+    rank: int | None = None,
+    extract_rank: int | None = None,
+    dtype: torch.dtype | str | None = "auto",
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write λΔ as PEFT LoRA adapters over the base of the pair.
+
+    Args:
+        pair: a base and an adapter, two adapters on one base, or, with `extract_rank`, any pair.
+        out: the directory of the one λ; with several, they go to `out/lambda-<λ>`.
+        lams: finite λ.
+        rank: cut the adapters to this rank by SVD; what that loses is in `dera_merge.json` (`energy`, the share of
+            ‖λΔ‖² that is kept, in all and per module).
+        extract_rank: take Δ of the linear layers from the weights, as an adapter of this rank.
+        dtype: of the adapters' tensors; `"auto"`: the dtype of ALIGNED's adapter, or float32 with `extract_rank`.
+        rounding: default nearest: a scaled factor has no reference that it could fall back to.
+        seed: of the randomised SVD, and of stochastic rounding.
+        resume, overwrite: as for `merge`.
+        progress: called with (modules done, modules in all).
+
+    Returns:
+        The directories, in the order of `lams`; `PeftModel.from_pretrained(base, directory)` loads them.
+
+    Raises:
+        DeraError: λΔ is no adapter, an option does not fit, or the output cannot be written.
+    """
+    lams = [float(lam) + 0.0 for lam in lams]
+    lambdas.check_names(lams)
+    for name, number in (("--rank", rank), ("--extract-rank", extract_rank)):
+        if number is not None and number < 1:
+            raise DeraError(f"{name} {number} is not a rank; give 1 or more")
+    tensors = pair.tensors
+    if extract_rank and pair.ref.adapter:
+        raise DeraError("--extract-rank makes an adapter over REF, which must be a full model, not an adapter itself")
+    if extract_rank and rank:
+        raise DeraError("--extract-rank and --rank say the same; give one")
+    if extract_rank:
+        modules, whole = _extracted(pair, extract_rank, seed), {}
+    else:
+        modules, whole = _folded(pair)
+    if rank:
+        modules = [_cut(module, rank) for module in modules]
+    width = extract_rank or rank or max((module.rank for module in modules), default=1)
+
+    wanted = parse_dtype(dtype) or _own_dtype(pair)
+    rounding = rounding or "nearest"
+    layout: Layout = {key: (wanted, tensors[name].shape) for key, name in whole.items()}
+    for module in modules:
+        layout |= {module.a: (wanted, (width, module.into)), module.b: (wanted, (module.out, width))}
+    recipe = describe_pair(pair) | {
+        "format": "adapter", "rank": width, "cut_to_rank": rank, "extract_rank": extract_rank,
+        "dtype": str(wanted).removeprefix("torch."), "rounding": rounding, "seed": seed,
+    }  # fmt: skip
+    outputs = open_outputs(pair, out, lams, recipe, {FILE: layout}, resume=resume, overwrite=overwrite)
+    config = _config(pair, modules, whole, width)
+    with writing(outputs, overwrite=overwrite) as pending:
+        if pending:
+            figures = _write(pair, pending, modules, whole, layout, rounding, seed, progress)
+            more = {"left_out": _left_out(pair)} if extract_rank else {}
+            for output, figure in zip(pending, figures, strict=True):
+                statistics = _energy(figure) | more if rank or extract_rank else {"energy": 1.0}
+                output.finish("adapter_config.json", config, _companions(pair), statistics)
+    return [output.folder for output in outputs]
+
+
+def _own_dtype(pair: ModelPair) -> torch.dtype:
+    """float32, or the dtype that all tensors of the adapters have."""
+    kinds = {info.dtype for side in pair.sides if side.adapter for info in side.adapter.checkpoint.tensors.values()}
+    return kinds.pop() if len(kinds) == 1 else torch.float32
+
+
+def _folded(pair: ModelPair) -> tuple[list[Module], dict[str, str]]:
+    """The sums s·BA of both sides by module, and the tensors that are stored whole: name in the file → tensor."""
+    if not pair.shared_base:
+        raise DeraError("λΔ of two full models is no adapter; --extract-rank R approximates it, --format full holds it")
+    modules: list[Module] = []
+    whole: dict[str, str] = {}
+    names = sorted(pair.ref.pieces.keys() | pair.aligned.pieces.keys())
+    for name in names:
+        terms = []
+        for side, weight in ((pair.ref, lambda lam: 1 - lam), (pair.aligned, lambda lam: lam)):
+            for piece in side.pieces.get(name, ()):
+                if isinstance(piece, Replacement):
+                    if piece.key.endswith(("base_layer.weight", "embed_tokens.weight")):
+                        raise DeraError(f"{side.source.name} brings the base's {name}; --format full holds that")
+                    whole[piece.key] = name
+                elif isinstance(piece, LowRank):
+                    terms.append((piece, weight))
+                else:
+                    kind = side.adapter.kind if side.adapter else "it"
+                    raise DeraError(
+                        f"λΔ of {name} is no sum s·BA ({kind}); --format full holds it, --extract-rank R approximates it"
+                    )
+        if terms and name in whole.values():
+            raise DeraError(f"{name} is trained whole in one adapter and by a sum in the other; --format full holds that")
+        if terms:
+            modules.append(_module(terms))
+    return modules, whole
+
+
+def _module(terms: list[tuple[LowRank, Callable[[float], float]]]) -> Module:
+    def factors(lams: Sequence[float]) -> list[Factors]:
+        right = torch.cat([piece.adapter.read_whole(piece.a).float() for piece, _ in terms])
+        lefts = [piece.scale * piece.adapter.read_whole(piece.b).float() for piece, _ in terms]
+        weights = [weight for _, weight in terms]
+        return [
+            Factors(torch.cat([weight(lam) * left for left, weight in zip(lefts, weights, strict=True)], 1), right)
+            for lam in lams
+        ]
+
+    shapes = [(piece.adapter.tensors[piece.a].shape, piece.adapter.tensors[piece.b].shape) for piece, _ in terms]
+    (_, into), (out, _) = shapes[0]
+    return Module(terms[0][0].a, terms[0][0].b, out, into, sum(rank for (rank, _), _ in shapes), factors)
+
+
+def _cut(module: Module, rank: int) -> Module:
+    """The best approximation of rank `rank`: the SVD of the small core between the factors' orthogonal bases."""
+
+    def cut(whole: Factors) -> Factors:
+        q, r = torch.linalg.qr(whole.left.double())
+        p, s = torch.linalg.qr(whole.right.double().T)
+        u, sigma, vt = torch.linalg.svd(r @ s.T)
+        root = sigma[:rank].sqrt()
+        left, right = q @ u[:, :rank] * root, root[:, None] * (vt[:rank] @ p.T)
+        return Factors(left.float(), right.float(), sigma[:rank].square().sum().item(), sigma.square().sum().item())
+
+    return replace(module, rank=min(rank, module.rank), factors=lambda lams: [cut(whole) for whole in module.factors(lams)])
+
+
+def _extracted(pair: ModelPair, rank: int, seed: int) -> list[Module]:
+    """Δ of each linear layer that changes, by randomised SVD."""
+    modules = []
+    for module in pair.architecture.linear:
+        name = pair.architecture.stored_name(f"{module}.weight", pair.ref.key)
+        if name is None or pair.is_same(name):
+            continue
+        transposed = module in pair.architecture.transposed
+        out, into = reversed(pair.tensors[name].shape) if transposed else pair.tensors[name].shape
+
+        def factors(lams: Sequence[float], name: str = name, transposed: bool = transposed) -> list[Factors]:
+            delta = _delta(pair, name).T if transposed else _delta(pair, name)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little"))
+                u, sigma, v = torch.svd_lowrank(delta, min(rank + OVERSAMPLING, *delta.shape), POWER_ITERATIONS)
+            root, kept = sigma[:rank].sqrt(), sigma[:rank].double().square().sum().item()
+            left, right = u[:, :rank] * root, root[:, None] * v[:, :rank].T
+            total = delta.double().square().sum().item()
+            return [Factors(lam * left, right, lam**2 * kept, lam**2 * total) for lam in lams]
+
+        prefix = f"base_model.model.{module}"
+        keys = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+        modules.append(Module(*keys, out, into, min(rank, out, into), factors))
+    if not modules:
+        raise DeraError("no linear layer differs between the two; there is nothing to extract")
+    return modules
+
+
+def _delta(pair: ModelPair, name: str) -> torch.Tensor:
+    """Δ of a whole tensor, float32."""
+    info = pair.tensors[name]
+    delta, buffers = torch.empty((info.rows, *info.row_shape)), Buffers()
+    for start, stop in slices(info):
+        piece = Slice.read(pair, name, start, stop, torch.float32, buffers=buffers)
+        delta[start:stop] = piece.ref - piece.ref if piece.aligned is None else piece.aligned - piece.ref
+    return delta.view(info.shape)
+
+
+def _left_out(pair: ModelPair) -> dict[str, float]:
+    """Tensors that change and are no linear layer: name → ‖Δ‖²."""
+    linear = {pair.architecture.stored_name(f"{module}.weight", pair.ref.key) for module in pair.architecture.linear}
+    changed = {}
+    for name in pair.tensors.keys() - linear:
+        if not pair.is_same(name) and (square := _delta(pair, name).double().square().sum().item()):
+            changed[name] = square
+    if changed:
+        some = ", ".join(sorted(changed, key=lambda name: -changed[name])[:2])
+        warn(f"an adapter holds the change of linear layers only; {len(changed)} other tensors change too ({some}, …)")
+    return dict(sorted(changed.items()))
+
+
+def _write(
+    pair: ModelPair, outputs: list[Output], modules: list[Module], whole: dict[str, str], layout: Layout,
+    rounding: Rounding, seed: int, progress: Progress | None,
+) -> list[dict[str, Factors]]:  # fmt: skip
+    """Write the file of each output; returns by module what its factors hold, the factors themselves left out."""
+    owner = {key: module for module in modules for key in (module.a, module.b)}
+    lams = [output.lam for output in outputs]
+    writers = [ShardWriter(output.folder / FILE, layout) for output in outputs]
+    figures: list[dict[str, Factors]] = [{} for _ in outputs]
+    latest: tuple[str, list[Factors]] = ("", [])  # a module's two factors come one after the other
+    try:
+        for number, key in enumerate(file_order(layout), 1):
+            dtype, shape = layout[key]
+            if key in whole:
+                _write_whole(pair, whole[key], writers, lams, dtype, rounding, seed)
+            else:
+                module = owner[key]
+                if latest[0] != module.a:
+                    latest = (module.a, module.factors(lams))
+                for writer, figure, factors in zip(writers, figures, latest[1], strict=True):
+                    padded = torch.zeros(shape)
+                    factor = factors.right if key == module.a else factors.left
+                    padded[: factor.shape[0], : factor.shape[1]] = factor
+                    stochastic = rounding == "stochastic" and dtype in NARROW
+                    noise = random_bits(seed, key, 0, padded.numel()).view(padded.shape) if stochastic else None
+                    writer.write(round_to(padded, dtype, noise))
+                    figure[module.a.rpartition(".lora_")[0]] = replace(factors, left=_NONE, right=_NONE)
+            if progress:
+                progress(number, len(layout))
+        for output, writer in zip(outputs, writers, strict=True):
+            output.shard_done(FILE, writer.close(), Tally())
+    finally:
+        for writer in writers:
+            writer.abandon()
+    return figures
+
+
+def _write_whole(
+    pair: ModelPair, name: str, writers: list[ShardWriter], lams: list[float], dtype: torch.dtype, rounding: Rounding,
+    seed: int,
+) -> None:  # fmt: skip
+    """θ(λ) of a tensor that was trained whole."""
+    scratch, kept = Buffers(), Buffers()
+    for start, stop in slices(pair.tensors[name]):
+        results = stored_rows(pair, name, start, stop, lams, dtype, rounding, seed, scratch, kept)
+        for writer, (stored, _) in zip(writers, results, strict=True):
+            writer.write(stored)
+
+
+def _energy(figures: dict[str, Factors]) -> dict[str, Any]:
+    """The share of ‖λΔ‖² that a cut rank keeps, in all and per module; null where λΔ = 0."""
+    total = sum(factors.total for factors in figures.values())
+    kept = sum(factors.kept for factors in figures.values())
+    shares = {name: factors.kept / factors.total if factors.total else None for name, factors in sorted(figures.items())}
+    return {"energy": kept / total if total else None, "per_module": shares}
+
+
+def _config(pair: ModelPair, modules: list[Module], whole: dict[str, str], width: int) -> dict[str, Any]:
+    """adapter_config.json, as PEFT writes it."""
+    from peft import LoraConfig
+
+    adapters = [side.adapter for side in pair.sides if side.adapter]
+    saved = sorted({module for adapter in adapters for module in adapter.config.get("modules_to_save") or ()})
+    biases = {adapter.config.get("bias", "none") for adapter in adapters} - {"none"}
+    paths = [module.a.removeprefix("base_model.model.").rpartition(".lora_")[0] for module in modules]
+    config = LoraConfig(
+        r=width, lora_alpha=width, target_modules=_targets(paths, pair) or None, modules_to_save=saved or None,
+        bias=biases.pop() if len(biases) == 1 else "none", task_type="CAUSAL_LM", inference_mode=True,
+        base_model_name_or_path=pair.ref.base.name, fan_in_fan_out=not pair.architecture.transposed.isdisjoint(paths),
+    )  # fmt: skip
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
+def _targets(paths: list[str], pair: ModelPair) -> list[str]:
+    """`target_modules`: the last parts of the names where they say exactly which modules, else the whole names."""
+    ends = {path.rpartition(".")[2] for path in paths}
+    modules = {name.rpartition(".")[0] for name in pair.architecture.shapes if name.endswith(".weight")}
+    return sorted(ends if {name for name in modules if name.rpartition(".")[2] in ends} == set(paths) else paths)
+
+
+def _companions(pair: ModelPair) -> list[Path]:
+    """Tokenizer and chat template, where an adapter brings them."""
+    folders = [side.source.folder for side in reversed(pair.sides) if side.adapter and side.source.has_tokenizer()]
+    return [path for name in TOKENIZER_FILES for folder in folders[:1] if (path := folder / name).is_file()]
+
+
+def serving_rank(folder: Path) -> int | None:
+    """The smallest `--max-lora-rank` of vLLM that holds an adapter; None where its rank is above all of them."""
+    rank = load_json(folder / "adapter_config.json")["r"]
+    return next((size for size in VLLM_RANKS if size >= rank), None)
