@@ -226,8 +226,10 @@ def compare(
 def inspect(
     ref: Ref,
     aligned: Annotated[str | None, typer.Argument(metavar="[ALIGNED]", help="Aligned model.")] = None,
+    merged: Annotated[str | None, typer.Option(help="A checkpoint merged at λ=1 by any tool: did it lose anything?")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Count ulps of this dtype; auto: of each tensor's in REF.")] = "auto",
     base: Base = None,
+    base_quantization: BaseQuantization = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -238,17 +240,23 @@ def inspect(
     """
     from .inspect import describe, inspect_pair
 
-    models = [describe(name, allow_pickle, trust_remote_code) for name in (ref, aligned) if name]
+    if merged and not aligned:
+        raise typer.BadParameter("needs ALIGNED, to know what should be in it", param_hint="--merged")
+    models = [describe(name, allow_pickle, trust_remote_code) for name in (ref, aligned, merged) if name]
     result: dict[str, Any] = {"models": models}
     if aligned:
-        pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
+        pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, base_quantization)
         import torch
 
         with _progress("reading") as tell:
             kind = None if dtype == "auto" else getattr(torch, dtype)
-            result["delta"] = inspect_pair(pair, kind, lambda done, total: tell(None, done, total))
+            result["delta"] = inspect_pair(pair, kind, lambda done, total: tell(None, done, total), merged)
+    failed = typer.Exit(3) if merged and result["delta"]["lost"] else None
     if as_json:
-        return _print_json(result)
+        _print_json(result)
+        if failed:
+            raise failed
+        return
     for model in models:
         out.print(_model_line(model), markup=False, highlight=False)
     if aligned:
@@ -257,6 +265,10 @@ def inspect(
             out.print(_delta_table(delta))
         ending = f"A merge is not possible: {delta['problem']}" if delta["problem"] else "Nothing stops a merge."
         out.print(ending, markup=False, highlight=False)
+        if delta["tensors"]:
+            out.print(_kept_line(delta, merged or "a merge at λ=1"), markup=False, highlight=False)
+    if failed:
+        raise failed
 
 
 @app.command()
@@ -399,6 +411,16 @@ def _delta_table(delta: dict[str, Any]) -> Table:
         size = "–" if row["relative"] is None else f"{row['relative']:.1e}"
         table.add_row(kind, f"{row['weights']:,}", size, *(f"{row['steps'].get(step, 0):.1%}" for step in STEPS))
     return table
+
+
+def _kept_line(delta: dict[str, Any], where: str) -> str:
+    rows = delta["tensors"]
+    if lost := delta["lost"]:
+        first = lost[0]
+        part = f"keeps {rows[first]['kept']:.1%} of its change" if first in rows else "changed, though the adapter leaves it"
+        return f"LOST in {where}: {len(lost)} of {len(rows)} changed tensors; {first} {part}"
+    worst = min(rows, key=lambda name: rows[name]["kept"])
+    return f"Nothing is lost in {where}: of {len(rows)} changed tensors {worst} keeps least, {rows[worst]['kept']:.1%} of Δ."
 
 
 def _model_line(model: dict[str, Any]) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .checkpoint import REAL, Checkpoint, slices, total_bytes
+from .checkpoint import REAL, Buffers, Checkpoint, TensorInfo, slices, total_bytes
 from .delta import Adapter
 from .errors import DeraError
+from .merge import output_layout
 from .output import PARTIAL, RECIPE, read_recipe
 from .pair import ModelPair, Source, load_config
-from .path import Slice, layer_kind
+from .path import Slice, Sums, layer_kind
 
+ENOUGH = 0.9  # of Δ, below which a tensor counts as lost
 # Where a moved weight lands, in ulps of the output dtype at θ_ref.
 STEPS = ("unchanged", "<½", "½-1½", ">1½")
 _MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}  # bits, the hidden one included
@@ -53,29 +56,53 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
 
 
 def inspect_pair(
-    pair: ModelPair, dtype: torch.dtype | None = None, progress: Callable[[int, int], None] | None = None
+    pair: ModelPair,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    merged: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """How big Δ is beside θ_ref, per kind of layer, and how its weights move in ulps of the output dtype.
+    """How big Δ is beside θ_ref, how its weights move in ulps of the output dtype, and what a merge at λ=1 keeps of it.
 
     Args:
         pair: the two models.
         dtype: the output dtype that ulps are counted in; None takes each tensor's dtype in REF.
         progress: called with (tensors read, tensors in all).
+        merged: a checkpoint that some tool has merged at λ=1, to be checked against base and adapter.
 
     Returns:
         `problem`: what stops a merge, or None. `layers`: kind → `relative` = ‖Δ‖/‖θ_ref‖, `weights`, and the share of
-        weights in each of `STEPS`; `total`: the same for all of them.
+        weights in each of `STEPS`; `total`: the same for all of them. `tensors`: for each one with Δ ≠ 0, `kept` =
+        ⟨stored-θ_ref, Δ⟩/‖Δ‖² and `error` = ‖stored-θ_aligned‖/‖Δ‖ of `merged`, or of what `merge` would store at λ=1;
+        `lost`: those of which less than `ENOUGH` is kept or that `merged` lacks.
+
+    Raises:
+        DeraError: `merged` cannot be read or is another architecture.
     """
     try:
         tensors = pair.tensors
     except DeraError as error:
-        return {"problem": str(error), "layers": {}, "total": None}
+        return {"problem": str(error), "layers": {}, "total": None, "tensors": {}, "lost": []}
+    other = None
+    if merged is not None:
+        source = Source.locate(os.fspath(merged), allow_pickle=pair.allow_pickle)
+        other = Checkpoint(source.folder, allow_pickle=pair.allow_pickle)
+    _, rounding = output_layout(pair, dtype or "auto", None)
     sums: dict[str, torch.Tensor] = {}  # ‖Δ‖², ‖θ_ref‖², weights, then a count for each of STEPS
+    kept: dict[str, Sums] = {}
+    buffers = Buffers()
     for number, (name, info) in enumerate(tensors.items(), 1):
         kind = info.dtype if dtype is None else dtype
-        for start, stop in slices(info) if info.dtype in REAL else ():
+        key = _stored_as(pair, other, name, info) if other else None
+        for start, stop in slices(info) if not pair.is_opaque(name) else ():
             row = sums.setdefault(layer_kind(name), torch.zeros(3 + len(STEPS), dtype=torch.float64))
-            row += _moments(Slice.read(pair, name, start, stop, kind), kind)
+            piece = Slice.read(pair, name, start, stop, kind, rounding, 0, buffers)
+            row += _moments(piece, kind)
+            if other is None and piece.aligned is not None:
+                piece.at(1.0, sums=kept.setdefault(name, Sums()))
+            elif other is not None and key is not None:
+                kept.setdefault(name, Sums()).add(piece.against(other.read(key, start, stop)))
+        if other is not None and key is None and not pair.is_same(name):
+            kept[name] = Sums(square=1.0, error=1.0)  # it is not there: nothing of Δ is
         if progress:
             progress(number, len(tensors))
 
@@ -84,9 +111,24 @@ def inspect_pair(
         shares = {step: n / count for step, n in zip(STEPS, steps, strict=True)} if count else {}
         return {"relative": (delta / ref) ** 0.5 if ref else None, "weights": int(count), "steps": shares}
 
+    changed = {
+        name: {"kept": row.cross / row.square, "error": (row.error / row.square) ** 0.5}
+        for name, row in kept.items() if row.square
+    }  # fmt: skip
+    lost = [name for name, row in changed.items() if row["kept"] < ENOUGH]
+    lost += [name for name, row in kept.items() if not row.square and row.error]  # changed where nothing should be
     layers = {kind: figures(row) for kind, row in sorted(sums.items())}
     problem = "ALIGNED's tokenizer has tokens that REF has no embedding for; only λ=1" if pair.new_tokens else None
-    return {"problem": problem, "layers": layers, "total": figures(sum(sums.values(), torch.zeros(3 + len(STEPS))))}
+    total = figures(sum(sums.values(), torch.zeros(3 + len(STEPS))))
+    return {"problem": problem, "layers": layers, "total": total, "tensors": changed, "lost": lost}
+
+
+def _stored_as(pair: ModelPair, other: Checkpoint, name: str, info: TensorInfo) -> str | None:
+    """The name of a tensor in a checkpoint that another tool wrote; None where it has none."""
+    key = name if name in other.tensors else pair.architecture.stored_name(name, other.tensors)
+    if key is not None and other.tensors[key].shape != info.shape:
+        raise DeraError(f"{other.folder} has {key} of shape {list(other.tensors[key].shape)}, expected {list(info.shape)}")
+    return key
 
 
 def _moments(piece: Slice, dtype: torch.dtype) -> torch.Tensor:

@@ -135,8 +135,7 @@ class Slice:
         if self.aligned is None:
             return round_to(self.ref, self.dtype, self._noise, out)
         take, shape, compute = self.buffers.take, tuple(self.ref.shape), self.ref.dtype
-        both = take("step and error", (2, *shape), compute)
-        step = step_back(self.ref, self.aligned, lam, out=both[0])
+        step = step_back(self.ref, self.aligned, lam, out=take("step and error", (2, *shape), compute)[0])
         if lam in (0.0, 1.0):
             value = self.aligned if lam else self.ref
         else:
@@ -155,14 +154,27 @@ class Slice:
                 )
         stored = round_to(value, self.dtype, self._noise, out, ordinary)
         if sums is not None:
-            error = both[1].copy_(stored)
-            moved = sums.moved or differs(error, self.ref)
-            error.sub_(value)
-            square, cross, lost = moments(both, self.buffers)
-            if not math.isfinite(square + cross + lost):
-                square, cross, lost = moments(torch.where(both.isfinite().all(0), both, 0.0), self.buffers)
-            sums.add(Sums(square - cross, square, lost, value.numel(), saturated, nonfinite, moved))
+            sums.add(self._compare(stored, value))
+            sums.add(Sums(saturated=saturated, nonfinite=nonfinite))
         return stored
+
+    def against(self, stored: torch.Tensor) -> Sums:
+        """What became of Δ in weights that claim to be the aligned model's; `stored` has the shape of this slice."""
+        aligned = self.ref if self.aligned is None else self.aligned
+        both = self.buffers.take("step and error", (2, *self.ref.shape), self.ref.dtype)
+        step_back(self.ref, aligned, 1.0, out=both[0])
+        return self._compare(stored, aligned)
+
+    def _compare(self, stored: torch.Tensor, value: torch.Tensor) -> Sums:
+        """Sums over this slice; -λΔ lies in the buffer already."""
+        both = self.buffers.take("step and error", (2, *self.ref.shape), self.ref.dtype)
+        error = both[1].copy_(stored)
+        moved = differs(error, self.ref)
+        error.sub_(value)
+        square, cross, lost = moments(both, self.buffers)
+        if not math.isfinite(square + cross + lost):
+            square, cross, lost = moments(torch.where(both.isfinite().all(0), both, 0.0), self.buffers)
+        return Sums(square - cross, square, lost, value.numel(), moved=moved)
 
     @cached_property
     def _noise(self) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dera_merge import DeraError, DeraWarning, ModelPair
+from dera_merge.inspect import inspect_pair
 
 IDS = torch.arange(3, 21)[None]
 SOME = {"target_modules": ["q_proj", "v_proj", "up_proj"]}
@@ -294,7 +295,7 @@ def test_a_lambda_adapter_over_the_base_is_the_merge(llama, lora, tmp_path, opti
     for lam, folder in zip((0.0, 0.3, 2.0), pair.merge(tmp_path / "a", [0, 0.3, 2], format="adapter"), strict=True):
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["r"] == config["lora_alpha"] == 4
-        assert not config["use_rslora"] and not config["rank_pattern"] and not config["alpha_pattern"]
+        assert not any(config[key] for key in ("use_rslora", "rank_pattern", "alpha_pattern"))
         (full,) = pair.merge(tmp_path / f"full{lam}", [lam])
         expected = logits(AutoModelForCausalLM.from_pretrained(full))
         torch.testing.assert_close(logits(unmerged(base, folder)), expected, rtol=1e-4, atol=1e-4)
@@ -380,3 +381,43 @@ def test_bfloat16_adapters_stay_bfloat16_and_can_be_resumed(llama, lora, tmp_pat
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
     with pytest.raises(DeraError, match="--overwrite"):
         pair.merge(tmp_path / "out", [0.7], format="adapter")
+
+
+# Did a merge lose anything?
+
+
+def test_inspect_finds_what_a_merge_by_another_tool_lost(llama, lora, tmp_path):
+    base = llama(0, dtype=torch.float32)
+    adapter = lora(base, target_modules=["q_proj", "up_proj"])
+    pair = ModelPair.from_pretrained(base, adapter)
+    good = tmp_path / "good"
+    unmerged(base, adapter).merge_and_unload().save_pretrained(good)
+    found = inspect_pair(pair, merged=good)
+    assert not found["lost"]
+    assert len(found["tensors"]) == 4
+    assert all(row["kept"] == pytest.approx(1, abs=1e-4) for row in found["tensors"].values())
+
+    bad = tmp_path / "bad"
+    unmerged(base, adapter).merge_and_unload().save_pretrained(bad)
+    tensors = weights(bad)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = weights(base)[name]
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    assert set(inspect_pair(pair, merged=bad)["lost"]) == {name, "model.norm.weight"}
+
+
+def test_inspect_finds_a_trained_head_that_a_tied_merge_lost(llama, lora, tmp_path):
+    base = llama(0, dtype=torch.float32, tie_word_embeddings=True)
+    adapter = lora(base, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    lossy = tmp_path / "lossy"
+    model = unmerged(base, adapter).merge_and_unload()
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(lossy)
+    tensors = weights(lossy)
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, lossy / "model.safetensors", metadata={"format": "pt"})
+    pair = ModelPair.from_pretrained(base, adapter)
+    assert "lm_head.weight" in inspect_pair(pair, merged=lossy)["lost"]
+    (ours,) = pair.merge(tmp_path / "ours", [1.0])
+    assert not inspect_pair(pair, merged=ours)["lost"]
