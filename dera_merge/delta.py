@@ -8,9 +8,12 @@ is which, which tensors are tied, and which layers store their weight transposed
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -44,6 +47,11 @@ _SUFFIX = re.compile(
 
 # The base's embeddings, stored beside the adapter by `save_embedding_layers`.
 _COPY = re.compile(r"(\.base_layer|embed_tokens|lm_head|wte|embed_in|embed_out)\.weight$")
+
+
+# Matches patterns in a process of its own, because Python's re cannot be stopped.
+_TRY = "import json, re, sys; ps, ns = json.load(sys.stdin); [re.match(p, n) for p in ps for n in ns]"
+_PATIENCE = 10  # seconds
 
 
 class Piece(Protocol):
@@ -312,6 +320,24 @@ class Adapter:
             return f"LoRA with init_lora_weights={config['init_lora_weights']!r} changes the base when it is loaded"
         return None
 
+    def _check_patterns(self, names: Iterable[str]) -> None:
+        """Refuse a pattern that takes for ever on these module names: some regular expressions do, by design or not."""
+        config = self.config
+        patterns = [value for key in ("target_modules", "exclude_modules") if isinstance(value := config.get(key), str)]
+        patterns += [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or {}]
+        doubtful = [pattern for pattern in patterns if re.search(r"[+*{]", pattern)]
+        if not doubtful:
+            return
+        work = json.dumps([[rf"(.*\.)?({pattern})$" for pattern in doubtful], sorted(names)])
+        try:
+            subprocess.run([sys.executable, "-I", "-c", _TRY], input=work.encode(), timeout=_PATIENCE, check=True,
+                           capture_output=True)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            what = f"has a pattern that takes for ever to match: {doubtful[0]!r}"
+            raise DeraError(f"{self.folder}/adapter_config.json {what}") from None
+        except subprocess.CalledProcessError:
+            raise DeraError(f"{self.folder}/adapter_config.json has a pattern that is none: {doubtful[0]!r}") from None
+
     def load_onto(self, model: PreTrainedModel, device: str | torch.device) -> PeftModel:
         """PEFT's own model of a base and this adapter.
 
@@ -321,6 +347,7 @@ class Adapter:
         from peft import PeftModel, get_peft_model_state_dict
 
         stored = self.checkpoint.tensors.keys()  # before PEFT reads: pickles need permission
+        self._check_patterns(name for name, _ in model.named_modules())
         try:
             adapted = PeftModel.from_pretrained(model, self.folder, torch_device=str(device))
         except (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
@@ -359,6 +386,7 @@ class Adapter:
             raise DeraError(f"{self.folder} holds no tensors; the adapter changes nothing")
         pieces: dict[str, list[Piece]] = {}
         if self.is_plain:
+            self._check_patterns({name.rpartition(".")[0] for name in architecture.shapes})
             modules: dict[str, dict[str, str]] = {}
             for key in self.checkpoint.tensors:
                 found = _SUFFIX.search(key)
