@@ -38,8 +38,8 @@ MAX_HEADER = 100_000_000  # bytes; the same limit as the safetensors library
 _WORTH_A_THREAD = 1 << 16  # bytes
 _FLUSH = 1 << 28  # bytes written before the disk is set to work on them
 MAX_JSON = 100_000_000  # bytes of a config, an index, an adapter's settings
-CHUNK = 1 << 21  # elements of a tensor that are handed from thread to thread at a time
-SLICE = 1 << 18  # elements that are computed at a time: as many as stay in a core's cache
+CHUNK = 1 << 20  # elements of a tensor that are handed from thread to thread at a time
+SLICE = 1 << 19  # elements that are computed at a time: as many as stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,8 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         self._left = position
         self._unflushed = 0
-        self._threads = ThreadPoolExecutor(2)  # one hashes what the caller's thread writes, one sends it on to the disk
+        self._threads = ThreadPoolExecutor(3)  # write, hash, and set the disk to work on what is written
+        self._under_way: list[Future[Any]] = []
         self._flushing: Future[None] | None = None
         self._put(struct.pack("<Q", len(text)) + text)
 
@@ -322,28 +323,41 @@ class ShardWriter:
 
     def _put(self, data: Any) -> None:
         view = memoryview(data).cast("B")
-        hashing = self._threads.submit(self._hash.update, view) if len(view) >= _WORTH_A_THREAD else None
-        if hashing is None:
+        if len(view) < _WORTH_A_THREAD:
             self._hash.update(view)
-        rest = view
-        while rest:
-            rest = rest[self._stream.write(rest) :]
+            self._append(view)
+        else:
+            self._under_way += [self._threads.submit(self._hash.update, view), self._threads.submit(self._append, view)]
+
+    def _append(self, view: memoryview) -> None:
         self._unflushed += len(view)
+        while view:
+            view = view[self._stream.write(view) :]
         if self._unflushed >= _FLUSH and (self._flushing is None or self._flushing.done()):
             if self._flushing:
                 self._flushing.result()  # raises what the disk said
             self._unflushed = 0
             self._flushing = self._threads.submit(os.fsync, self._stream.fileno())
-        if hashing:
-            hashing.result()
 
-    def write(self, rows: torch.Tensor) -> None:
-        """Append the next rows of the tensor whose turn it is."""
+    def begin(self, rows: torch.Tensor) -> None:
+        """Begin to append the next rows of the tensor whose turn it is; they must stay as they are until `settle`."""
+        self.settle()
         self._left -= rows.numel() * rows.dtype.itemsize
         self._put(as_bytes(rows.contiguous()))
 
+    def settle(self) -> None:
+        """Wait until all that was begun is written. Raises OSError."""
+        while self._under_way:
+            self._under_way.pop().result()
+
+    def write(self, rows: torch.Tensor) -> None:
+        """Append the next rows of the tensor whose turn it is."""
+        self.begin(rows)
+        self.settle()
+
     def close(self) -> str:
         """Flush to disk, give the file its name, and return its SHA-256."""
+        self.settle()
         if self._left:
             raise RuntimeError(f"{self._left} bytes of {self.file} were not written")
         self._threads.shutdown()

@@ -132,11 +132,13 @@ def _write_shard(
     try:
         for (name, _, stop), results in zip(tasks, in_order(tasks, work), strict=True):
             for output, writer, tally, (stored, sums) in zip(outputs, writers, tallies, results, strict=True):
-                writer.write(stored)
+                writer.begin(stored)
                 if sums:
                     tally.add(name, sums)
                     if stop == pair.tensors[name].rows and not tally.tensor_done() and pair.adapts(name):
                         raise DeraError(_nothing_left(name, output.lam, rounding))
+            for writer in writers:
+                writer.settle()  # the next result may lie in the same memory
             written += results[0][0].nbytes
             if tell:
                 tell(written)
@@ -232,7 +234,7 @@ def describe_pair(pair: ModelPair) -> dict[str, Any]:
         "aligned": describe(pair.aligned),
         "base_quantization": None if pair.base_quantization == "none" else pair.base_quantization,
         "path": "line",
-        "versions": {name: _version(name) for name in ("dera-merge", "torch", "numpy")},
+        "versions": {name: _version(name) for name in ("dera-merge", "torch", "numpy", "numba")},
     }
 
 

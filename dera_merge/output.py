@@ -116,7 +116,8 @@ class Output:
         Raises:
             DeraError: what is there is not to be touched.
         """
-        if not self.folder.exists() or not any(self.folder.iterdir()):
+        # A file under a temporary name alone is one that another process is about to begin with, or died with.
+        if not self.folder.exists() or all(path.name.endswith(".partial") for path in self.folder.iterdir()):
             return
         partial, recipe = self.folder / PARTIAL, self.folder / RECIPE
         if (resume or together) and partial.is_file():

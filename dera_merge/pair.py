@@ -137,6 +137,11 @@ class Side:
         else:
             out.copy_(self.checkpoint.read(key, start, stop, buffers.take("stored", tuple(out.shape), info.dtype)))
 
+    def is_stored_as(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether the effective weights are just the stored ones, in this dtype."""
+        requantised = self.requantised is not None and self.key[name] in self.requantised
+        return self.info(name).dtype == dtype and name not in self.pieces and not requantised
+
     def adapt(self, name: str, start: int, stop: int, rows: torch.Tensor) -> None:
         """Make of the base's rows [start, stop) this side's effective ones, in place."""
         for piece in self.pieces.get(name, ()):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
+from . import kernels
 from .checkpoint import REAL, SLICE, Buffers, TensorInfo, slices
 from .errors import DeraError
 from .pair import ModelPair
@@ -73,8 +74,8 @@ class Slice:
     Attributes:
         start: flat index of the first element.
         dtype, rounding, seed: how θ(λ) is stored; see `round_to`.
-        ref: θ_ref in the compute dtype, or as stored where the two sides are the same tensor.
-        aligned: θ_aligned in the compute dtype, or None where the two sides are the same tensor.
+        ref: θ_ref in the compute dtype; as stored where the two sides are the same tensor, or nothing is lost by it.
+        aligned: θ_aligned likewise, or None where the two sides are the same tensor.
         buffers: where all of it lies.
     """
 
@@ -102,7 +103,10 @@ class Slice:
             stored = buffers.take("ref", shape, info.dtype)
             ref.base_rows(name, start, stop, stored, buffers)
             return cls(*how, stored, None, buffers)
-        compute = torch.float32 if dtype.itemsize == 2 else torch.float64
+        if dtype == torch.bfloat16 and ref.is_stored_as(name, dtype) and aligned.is_stored_as(name, dtype):
+            compute = torch.bfloat16  # the compiled kernel widens on the way
+        else:
+            compute = torch.float32 if dtype.itemsize == 2 else torch.float64
         rows, theirs = (buffers.take(use, shape, compute) for use in ("ref", "aligned"))
         ref.base_rows(name, start, stop, rows, buffers)
         if other is info:
@@ -135,6 +139,16 @@ class Slice:
         if self.aligned is None:
             return round_to(self.ref, self.dtype, self._noise, out)
         take, shape, compute = self.buffers.take, tuple(self.ref.shape), self.ref.dtype
+        if lam not in (0.0, 1.0) and self.dtype == torch.bfloat16 and compute != torch.float64 and kernels.available():
+            stored = torch.empty(shape, dtype=self.dtype) if out is None else out
+            found = kernels.store_bfloat16(self.ref, self.aligned, lam, self._noise, stored)
+            if found is not None:  # else something is not finite, or too large: the long way says what
+                if sums is not None:
+                    square, cross, lost, moved = found
+                    sums.add(Sums(square - cross, square, lost, stored.numel(), moved=moved))
+                return stored
+        if compute == torch.bfloat16:
+            return self._widened().at(lam, out, sums, allow_nonfinite)
         step = step_back(self.ref, self.aligned, lam, out=take("step and error", (2, *shape), compute)[0])
         if lam in (0.0, 1.0):
             value = self.aligned if lam else self.ref
@@ -160,10 +174,16 @@ class Slice:
 
     def against(self, stored: torch.Tensor) -> Sums:
         """What became of Δ in weights that claim to be the aligned model's; `stored` has the shape of this slice."""
+        if self.ref.dtype.itemsize == 2:
+            return self._widened().against(stored)
         aligned = self.ref if self.aligned is None else self.aligned
         both = self.buffers.take("step and error", (2, *self.ref.shape), self.ref.dtype)
         step_back(self.ref, aligned, 1.0, out=both[0])
         return self._compare(stored, aligned)
+
+    def _widened(self) -> Slice:
+        """The same with both sides in float32."""
+        return replace(self, ref=self.ref.float(), aligned=None if self.aligned is None else self.aligned.float())
 
     def _compare(self, stored: torch.Tensor, value: torch.Tensor) -> Sums:
         """Sums over this slice; -λΔ lies in the buffer already."""
@@ -179,7 +199,8 @@ class Slice:
     @cached_property
     def _noise(self) -> torch.Tensor | None:
         """The bits that every λ of this slice is rounded with."""
-        if self.rounding == "nearest" or self.dtype not in NARROW or self.ref.dtype == self.dtype:
+        exact = self.aligned is None and self.ref.dtype == self.dtype
+        if self.rounding == "nearest" or self.dtype not in NARROW or exact:
             return None
         bits = random_bits(self.seed, self.name, self.start, self.ref.numel())
         return self.buffers.take("noise", self.ref.shape, torch.int32).copy_(bits.view(self.ref.shape))

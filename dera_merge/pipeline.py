@@ -31,7 +31,7 @@ def in_order(tasks: Iterable[Task], work: Callable[[Task, Buffers, Buffers], Res
     are.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, MOST_WORKERS)
+    workers = min(max(cores - 1, 1), MOST_WORKERS)  # one core is for the thread that takes the results
     threads = torch.get_num_threads()
     waiting = iter(tasks)
     running: deque[tuple[Buffers, Future[Result]]] = deque()

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as tf
 from builders import VOCAB, save_tokenizer, tokenizer, weights
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, ModelPair, compare
@@ -109,9 +110,32 @@ def test_lora_on_fused_experts_is_refused_by_name_and_on_attention_it_merges(tmp
     (folder,) = ModelPair.from_pretrained(tmp_path / "base", adapter).merge(tmp_path / "out", [0.5])
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
     experts = lora(tmp_path / "base", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    with pytest.raises(DeraError, match="target_parameters"):
+    with pytest.raises(DeraError, match="experts.* under another name"):
         ModelPair.from_pretrained(tmp_path / "base", experts).merge(tmp_path / "out2", [0.5])
     assert not (tmp_path / "out2").exists()
+
+
+def test_lora_on_experts_that_are_stored_fused_equals_pefts_forward(tmp_path):
+    torch.manual_seed(0)
+    config = tf.GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    save_tokenizer(base)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(
+        r=4, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM",
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    (out,) = ModelPair.from_pretrained(base, tmp_path / "adapter").merge(tmp_path / "out", [1.0])
+    ids = torch.arange(3, 21)[None]
+    with torch.no_grad():
+        merged, plain = (AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (out, base))
+        expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")(ids).logits
+    assert (expected - plain).abs().max() > 0.01
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_encoder_decoders_and_vision_models_are_refused_in_one_line(tmp_path):
