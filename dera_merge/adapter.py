@@ -25,11 +25,10 @@ from .merge import Progress, describe_pair, parse_dtype
 from .output import Layout, Output, Tally, open_outputs, writing
 from .pair import TOKENIZER_FILES, ModelPair, warn
 from .path import Slice, stored_rows
-from .rounding import NARROW, Rounding, random_bits, round_to
+from .rounding import Rounding, noise_for, round_to
 
 FILE = "adapter_model.safetensors"
 OVERSAMPLING, POWER_ITERATIONS = 8, 2  # of the randomised SVD (Halko et al., 2011, §1.3)
-_NONE = torch.empty(0)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 
 
@@ -41,6 +40,9 @@ class Factors:
     right: torch.Tensor  # (k, in), float32
     kept: float = 1.0
     total: float = 1.0
+
+
+Energies = dict[str, tuple[float, float]]  # module → `kept` and `total` of its Factors
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,14 @@ def merge_adapters(
         "dtype": str(wanted).removeprefix("torch."), "rounding": rounding, "seed": seed,
     }  # fmt: skip
     outputs = open_outputs(pair, out, lams, recipe, {FILE: layout}, resume=resume, overwrite=overwrite)
-    config = _config(pair, modules, whole, width)
+    config = _config(pair, modules, width)
     with writing(outputs, overwrite=overwrite) as pending:
         if pending:
             figures = _write(pair, pending, modules, whole, layout, rounding, seed, progress)
-            more = {"left_out": _left_out(pair)} if extract_rank else {}
+            more, beside = {"left_out": _left_out(pair)} if extract_rank else {}, _companions(pair)
             for output, figure in zip(pending, figures, strict=True):
                 statistics = _energy(figure) | more if rank or extract_rank else {"energy": 1.0}
-                output.finish("adapter_config.json", config, _companions(pair), statistics)
+                output.finish("adapter_config.json", config, beside, statistics)
     return [output.folder for output in outputs]
 
 
@@ -153,9 +155,9 @@ def _folded(pair: ModelPair) -> tuple[list[Module], dict[str, str]]:
                 elif isinstance(piece, LowRank):
                     terms.append((piece, weight))
                 else:
-                    kind = side.adapter.kind if side.adapter else "it"
                     raise DeraError(
-                        f"λΔ of {name} is no sum s·BA ({kind}); --format full holds it, --extract-rank R approximates it"
+                        f"λΔ of {name} is no sum s·BA ({side.adapter.kind}); --format full holds it, "
+                        "--extract-rank R approximates it"
                     )
         if terms and name in whole.values():
             raise DeraError(f"{name} is trained whole in one adapter and by a sum in the other; --format full holds that")
@@ -222,12 +224,12 @@ def _extracted(pair: ModelPair, rank: int, seed: int) -> list[Module]:
 
 
 def _delta(pair: ModelPair, name: str) -> torch.Tensor:
-    """Δ of a whole tensor, float32."""
+    """Δ of a whole tensor that changes, float32."""
     info = pair.tensors[name]
     delta, buffers = torch.empty((info.rows, *info.row_shape)), Buffers()
     for start, stop in slices(info):
         piece = Slice.read(pair, name, start, stop, torch.float32, buffers=buffers)
-        delta[start:stop] = piece.ref - piece.ref if piece.aligned is None else piece.aligned - piece.ref
+        delta[start:stop] = piece.aligned - piece.ref
     return delta.view(info.shape)
 
 
@@ -247,12 +249,12 @@ def _left_out(pair: ModelPair) -> dict[str, float]:
 def _write(
     pair: ModelPair, outputs: list[Output], modules: list[Module], whole: dict[str, str], layout: Layout,
     rounding: Rounding, seed: int, progress: Progress | None,
-) -> list[dict[str, Factors]]:  # fmt: skip
-    """Write the file of each output; returns by module what its factors hold, the factors themselves left out."""
+) -> list[Energies]:  # fmt: skip
+    """Write the file of each output; returns what its factors hold."""
     owner = {key: module for module in modules for key in (module.a, module.b)}
     lams = [output.lam for output in outputs]
     writers = [ShardWriter(output.folder / FILE, layout) for output in outputs]
-    figures: list[dict[str, Factors]] = [{} for _ in outputs]
+    figures: list[Energies] = [{} for _ in outputs]
     latest: tuple[str, list[Factors]] = ("", [])  # a module's two factors come one after the other
     try:
         for number, key in enumerate(file_order(layout), 1):
@@ -267,10 +269,8 @@ def _write(
                     padded = torch.zeros(shape)
                     factor = factors.right if key == module.a else factors.left
                     padded[: factor.shape[0], : factor.shape[1]] = factor
-                    stochastic = rounding == "stochastic" and dtype in NARROW
-                    noise = random_bits(seed, key, 0, padded.numel()).view(padded.shape) if stochastic else None
-                    writer.write(round_to(padded, dtype, noise))
-                    figure[module.a.rpartition(".lora_")[0]] = replace(factors, left=_NONE, right=_NONE)
+                    writer.write(round_to(padded, dtype, noise_for(rounding, dtype, seed, key, 0, shape)))
+                    figure[module.a.rpartition(".lora_")[0]] = factors.kept, factors.total
             if progress:
                 progress(number, len(layout))
         for output, writer in zip(outputs, writers, strict=True):
@@ -293,15 +293,14 @@ def _write_whole(
             writer.write(stored)
 
 
-def _energy(figures: dict[str, Factors]) -> dict[str, Any]:
+def _energy(figures: Energies) -> dict[str, Any]:
     """The share of ‖λΔ‖² that a cut rank keeps, in all and per module; null where λΔ = 0."""
-    total = sum(factors.total for factors in figures.values())
-    kept = sum(factors.kept for factors in figures.values())
-    shares = {name: factors.kept / factors.total if factors.total else None for name, factors in sorted(figures.items())}
+    kept, total = (sum(energies[index] for energies in figures.values()) for index in (0, 1))
+    shares = {name: part / whole if whole else None for name, (part, whole) in sorted(figures.items())}
     return {"energy": kept / total if total else None, "per_module": shares}
 
 
-def _config(pair: ModelPair, modules: list[Module], whole: dict[str, str], width: int) -> dict[str, Any]:
+def _config(pair: ModelPair, modules: list[Module], width: int) -> dict[str, Any]:
     """adapter_config.json, as PEFT writes it."""
     from peft import LoraConfig
 

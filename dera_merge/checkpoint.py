@@ -331,8 +331,7 @@ class ShardWriter:
 
     def _append(self, view: memoryview) -> None:
         self._unflushed += len(view)
-        while view:
-            view = view[self._stream.write(view) :]
+        _write_all(self._stream, view)
         if self._unflushed >= _FLUSH and (self._flushing is None or self._flushing.done()):
             if self._flushing:
                 self._flushing.result()  # raises what the disk said
@@ -383,13 +382,17 @@ def open_new(file: Path) -> BinaryIO:
     return open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb", buffering=0)
 
 
+def _write_all(stream: BinaryIO, view: memoryview) -> None:
+    """Write every byte; one call of an unbuffered `write` may take fewer."""
+    while view:
+        view = view[stream.write(view) :]
+
+
 def write_atomically(file: Path, content: bytes) -> str:
     """Write a small file so that it is either absent or whole, and return its SHA-256."""
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")  # several processes may write the same file
     with open_new(temporary) as stream:
-        view = memoryview(content)
-        while view:
-            view = view[stream.write(view) :]
+        _write_all(stream, memoryview(content))
         os.fsync(stream.fileno())
     temporary.replace(file)
     return hashlib.sha256(content).hexdigest()

@@ -95,9 +95,10 @@ def merge(
             output.look(share)
         if pending:
             _write_shards(source, pending, share, rounding, seed, allow_nonfinite, progress)
+        beside = companions(pair) if pending else []
         for output in pending:
             if output.all_done() and (not together or output.claim()):
-                output.finish("config.json", _config(source, wanted), companions(pair))
+                output.finish("config.json", _config(source, wanted), beside)
     return [output.folder for output in outputs]
 
 

@@ -139,16 +139,19 @@ class Output:
             raise DeraError(f"{self.folder} exists and is not empty; {how}, or give another --output")
         if not (partial.is_file() or recipe.is_file()):
             raise DeraError(f"{self.folder} was not written by dera-merge, so --overwrite does not touch it")
-        if strange := sorted(path.name for path in self.folder.iterdir() if not self._is_ours(path.name)):
+        if strange := sorted({path.name for path in self.folder.iterdir()} - {path.name for path in self._ours()}):
             raise DeraError(f"{self.folder} holds {strange[0]}, which dera-merge did not write; move it away first")
 
-    def _is_ours(self, name: str) -> bool:
+    def _ours(self) -> list[Path]:
+        """What lies in the directory and is dera-merge's."""
         ours = {RECIPE, PARTIAL, LOCK, *CONFIGS, "model.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES}
         for record in (RECIPE, PARTIAL):
             data = load_json(self.folder / record) if (self.folder / record).is_file() else None
             if isinstance(data, dict) and isinstance(files := data.get("files"), list | dict):
                 ours |= set(files)
-        return name in ours | self.shards.keys() or name.endswith(".partial") or name.removesuffix(".done") in ours
+        ours |= self.shards.keys()
+        found = self.folder.iterdir()
+        return [path for path in found if path.name.removesuffix(".done") in ours or path.name.endswith(".partial")]
 
     def begin(self, overwrite: bool) -> None:
         """Make the directory, marked as partial."""
@@ -241,8 +244,7 @@ class Output:
             return
         # The config first: without it the rest is no model, whatever happens to this process next. The records of what
         # is ours last.
-        order = sorted((path for path in self.folder.iterdir() if self._is_ours(path.name)), key=_place_in_removal)
-        for path in order:
+        for path in sorted(self._ours(), key=_place_in_removal):
             path.unlink()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()

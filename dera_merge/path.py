@@ -17,7 +17,7 @@ from . import kernels
 from .checkpoint import REAL, SLICE, Buffers, TensorInfo, slices
 from .errors import DeraError
 from .pair import ModelPair
-from .rounding import NARROW, Rounding, in_range, random_bits, round_to
+from .rounding import Rounding, in_range, noise_for, round_to
 
 
 def output_dtype(info: TensorInfo, dtype: torch.dtype | None) -> torch.dtype:
@@ -199,11 +199,9 @@ class Slice:
     @cached_property
     def _noise(self) -> torch.Tensor | None:
         """The bits that every λ of this slice is rounded with."""
-        exact = self.aligned is None and self.ref.dtype == self.dtype
-        if self.rounding == "nearest" or self.dtype not in NARROW or exact:
+        if self.aligned is None and self.ref.dtype == self.dtype:
             return None
-        bits = random_bits(self.seed, self.name, self.start, self.ref.numel())
-        return self.buffers.take("noise", self.ref.shape, torch.int32).copy_(bits.view(self.ref.shape))
+        return noise_for(self.rounding, self.dtype, self.seed, self.name, self.start, tuple(self.ref.shape))
 
 
 def differs(one: torch.Tensor, other: torch.Tensor) -> bool:

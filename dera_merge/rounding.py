@@ -11,6 +11,7 @@ on slices, threads, shards, or λ. So a merge is reproducible, and θ(λ) moves 
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Literal
 
 import numpy as np
@@ -38,6 +39,15 @@ def random_bits(seed: int, name: str, start: int, count: int) -> torch.Tensor:
     skip = start % 4
     raw = words.random_raw((skip + count + 3) // 4).astype("<u8", copy=False).view("<u2")
     return torch.from_numpy(raw[skip : skip + count]).to(torch.int32)
+
+
+def noise_for(
+    rounding: Rounding, dtype: torch.dtype, seed: int, name: str, start: int, shape: tuple[int, ...]
+) -> torch.Tensor | None:
+    """The `random_bits` that `round_to` wants for this rounding to this dtype; None rounds to nearest."""
+    if rounding == "nearest" or dtype not in NARROW:
+        return None
+    return random_bits(seed, name, start, math.prod(shape)).view(shape)
 
 
 def round_to(
