@@ -14,18 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import DeraError, DeraWarning
-    from .exact import DeraConfig, DeraForCausalLM
+    from .exact import DeraConfig, DeraForCausalLM, DialForCausalLM
     from .fidelity import Report, compare
     from .merge import merge
     from .pair import ModelPair
+    from .plausibility import PlausibilityMask
+    from .speculation import Speculation
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ModelPair": "pair", "merge": "merge", "DeraForCausalLM": "exact", "DeraConfig": "exact", "compare": "fidelity",
-    "Report": "fidelity", "DeraError": "errors", "DeraWarning": "errors",
+    "ModelPair": "pair", "merge": "merge", "DeraForCausalLM": "exact", "DialForCausalLM": "exact", "DeraConfig": "exact",
+    "Speculation": "speculation", "PlausibilityMask": "plausibility", "compare": "fidelity", "Report": "fidelity",
+    "DeraError": "errors", "DeraWarning": "errors",
 }  # fmt: skip
-__all__ = ["DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "ModelPair", "Report", "compare", "merge"]
+__all__ = [
+    "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair", "PlausibilityMask",
+    "Report", "Speculation", "compare", "merge",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -46,6 +46,7 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Format = Literal["full", "adapter"]
 BaseQuantisation = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double"]
 Mode = Literal["exact", "merged", "speculative"]
+LoadIn = Literal["4bit", "8bit"]
 
 Ref = Annotated[str, typer.Argument(metavar="REF", help="Reference model: a directory or a Hub id (id@revision).")]
 Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help="Aligned model: a full checkpoint or a PEFT adapter.")]
@@ -135,9 +136,14 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …; cuda:0,cuda:1 puts REF and ALIGNED on two.")] = "auto",
     compute_dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, else the checkpoint's.")] = "auto",
+    load_in: Annotated[LoadIn | None, typer.Option(help="Quantise both models on loading (bitsandbytes).")] = None,
+    plausibility: Annotated[
+        float | None, typer.Option(help="α in (0, 1]: no token below α times ALIGNED's best. Not exact DeRa any more.")
+    ] = None,
     base: Base = None,
+    base_quantization: BaseQuantization = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -149,18 +155,34 @@ def generate(
     (value,) = _lams(lam, one=True)
     if temperature and not 1e-3 <= temperature <= 1e3:
         raise typer.BadParameter("must be 0 (greedy) or from 0.001 to 1000", param_hint="--temperature")
-    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
-    place = _device(device)
+    if plausibility is not None and not 0 < plausibility <= 1:
+        raise typer.BadParameter("must be above 0 and at most 1", param_hint="--plausibility")
+    if mode == "merged" and (load_in or plausibility):
+        hint = "--load-in" if load_in else "--plausibility"
+        raise typer.BadParameter("is for exact and speculative decoding", param_hint=hint)
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, base_quantization)
+    places = [_device(name) for name in device.split(",")]
+    if len(places) > 2 or (len(places) == 2 and mode == "merged"):
+        raise typer.BadParameter("one device, or two for exact decoding", param_hint="--device")
     from .decode import decode
 
     kind = None if compute_dtype == "auto" else compute_dtype
     text = decode(
         pair, value, prompt, mode=mode, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-        device=place, compute_dtype=kind,
+        device=places if len(places) == 2 else places[0], compute_dtype=kind, load_in=load_in, plausibility=plausibility,
     )  # fmt: skip
     if as_json:
-        return _print_json({"ref": ref, "aligned": aligned, "lambda": value, "mode": mode, **text})
+        settings = {"load_in": load_in, "plausibility": plausibility}
+        return _print_json({"ref": ref, "aligned": aligned, "lambda": value, "mode": mode, **settings, **text})
     out.print(text["text"], markup=False, highlight=False)
+    notes = []
+    if text.get("acceptance_rate") is not None:
+        gain = f"{text['tokens_per_verification']:.1f} tokens a verification"
+        notes.append(f"speculation: {text['acceptance_rate']:.0%} of {text['drafted']} drafted tokens kept, {gain}")
+    if plausibility:
+        notes.append(f"not exact DeRa: tokens below {plausibility:g} times the aligned model's best are masked")
+    for note in notes:
+        err.print(note, markup=False, highlight=False)
 
 
 @app.command()

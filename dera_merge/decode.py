@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from transformers import set_seed
+from transformers import LogitsProcessorList, set_seed
 
 from .errors import DeraError
 from .pair import ModelPair
+from .plausibility import PlausibilityMask
 from .prompts import encode
+from .speculation import Speculation
 
 Mode = Literal["exact", "merged", "speculative"]
+LoadIn = Literal["4bit", "8bit"]
 
 
 def decode(
@@ -24,8 +28,10 @@ def decode(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Sequence[str | torch.device] = "cpu",
     compute_dtype: torch.dtype | str | None = None,
+    load_in: LoadIn | None = None,
+    plausibility: float | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt.
 
@@ -38,10 +44,14 @@ def decode(
         max_new_tokens: in tokens.
         temperature: 0 is greedy.
         seed: of sampling.
-        device, compute_dtype: where and in what to run; default float32 on CPU, else the checkpoint's dtype.
+        device: where to run; two devices put the reference on the first, the aligned model on the second.
+        compute_dtype: in what to run; default float32 on CPU, else the checkpoint's dtype. A draft on a CPU is bfloat16.
+        load_in: quantise both models with bitsandbytes when they are loaded; the output is exact DeRa of the quantised pair.
+        plausibility: α of a `PlausibilityMask`; the output is then no longer exact DeRa.
 
     Returns:
-        `text` (special tokens left out), `token_ids` (the new ones), `prompt_tokens` (their count).
+        `text` (special tokens left out), `token_ids` (the new ones), `prompt_tokens` (their count), `exact` (whether the
+        tokens are exact DeRa's); with speculation `acceptance_rate`, `tokens_per_verification`, `drafted`, `verifications`.
 
     Raises:
         DeraError: the pair cannot be run in this mode, or the prompt has no tokens.
@@ -52,21 +62,55 @@ def decode(
     limit = pair.context_length
     if limit and len(encoded.ids) + max_new_tokens > limit:
         raise DeraError(f"{len(encoded.ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit}")
+    if mode == "merged" and (load_in or plausibility):
+        raise DeraError("quantised loading and the plausibility mask are for exact decoding; merge first, or leave them out")
+    home = torch.device(device if isinstance(device, str | torch.device) else device[0])
+    on_cpu = home.type == "cpu"
     if compute_dtype is None:
-        compute_dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    draft = pair.merged(lam, device=device, compute_dtype=compute_dtype) if mode != "exact" else None
-    model = draft if mode == "merged" else pair.exact(lam, dtype=compute_dtype, device=device)
-    assert model is not None
-    warper = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    ids = torch.tensor([encoded.ids], device=device)
+        compute_dtype = torch.float32 if on_cpu else "auto"
+    options: dict[str, Any] = {}
+    if mode == "merged":
+        model = pair.merged(lam, device=home, compute_dtype=compute_dtype)
+    else:
+        more = {"quantization_config": quantised(load_in)} if load_in else {}
+        model = pair.exact(lam, dtype=compute_dtype, device=device, **more)
+    speculation = Speculation()
+    if mode == "speculative":
+        if on_cpu:
+            draft = pair.merged(lam, device=home, compute_dtype=torch.bfloat16)
+        else:  # an adapter pair drafts with the weights that it has
+            draft = pair.merged(lam, device=home, compute_dtype=compute_dtype) if model.rows is None else model.dial()
+        options |= {"assistant_model": draft, "speculation": speculation}
+    if plausibility:
+        options["logits_processor"] = LogitsProcessorList([PlausibilityMask(plausibility)])
+    options |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    ids = torch.tensor([encoded.ids], device=home)
     set_seed(seed)
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id, **warper, **({"assistant_model": draft} if mode == "speculative" else {}),
+        pad_token_id=tokenizer.pad_token_id, **options,
     )  # fmt: skip
     new = output[0, len(encoded.ids) :].tolist()
-    return {
+    result = {
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "token_ids": new,
         "prompt_tokens": len(encoded.ids),
+        "exact": mode != "merged" and not plausibility,
     }
+    if mode == "speculative":
+        keys = ("acceptance_rate", "tokens_per_verification", "drafted", "verifications")
+        result |= {key: getattr(speculation, key) for key in keys}
+    return result
+
+
+def quantised(load_in: LoadIn) -> Any:
+    """transformers' config for loading weights in 4 (nf4) or 8 bits with bitsandbytes. Raises DeraError without it."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise DeraError("loading in 4 or 8 bits needs bitsandbytes: pip install 'dera-merge[quant]'")
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

@@ -470,5 +470,5 @@ class Adapter:
         return default
 
     def _saved_whole(self, module: str, suffix: str) -> bool:
-        saved = any(module == m or module.endswith(f".{m}") for m in self.config.get("modules_to_save") or ())
+        saved = module.endswith(tuple(self.config.get("modules_to_save") or ()))  # PEFT's rule: "norm" is every norm
         return saved or (suffix == "bias" and self.config.get("bias", "none") != "none")

@@ -27,7 +27,7 @@ from .quantisation import Requantised
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from .exact import DeraForCausalLM
+    from .exact import DeraForCausalLM, DialForCausalLM
     from .rounding import Rounding
 
 TOKENIZER_FILES = (
@@ -84,6 +84,11 @@ class Source:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DeraError(f"{name} is no local directory, and could not be had from the Hub: {reason}") from error
         return cls(name, Path(path).resolve(), Path(path).name)
+
+    @property
+    def pinned(self) -> str:
+        """The local folder, or the Hub id with the commit."""
+        return f"{self.name.partition('@')[0]}@{self.revision}" if self.revision else str(self.folder)
 
     @property
     def is_adapter(self) -> bool:
@@ -501,43 +506,51 @@ class ModelPair:
 
     # Loading
 
-    def load_sides(
-        self, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu", **kwargs: Any
-    ) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Both models, in evaluation mode. The sides of a LoRA pair share one set of base weights.
+    def _load(
+        self, dtype: torch.dtype | str, devices: tuple[torch.device, torch.device], **kwargs: Any
+    ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel | None]:
+        """Both models in evaluation mode, and both as rows of one where they share a base on one device."""
+        from .rows import in_rows
 
-        Args:
-            dtype: compute dtype, or `"auto"` for the checkpoint's.
-            device: where to put them.
-            kwargs: passed to transformers' `from_pretrained` (`attn_implementation`, say).
-        """
-        bases: dict[Path, PreTrainedModel] = {}
-        if self.base_quantization not in (None, "none"):
+        bases: dict[tuple[Path, torch.device], PreTrainedModel] = {}
+        quantised = kwargs.get("quantization_config") is not None
+        if self.base_quantization not in (None, "none") and not quantised:
             _ = self.tensors  # decides what is quantised
 
-        def load(side: Side) -> PreTrainedModel:
+        def load(side: Side, device: torch.device) -> PreTrainedModel:
             folder = side.base.folder
-            if folder not in bases:
-                bases[folder] = load_model(
+            if (folder, device) not in bases:
+                model = load_model(
                     folder, dtype, device, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code, **kwargs
                 )
-                if side.requantised:
-                    _put(side.requantised, bases[folder], self.architecture)
-            model = bases[folder]
-            return _with_adapter(model, side.adapter, device) if side.adapter else model
+                if side.requantised and not quantised:
+                    _put(side.requantised, model, self.architecture)
+                bases[folder, device] = model
+            base = bases[folder, device]
+            return _with_adapter(base, side.adapter, device) if side.adapter else base
 
-        return load(self.ref), load(self.aligned)
+        ref, aligned = (load(side, device) for side, device in zip(self.sides, devices, strict=True))
+        rows = in_rows(next(iter(bases.values())), ref, aligned) if len(bases) == 1 and ref is not aligned else None
+        return ref, aligned if rows is None else rows, rows
 
     def exact(
-        self, lam: float = 1.0, *, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu", **kwargs: Any
+        self,
+        lam: float = 1.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | Sequence[str | torch.device] = "cpu",
+        **kwargs: Any,
     ) -> DeraForCausalLM:
         """Exact DeRa at λ as one transformers model: (1-λ)·h_ref + λ·h_aligned (Liu et al., 2024).
+
+        An adapter and its base are held once and decoded in one forward pass, as two rows of a batch.
 
         Args:
             lam: the default λ, any finite number; `generate(..., lam=…)` overrides it per call or per sequence.
             dtype: compute dtype; default float32 on CPU and the checkpoint's dtype elsewhere.
-            device: where the two models go.
-            kwargs: passed to transformers' `from_pretrained`.
+            device: where the two models go; two devices put the reference on the first and the aligned model on the second.
+            kwargs: passed to transformers' `from_pretrained`: `quantization_config` loads both models quantised,
+                `device_map` spreads each over devices (`device` is then not used), `attn_implementation`, ….
 
         Raises:
             DeraError: ALIGNED's tokenizer uses tokens that REF does not have, or the models cannot be loaded.
@@ -546,12 +559,44 @@ class ModelPair:
 
         if self.new_tokens:
             raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; use ALIGNED alone (λ=1)")
+        places = [device, device] if isinstance(device, str | torch.device) else list(device)
+        if len(places) != 2:
+            raise DeraError(f"exact DeRa runs two models; {len(places)} devices were given, expected one or two")
+        devices = torch.device(places[0]), torch.device(places[1])
         if dtype is None:
-            dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-        model = DeraForCausalLM(*self.load_sides(dtype, device, **kwargs), lam=lam)
+            dtype = torch.float32 if devices[0].type == devices[1].type == "cpu" else "auto"
+        ref, aligned, rows = self._load(dtype, devices, **kwargs)
+        model = DeraForCausalLM(ref, aligned, lam=lam, rows=rows)
+        model.config.pair = self._opened_as()
         if config := self.generation_config():
             model.generation_config = config
         return model
+
+    def dial(self, lam: float = 1.0, **kwargs: Any) -> DialForCausalLM:
+        """θ_ref + λΔ of an adapter pair over one set of weights, with a λ for each sequence of a batch.
+
+        Args:
+            lam: the default λ.
+            kwargs: as for `exact`: `dtype`, `device`, `quantization_config`, ….
+
+        Raises:
+            DeraError: the two sides do not share their weights, or the model cannot be loaded.
+        """
+        exact = self.exact(lam, **kwargs)
+        model = exact.dial()
+        model.generation_config = exact.generation_config
+        return model
+
+    def _opened_as(self) -> dict[str, Any]:
+        """What `from_pretrained` needs to open this pair again."""
+        homes = {side.base.folder: side.base for side in self.sides if side.adapter}
+        names = {"ref": self.ref.source, "aligned": self.aligned.source, "base": next(iter(homes.values()), None)}
+        if homes.keys() == {self.ref.source.folder}:  # an adapter beside its base
+            names["base"] = None
+        opened: dict[str, Any] = {key: source.pinned for key, source in names.items() if source}
+        if self.base_quantization:
+            opened["base_quantization"] = self.base_quantization
+        return opened
 
     def merged(
         self,
@@ -602,6 +647,9 @@ def load_model(
     """A causal model from a directory, in evaluation mode; refuses one that transformers would fill with random weights."""
     from transformers import AutoModelForCausalLM
 
+    quantised = kwargs.get("quantization_config") or load_json(folder / "config.json").get("quantization_config")
+    if quantised and "device_map" not in kwargs:
+        kwargs["device_map"] = {"": device}  # quantised weights are made where they stay
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -611,20 +659,26 @@ def load_model(
             output_loading_info=True,
             **kwargs,
         )
-    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         raise DeraError(f"transformers cannot load {folder}: {error}") from error
     if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
         raise DeraError(f"{folder} lacks tensor {missing[0]} ({len(missing)} in all); transformers would make it up")
-    return model.to(device).eval()
+    return (model if "device_map" in kwargs else model.to(device)).eval()
 
 
 def _with_adapter(base: PreTrainedModel, adapter: Adapter, device: str | torch.device) -> PreTrainedModel:
     """The base model with an adapter in it, unmerged: PEFT's own forward. The base weights stay shared."""
+    from .rows import second_tree
+
+    writes = adapter.changes_base_at_load or adapter.brings_base_tensors
+    if getattr(base, "is_quantized", False):
+        if writes:
+            raise DeraError(f"{adapter.folder} changes the base when it is loaded; that needs a base which is not quantised")
+        return adapter.load_onto(second_tree(base), device).get_base_model().eval()
     # A second module tree over the same storages. The Parameter objects are new, so that an adapter which assigns to
     # `.data` cannot reach the reference; one that writes in place (PiSSA and its kind) gets a copy.
-    shared = not (adapter.changes_base_at_load or adapter.brings_base_tensors)
     twins = {
-        id(p): torch.nn.Parameter(p.data if shared else p.data.clone(), requires_grad=False) for p in base.parameters()
+        id(p): torch.nn.Parameter(p.data.clone() if writes else p.data, requires_grad=False) for p in base.parameters()
     }
     model = copy.deepcopy(base, memo=dict(twins))
     return adapter.load_onto(model, device).get_base_model().eval()

@@ -1,26 +1,57 @@
-"""Exact decoding, against a plain two-model loop written here."""
+"""Exact decoding, against a plain two-model loop written here: two models side by side, and a LoRA pair in one pass."""
 
 import threading
 
 import pytest
 import torch
-from builders import LAMS, tiny_llama, tokenizer
-from transformers import AutoModelForCausalLM, DynamicCache, TextIteratorStreamer, pipeline
+from builders import LAMS, VOCAB, save_tokenizer, tiny_llama, tokenizer
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessorList,
+    MistralConfig,
+    MistralForCausalLM,
+    TextIteratorStreamer,
+    pipeline,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dera_merge import DeraConfig, DeraError, DeraForCausalLM, ModelPair
+from dera_merge import DeraConfig, DeraError, DeraForCausalLM, ModelPair, PlausibilityMask
+from dera_merge.exact import PairCache, RowsCache
 
 PROMPTS = [[5, 9, 12, 33], [8, 41], [17, 3, 60, 22, 30, 7, 44]]
 NEW = 12
 
 
-@pytest.fixture(scope="module")
-def models():
-    return tiny_llama(0), tiny_llama(1)
+def lora_pair(llama, lora, **config):
+    """A LoRA pair, and its two models as transformers and PEFT load them, independently."""
+    base = llama(0, dtype=torch.float32, **config)
+    adapter = lora(base)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    return ModelPair.from_pretrained(base, adapter), (AutoModelForCausalLM.from_pretrained(base), tuned.eval())
+
+
+@pytest.fixture(scope="module", params=["two models", "one pass"])
+def setting(request, llama, lora):
+    if request.param == "two models":
+        models = tiny_llama(0), tiny_llama(1)
+        return models, DeraForCausalLM(*models)
+    pair, models = lora_pair(llama, lora)
+    exact = pair.exact()
+    assert exact.rows is not None
+    return models, exact
 
 
 @pytest.fixture
-def exact(models):
-    return DeraForCausalLM(*models, lam=0.5)
+def models(setting):
+    return setting[0]
+
+
+@pytest.fixture
+def exact(setting):
+    setting[1].set_lam(0.5)
+    return setting[1]
 
 
 @torch.no_grad()
@@ -137,7 +168,7 @@ def test_warpers_see_the_mixed_logits(exact):
     assert (output[:, -1] == greedy[0, -1]).all()
 
 
-def test_logits_are_mixed_in_float32_also_in_bfloat16(models):
+def test_logits_are_mixed_in_float32_also_in_bfloat16():
     halves = [tiny_llama(seed).to(torch.bfloat16) for seed in (0, 1)]
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
@@ -206,13 +237,12 @@ def test_stopping_criteria_and_return_sequences_work(exact):
     assert output.shape == (12, 10)
 
 
-def test_pipelines_run_it_without_a_logged_error(models, caplog):
+def test_pipelines_run_it_without_a_logged_error(exact, caplog):
     from transformers.utils import logging
 
     logging.set_verbosity_warning()
     logging.enable_propagation()
     words = tokenizer()
-    exact = DeraForCausalLM(*models, lam=0.3)
     answer = pipeline("text-generation", model=exact, tokenizer=words)("w5 w9", max_new_tokens=4, do_sample=False)
     logging.disable_propagation()
     logging.set_verbosity_error()
@@ -232,6 +262,14 @@ def test_labels_give_the_mean_cross_entropy(exact):
     assert output.loss.item() == pytest.approx(-log_p[range(6), PROMPTS[2][1:]].mean().item(), rel=1e-5)
 
 
+def other_form(model):
+    """A pair's cache for a model that keeps rows, and the other way round."""
+    config = model.ref.config
+    if model.rows is None:
+        return RowsCache(DynamicCache(config=config))
+    return PairCache(DynamicCache(config=config), DynamicCache(config=config))
+
+
 REFUSALS = {
     "a foreign cache": lambda m: m.generate(torch.tensor([[5]]), past_key_values=DynamicCache(), max_new_tokens=2),
     "generate_batch": lambda m: m.generate_batch([[5, 6]]),
@@ -242,7 +280,8 @@ REFUSALS = {
         torch.tensor([[5]]), assistant_model=tiny_llama(2), assistant_ensemble_weight=0.5, max_new_tokens=2
     ),
     "hidden states": lambda m: m(torch.tensor([[5]]), output_hidden_states=True),
-    "saving": lambda m: m.save_pretrained("/nonexistent"),
+    "saving what has no name": lambda m: DeraForCausalLM(m.ref, m.aligned).save_pretrained("/nonexistent"),
+    "a cache of the other form": lambda m: m(torch.tensor([[5]]), past_key_values=other_form(m)),
 }
 
 
@@ -269,15 +308,187 @@ def test_a_lora_pair_shares_its_base_weights(llama, lora):
     assert not any("lora_" in name for name, _ in exact.ref.named_parameters())
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.3, 2.0])
-def test_a_lora_pair_decodes_like_two_separate_models(llama, lora, lam):
-    from peft import PeftModel
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("form", ["two models", "one pass"])
+def test_every_kind_of_cache_gives_the_plain_loop(tmp_path, llama, lora, implementation, window, form):
+    """Caches that grow, caches of fixed size, and windows that slide past the prompt."""
+    settings = {**tiny_llama(0).config.to_dict(), "sliding_window": window}
+    settings = {key: value for key, value in settings.items() if key not in ("model_type", "architectures")}
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        made.append(MistralForCausalLM(MistralConfig(**settings)).eval())
+        made[-1].save_pretrained(tmp_path / str(seed))
+        save_tokenizer(tmp_path / str(seed))
+    aligned = tmp_path / "1" if form == "two models" else lora(tmp_path / "0")
+    if form == "one pass":
+        made[1] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "0"), aligned).eval()
+    exact = ModelPair.from_pretrained(tmp_path / "0", aligned).exact()
+    assert (exact.rows is not None) == (form == "one pass")
+    inputs = left_padded(PROMPTS)
+    for lam in (0.3, 2.0):
+        expected = [two_model_loop(made, prompt, lam) for prompt in PROMPTS]
+        output = exact.generate(**inputs, max_new_tokens=NEW, do_sample=False, cache_implementation=implementation, lam=lam)
+        assert new_tokens(output, inputs["input_ids"].shape[1]) == expected
+        if implementation == "dynamic":
+            beams = exact.generate(
+                **inputs, max_new_tokens=5, num_beams=3, do_sample=False, lam=lam, suppress_tokens=[1]
+            )
+            searched = [beam_search(made, prompt, lam, 3, 5) for prompt in PROMPTS]
+            assert beams[:, inputs["input_ids"].shape[1] :].tolist() == searched
 
-    base = llama(0, dtype=torch.float32)
-    adapter = lora(base)
-    plain = AutoModelForCausalLM.from_pretrained(base)
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    exact = ModelPair.from_pretrained(base, adapter).exact(lam)
-    for prompt in PROMPTS:
-        output = exact.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)
-        assert new_tokens(output, len(prompt)) == [two_model_loop((plain, tuned), prompt, lam)]
+
+def test_bfloat16_flips_only_tokens_whose_lead_is_within_its_noise(llama, lora):
+    """Greedy texts in bfloat16, judged by float32 models that transformers and PEFT loaded."""
+    pair, models = lora_pair(llama, lora)
+    exact = pair.exact(dtype=torch.bfloat16)
+    flips = checked = 0
+    for lam in LAMS:
+        for prompt in PROMPTS:
+            ids = exact.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, lam=lam)
+            with torch.no_grad():
+                here = exact(ids, lam=lam).logits[0, len(prompt) - 1 : -1].double()
+                ref, aligned = (model(ids).logits[0, len(prompt) - 1 : -1].double() for model in models)
+            plain = ref + lam * (aligned - ref)
+            noise = (here - plain).abs().max().item()
+            lead = plain.topk(2).values.diff().abs().squeeze(-1)
+            differs = plain.argmax(-1) != ids[0, len(prompt) :]
+            flips += int(differs.sum())
+            checked += len(differs)
+            assert not (differs & (lead > 2 * noise)).any()
+    assert checked > 100
+    assert flips / checked < 0.1
+
+
+def test_torch_compile_traces_it_whole(exact):
+    ids, lams = torch.tensor([PROMPTS[0], PROMPTS[0][::-1]]), torch.tensor([0.3, 2.0])
+    with torch.no_grad():
+        expected = exact(ids, lam=lams).logits
+        compiled = torch.compile(exact, backend="eager", fullgraph=True)(ids, lam=lams).logits
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_prompt_lookup_drafts_are_verified(models, exact):
+    prompt = PROMPTS[2] * 2
+    output = exact.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, lam=2.0, prompt_lookup_num_tokens=3)
+    assert new_tokens(output, len(prompt)) == [two_model_loop(models, prompt, 2.0)]
+
+
+def test_a_plausibility_mask_keeps_only_what_the_aligned_model_would_say(models, exact):
+    """Against a loop with the mask written out; without the mask the text is another one."""
+    alpha, lam = 0.3, 5.0
+    ids = list(PROMPTS[2])
+    with torch.no_grad():
+        for _ in range(NEW):
+            ref, aligned = (model(torch.tensor([ids])).logits[0, -1].double() for model in models)
+            likely = aligned.softmax(-1)
+            ids.append(int((ref + lam * (aligned - ref)).masked_fill(likely < alpha * likely.max(), -torch.inf).argmax()))
+            if ids[-1] == 1:
+                break
+    options = {"max_new_tokens": NEW, "do_sample": False, "lam": lam}
+    mask = LogitsProcessorList([PlausibilityMask(alpha)])
+    prompt = torch.tensor([PROMPTS[2]])
+    assert exact.generate(prompt, logits_processor=mask, **options)[0].tolist() == ids
+    drafted = exact.generate(prompt, logits_processor=mask, assistant_model=models[0], **options)
+    assert drafted[0].tolist() == ids
+    assert exact.generate(prompt, **options)[0].tolist() != ids
+
+
+def test_a_plausibility_mask_needs_a_model_that_shows_it_the_aligned_logits():
+    with pytest.raises(RuntimeError, match="DeraForCausalLM"):
+        tiny_llama(0).generate(torch.tensor([[5]]), logits_processor=LogitsProcessorList([PlausibilityMask(0.1)]))
+    for alpha in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="α"):
+            PlausibilityMask(alpha)
+
+
+@pytest.mark.parametrize("kind", ["dense", "lora", "both adapters"])
+def test_a_saved_mixture_is_loaded_by_name(llama, lora, tmp_path, kind):
+    """Also after the directories moved together, and through the Auto class."""
+    import shutil
+
+    for name, source in (("ref", llama(0, dtype=torch.float32)), ("other", llama(1, dtype=torch.float32))):
+        shutil.copytree(source, tmp_path / "here" / name)
+    for name, seed in (("lora", 7), ("lora2", 8)):
+        shutil.copytree(lora(llama(0, dtype=torch.float32), seed), tmp_path / "here" / name)
+    here = tmp_path / "here"
+    names = {"dense": ("ref", "other"), "lora": ("ref", "lora"), "both adapters": ("lora", "lora2")}[kind]
+    base = here / "ref" if kind == "both adapters" else None
+    exact = ModelPair.from_pretrained(here / names[0], here / names[1], base=base).exact(0.3)
+    exact.save_pretrained(here / "mixture")
+    assert sorted(file.name for file in (here / "mixture").iterdir()) == ["config.json", "generation_config.json"]
+    expected = exact(torch.tensor([PROMPTS[0]])).logits
+    here.rename(tmp_path / "there")
+    for loader in (AutoModelForCausalLM, DeraForCausalLM):
+        loaded = loader.from_pretrained(tmp_path / "there" / "mixture")
+        assert loaded.lam == 0.3
+        assert torch.equal(loaded(torch.tensor([PROMPTS[0]])).logits, expected)
+
+
+@pytest.mark.parametrize("far_side", ["ref", "aligned"])
+def test_what_each_model_reads_is_on_its_device_and_logits_come_home(far_side):
+    """The second device here is the meta device; the model on it only notes where its inputs are."""
+    far, near, arrived = tiny_llama(0).to("meta"), tiny_llama(1), []
+
+    def forward(input_ids, attention_mask=None, past_key_values=None, use_cache=None, logits_to_keep=0):
+        arrived.append((input_ids.device.type, attention_mask.device.type))
+        return CausalLMOutputWithPast(logits=torch.empty(*input_ids.shape, VOCAB, device="meta"))
+
+    far.forward = forward
+    exact = DeraForCausalLM(*((far, near) if far_side == "ref" else (near, far)))
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        if far_side == "ref":
+            assert exact(ids, attention_mask=torch.ones_like(ids)).logits.device.type == "meta"
+        else:  # nothing can be copied out of the meta device, so the copy itself is what fails
+            with pytest.raises(NotImplementedError, match="meta"):
+                exact(ids, attention_mask=torch.ones_like(ids))
+    assert arrived == [("meta", "meta")]
+    assert exact.device == (far if far_side == "ref" else near).device
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+@pytest.mark.parametrize("kind", ["dense", "lora"])
+def test_quantised_pairs_are_mixed_as_transformers_quantises_them(llama, lora, load_in, kind):
+    from dera_merge.decode import quantised
+
+    config = {"hidden_size": 64, "intermediate_size": 128}  # nf4 packs blocks of 64
+    base = llama(0, dtype=torch.float32, **config)
+    aligned = llama(1, dtype=torch.float32, **config) if kind == "dense" else lora(base)
+
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised(load_in), device_map={"": "cpu"})
+
+    ref = load(base)
+    other = load(aligned) if kind == "dense" else PeftModel.from_pretrained(load(base), aligned)
+    exact = ModelPair.from_pretrained(base, aligned).exact(0.7, quantization_config=quantised(load_in))
+    ids = torch.tensor([PROMPTS[2]])
+    with torch.no_grad():
+        plain = 0.3 * ref(ids).logits.double() + 0.7 * other(ids).logits.double()
+        dense = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+        # 8-bit layers quantise activations too, so that a rounding anywhere is amplified by the next layer
+        assert (exact(ids).logits.double() - plain).abs().mean() < (1e-5 if load_in == "4bit" else 0.02)
+        assert (ref(ids).logits - dense).abs().mean() > 0.03
+    if kind == "lora":  # one quantised base, twice the rows
+        assert exact.rows is not None
+        weights = [m.weight.data_ptr() for m in exact.modules() if "bitsandbytes" in type(m).__module__]
+        assert len(set(weights)) == 14
+
+
+def test_a_quantised_checkpoint_is_read_as_it_is(llama, tmp_path):
+    from dera_merge.decode import quantised
+
+    config = {"hidden_size": 64, "intermediate_size": 128}
+    sides = []
+    for seed in (0, 1):
+        folder = llama(seed, dtype=torch.float32, **config)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised("4bit"), device_map={"": "cpu"})
+        model.save_pretrained(tmp_path / str(seed))
+        save_tokenizer(tmp_path / str(seed))
+        sides.append(model)
+    ids = torch.tensor([PROMPTS[0]])
+    exact = ModelPair.from_pretrained(tmp_path / "0", tmp_path / "1").exact(0.3)
+    with torch.no_grad():
+        plain = 0.7 * sides[0](ids).logits.double() + 0.3 * sides[1](ids).logits.double()
+        torch.testing.assert_close(exact(ids).logits.double(), plain, rtol=0, atol=1e-4)

@@ -56,7 +56,7 @@ def pair(request, llama, lora):
 def test_given_completions_give_the_figures_of_an_independent_computation(pair, tmp_path):
     lams = [0.3, 0.5, 1.5]
     report = compare(pair, lams, PROMPTS)
-    ref, aligned = pair.load_sides()
+    ref, aligned = (pair.exact().ref, pair.exact().aligned)
     folders = pair.merge(tmp_path / "out", lams)
     smooth = pair.merge(tmp_path / "float32", lams, dtype="float32")
     for result, folder, twin in zip(report.results, folders, smooth, strict=True):

@@ -1,0 +1,192 @@
+"""One set of weights, an adapter strength for each row of the batch.
+
+Reference and aligned model of a LoRA pair differ in what an adapter adds. So one forward pass can serve both, or many λ:
+each row (sequence) of the batch has a strength s, and an adapted module gives
+
+    y = W·x + s·(scale·B·A·x)                   a low-rank sum
+    y = (1-s)·reference(x) + s·aligned(x)       whatever else a module may be (DoRA, OFT, a module trained whole, …)
+
+s = 0 is the reference, s = 1 the aligned model, and s = λ is θ_ref + λΔ, because the modules that adapters change are
+linear in their weights. The base weights are read once for all rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from .errors import DeraError
+
+
+class Strength(threading.local):
+    """The strengths of the forward pass that this thread is in; None outside, where modules act as the aligned model's."""
+
+    rows: torch.Tensor | None = None  # (rows,)
+    tokens: int = 0  # of each row, in this pass
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Strength, ()  # a copied model begins outside of any pass
+
+    @contextmanager
+    def of(self, rows: torch.Tensor, tokens: int) -> Iterator[None]:
+        """Strengths (rows,) for one forward pass over (rows, tokens) ids."""
+        self.rows, self.tokens = rows, tokens
+        try:
+            yield
+        finally:
+            self.rows = None
+
+    def beside(self, values: torch.Tensor) -> torch.Tensor:
+        """The strengths in a shape that multiplies `values`, a module's (rows, tokens, n) or (rows·tokens, n).
+
+        Raises:
+            DeraError: the model regroups its tokens (experts do), so that rows cannot be told apart.
+        """
+        assert self.rows is not None
+        if values.ndim == 3 and len(values) == len(self.rows):
+            return self.rows[:, None, None]
+        if values.ndim == 2 and len(values) == len(self.rows) * self.tokens:
+            return self.rows.repeat_interleave(self.tokens)[:, None]
+        raise DeraError("this model regroups its tokens between layers, so that rows of a batch cannot have a λ each")
+
+
+class LowRankRows(torch.nn.Module):
+    """A linear layer with low-rank sums: the reference's own (strength 1-s), if it has one, and the aligned model's (s).
+
+    Args:
+        base: the layer that both sides share, quantised or not.
+        factors: (A (rank, in), scale·B (out, rank)) of the reference or None, and of the aligned model or None.
+    """
+
+    def __init__(
+        self,
+        base: torch.nn.Module,
+        factors: tuple[tuple[torch.Tensor, torch.Tensor] | None, tuple[torch.Tensor, torch.Tensor] | None],
+        strength: Strength,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.strength = strength
+        there = [pair for pair in factors if pair]
+        self.register_buffer("down", torch.cat([a for a, _ in there]).to(dtype), persistent=False)
+        self.register_buffer("up", torch.cat([b for _, b in there], 1).T.contiguous().to(dtype), persistent=False)
+        # Each rank's strength is offset + slope·s.
+        ranks = [0 if pair is None else len(pair[0]) for pair in factors]
+        slope = torch.tensor([-1.0] * ranks[0] + [1.0] * ranks[1], device=self.down.device)
+        self.register_buffer("slope", slope if ranks[0] else None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer(x)
+        t = torch.nn.functional.linear(x.to(self.down.dtype), self.down)
+        if self.strength.rows is not None:
+            s = self.strength.beside(t)
+            if self.slope is not None:
+                s = (self.slope < 0) + s * self.slope
+            t = (t * s).to(t.dtype)
+        elif self.slope is not None:
+            t = t * (self.slope > 0)
+        return torch.addmm(y.flatten(0, -2), t.flatten(0, -2).to(y.dtype), self.up.to(y.dtype)).view(y.shape)
+
+
+class MixedRows(torch.nn.Module):
+    """Any module that differs between the two sides: (1-s)·reference(x) + s·aligned(x)."""
+
+    def __init__(self, ref: torch.nn.Module, aligned: torch.nn.Module, strength: Strength) -> None:
+        super().__init__()
+        self.ref = ref
+        self.aligned = aligned
+        self.strength = strength
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        aligned = self.aligned(x, *args, **kwargs)
+        if self.strength.rows is None:
+            return aligned
+        s = self.strength.beside(aligned)
+        return ((1 - s) * self.ref(x, *args, **kwargs) + s * aligned).to(aligned.dtype)
+
+    def __getattr__(self, name: str) -> object:
+        """What a model asks of the module itself (`embed_tokens.padding_idx`, `o_proj.weight.dtype`) is the reference's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("ref"), name)
+
+
+def in_rows(base: PreTrainedModel, ref: PreTrainedModel, aligned: PreTrainedModel) -> PreTrainedModel | None:
+    """Two models over one set of base weights as one model with a strength for each row.
+
+    Args:
+        base: the plain base model.
+        ref, aligned: `base`, or PEFT's model of it with an adapter unmerged, sharing the base's storages.
+
+    Returns:
+        A model of the same class that shares all weights, acts as the aligned one, and has its `Strength` as
+        `model.dera_strength`; None where rows cannot be told apart (mixtures of experts regroup their tokens).
+    """
+    if any("expert" in name for name, _ in base.named_modules()):
+        return None
+    strength = Strength()
+    model = second_tree(base)
+
+    def walk(name: str, base: torch.nn.Module, ref: torch.nn.Module, aligned: torch.nn.Module) -> None:
+        if (base is ref or _same(base, ref)) and _same(base, aligned):
+            return
+        if (low_rank := _low_rank(base, ref, aligned, strength, model.dtype)) is not None:
+            model.set_submodule(name, low_rank)
+        elif type(ref) is type(aligned) is type(base) and list(base.children()) and not list(base.parameters(False)):
+            for child, module in base.named_children():
+                walk(f"{name}.{child}", module, ref.get_submodule(child), aligned.get_submodule(child))
+        else:
+            model.set_submodule(name, MixedRows(ref, aligned, strength))
+
+    for child, module in base.named_children():
+        walk(child, module, ref.get_submodule(child), aligned.get_submodule(child))
+    model.dera_strength = strength
+    return model.eval()
+
+
+def second_tree(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose modules can be replaced, over the same layers (quantised ones hold more than tensors) and tensors."""
+    leaves = [module for module in model.modules() if not list(module.children())]
+    return copy.deepcopy(model, memo={id(leaf): leaf for leaf in (*leaves, *model.parameters(), *model.buffers())})
+
+
+def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two modules are built alike over the same storages."""
+    if [type(m) for m in one.modules()] != [type(m) for m in other.modules()]:
+        return False
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(p.data_ptr() == q.data_ptr() and p.shape == q.shape for p, q in pairs)
+
+
+def _low_rank(
+    base: torch.nn.Module, ref: torch.nn.Module, aligned: torch.nn.Module, strength: Strength, dtype: torch.dtype
+) -> LowRankRows | None:
+    factors = []
+    for side in (ref, aligned):
+        if _same(base, side):
+            factors.append(None)
+        elif (found := _factors(side)) and _same(base, side.get_base_layer()):
+            factors.append(found)
+        else:
+            return None
+    return LowRankRows(base, tuple(factors), strength, dtype)
+
+
+def _factors(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(A, scale·B) of a PEFT layer that is nothing but W·x + scale·B·A·x, else None."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper) or len(layer.active_adapters) != 1:
+        return None
+    (name,) = layer.active_adapters
+    plain = name in layer.lora_A and not layer.lora_variant.get(name) and not layer.lora_bias.get(name)
+    if not plain or not all(type(part[name]) is torch.nn.Linear for part in (layer.lora_A, layer.lora_B)):
+        return None
+    return layer.lora_A[name].weight.detach(), layer.scaling[name] * layer.lora_B[name].weight.detach()
