@@ -164,6 +164,18 @@ class _LambdaModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"lam has shape {tuple(values.shape)}, expected one λ or {batch}, one per sequence")
         return values.expand(batch)
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' own; but in assisted decoding, too, only what is new of a cached conversation is read."""
+        if next_sequence_length is None and past_key_values is not None and (known := past_key_values.get_seq_length()):
+            next_sequence_length = input_ids.shape[1] - known
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, past_key_values, **kwargs)
+
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if generation_config.guidance_scale not in (None, 1):
             raise DeraError("guidance_scale would call the mixture without its λ; it is not supported")

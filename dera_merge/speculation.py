@@ -146,7 +146,8 @@ class MergedDraft(CandidateGenerator):
     def _follow(self, known: int) -> None:
         """Bring the draft's cache to the tokens that were kept."""
         have = self.cache.get_seq_length()
-        self.cache.crop(min(0, known - have))
+        if have:
+            self.cache.crop(min(0, known - have))
         if (have := min(have, known)) == known or len(self.cache) != self.past.depth:
             return
         layers = [self.past.both(layer) for layer in range(self.past.depth)]
