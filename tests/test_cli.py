@@ -70,6 +70,37 @@ def test_generate_prints_text_or_json(mode):
     expected = model.generate(**words, max_new_tokens=12, do_sample=False)[0, words["input_ids"].shape[1] :].tolist()
     assert result["token_ids"] == expected
     assert result["text"] == pair.tokenizer.decode(expected, skip_special_tokens=True)
+    assert result["exact"] == (mode != "merged")
+    assert ("acceptance_rate" in result) == (mode == "speculative")
+    if mode == "speculative":
+        assert 0 < result["acceptance_rate"] <= 1
+        assert 1 <= result["tokens_per_verification"] <= 12
+
+
+def test_generate_says_on_stderr_what_speculation_brought_and_what_is_not_exact():
+    arguments = ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "3", "--prompt", "The film", "--mode", "speculative",
+                 "--plausibility", "0.1", "--max-new-tokens", 12]  # fmt: skip
+    done = run(*arguments)
+    assert done.returncode == 0
+    assert "drafted tokens kept" in done.stderr
+    assert "not exact DeRa" in done.stderr
+    result = json.loads(run(*arguments, "--json").stdout)
+    assert (result["exact"], result["plausibility"]) == (False, 0.1)
+    assert result["text"] == done.stdout.rstrip("\n")
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_generate_loads_a_pair_quantised(load_in):
+    done = run("generate", demo.REF, demo.ALIGNED_LORA, "-l", "0.5", "--prompt", "The film", "--load-in", load_in,
+               "--max-new-tokens", 5, "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    from dera_merge.decode import quantised
+
+    pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA)
+    ids = pair.tokenizer("The film", return_tensors="pt")
+    model = pair.exact(0.5, quantization_config=quantised(load_in))
+    assert model.generate(**ids, max_new_tokens=5, do_sample=False)[0, -5:].tolist() == result["token_ids"]
 
 
 def test_compare_reports_and_gates(tmp_path):
@@ -138,6 +169,10 @@ def test_a_lambda_that_is_none_is_a_usage_error(tmp_path, lam):
                   ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "0,1", "--prompt", "x"],
                   ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--seed", "-1"],
                   ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--temperature", "inf"],
+                  ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--plausibility", "0"],
+                  ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--load-in", "2bit"],
+                  ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--mode", "merged", "--load-in", "4bit"],
+                  ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--device", "cpu,cpu,cpu"],
                   ["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "-o", "x", "--max-kl", "nan"],
                   ["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "-o", "x", "--dtype", "int8"]]
 )  # fmt: skip

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dera_merge import DeraConfig, DeraError, DeraForCausalLM, ModelPair, PlausibilityMask
+from dera_merge import DeraConfig, DeraError, DeraForCausalLM, ModelPair, PlausibilityMask, Speculation
 from dera_merge.exact import PairCache, RowsCache
 
 PROMPTS = [[5, 9, 12, 33], [8, 41], [17, 3, 60, 22, 30, 7, 44]]
@@ -279,6 +279,7 @@ REFUSALS = {
     "an ensemble with the draft": lambda m: m.generate(
         torch.tensor([[5]]), assistant_model=tiny_llama(2), assistant_ensemble_weight=0.5, max_new_tokens=2
     ),
+    "speculation without a draft": lambda m: m.generate(torch.tensor([[5]]), speculation=Speculation(), max_new_tokens=2),
     "hidden states": lambda m: m(torch.tensor([[5]]), output_hidden_states=True),
     "saving what has no name": lambda m: DeraForCausalLM(m.ref, m.aligned).save_pretrained("/nonexistent"),
     "a cache of the other form": lambda m: m(torch.tensor([[5]]), past_key_values=other_form(m)),
@@ -418,6 +419,8 @@ def test_a_saved_mixture_is_loaded_by_name(llama, lora, tmp_path, kind):
     exact = ModelPair.from_pretrained(here / names[0], here / names[1], base=base).exact(0.3)
     exact.save_pretrained(here / "mixture")
     assert sorted(file.name for file in (here / "mixture").iterdir()) == ["config.json", "generation_config.json"]
+    with pytest.raises(DeraError, match="local directory"):
+        exact.save_pretrained(here / "mixture", push_to_hub=True)
     expected = exact(torch.tensor([PROMPTS[0]])).logits
     here.rename(tmp_path / "there")
     for loader in (AutoModelForCausalLM, DeraForCausalLM):

@@ -1,0 +1,321 @@
+#!/usr/bin/env python3
+"""What exact DeRa costs: time per token as a ratio to one model, beside other ways of doing it.
+
+    python scripts/bench_decode.py REF ALIGNED [--dtype float32] [--batch 1,8,32] [--lambda 0.5] [--memory]
+    python scripts/bench_decode.py --random 7b --device cuda --dtype bfloat16 --batch 1,8
+
+Contestants: one merged model (1.0 by definition); a plain loop over two models with a cache each; a logits processor that
+calls the reference model, as the authors' notebook does; CoS (Fu et al., ICML 2025: the two models take turns in drafting,
+both verify); PEFT's mixed batch, where PEFT can; transformers' assisted generation with the merged draft; and ours: two
+passes, one pass, speculative. All greedy, all with the same number of new tokens, none stops early. Contestants take turns
+within a round, and a figure is the median over rounds of the ratio to `one model` in that round. Prints Markdown tables.
+
+`--random` makes a pair of that shape with random weights: then acceptance means nothing, and drafts are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from dera_merge import DeraForCausalLM, ModelPair, Speculation, prompts
+from dera_merge.exact import mix
+
+Run = Callable[[torch.Tensor], torch.Tensor]  # prompts (batch, tokens) → with new tokens
+SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def two_model_loop(ref: PreTrainedModel, aligned: PreTrainedModel, lam: float, new: int) -> Run:
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        caches = DynamicCache(config=ref.config), DynamicCache(config=aligned.config)
+        step = ids
+        for _ in range(new):
+            logits = [
+                model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+                for model, cache in zip((ref, aligned), caches, strict=True)
+            ]
+            step = ((1 - lam) * logits[0] + lam * logits[1]).argmax(-1, keepdim=True)
+            ids = torch.cat([ids, step], -1)
+        return ids
+
+    return run
+
+
+class CallsReference(LogitsProcessor):
+    """The reference model inside a logits processor, with a cache of its own: one instance a call."""
+
+    def __init__(self, ref: PreTrainedModel, lam: float) -> None:
+        self.ref, self.lam, self.cache = ref, lam, DynamicCache(config=ref.config)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        new = input_ids[:, self.cache.get_seq_length() :]
+        theirs = self.ref(new, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        return (1 - self.lam) * theirs + self.lam * scores
+
+
+def notebook(ref: PreTrainedModel, aligned: PreTrainedModel, lam: float, new: int) -> Run:
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        processor = LogitsProcessorList([CallsReference(ref, lam)])
+        return aligned.generate(ids, logits_processor=processor, max_new_tokens=new, **QUIET)
+
+    return run
+
+
+class _Reader:
+    """One model of CoS: reads tokens once, remembers its logits for each position."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.logits: dict[int, torch.Tensor] = {}  # position → logits of the token there
+
+    def read(self, ids: torch.Tensor, upto: int) -> None:
+        start = self.cache.get_seq_length()
+        if start < upto:
+            keep = min(upto - start, 32)
+            out = self.model(ids[:, start:upto], past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits[0]
+            self.logits |= {upto - keep + 1 + i: row.float() for i, row in enumerate(out)}
+
+    def forget(self, length: int) -> None:
+        if (have := self.cache.get_seq_length()) > length:
+            self.cache.crop(length - have)
+
+
+def cos(ref: PreTrainedModel, aligned: PreTrainedModel, lam: float, new: int, block: int) -> Run:
+    """Collaborative decoding via speculation, greedy: the proposer drafts a block, the verifier reads it in one pass; when
+    all of it is kept, the verifier's next token begins its own draft and the two change places."""
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        readers = [_Reader(ref), _Reader(aligned)]
+        weights = {id(readers[0]): 1 - lam, id(readers[1]): lam}
+        proposer, verifier = readers[1], readers[0]
+        known, end = ids.shape[1], ids.shape[1] + new
+        while known < end:
+            while ids.shape[1] < known + block:
+                proposer.read(ids, ids.shape[1])
+                ids = torch.cat([ids, proposer.logits[ids.shape[1]].argmax()[None, None]], 1)
+            verifier.read(ids, ids.shape[1])
+            last = ids.shape[1]
+            for place in range(known, last):
+                best = sum(weights[id(r)] * r.logits[place] for r in readers).argmax()
+                if best != ids[0, place]:
+                    ids = torch.cat([ids[:, :place], best[None, None]], 1)
+                    for reader in readers:
+                        reader.forget(place)
+                    break
+            known = ids.shape[1]
+            if known == last and ids[0, place] == best:
+                ids = torch.cat([ids, verifier.logits[known].argmax()[None, None]], 1)
+                proposer, verifier = verifier, proposer
+        return ids[:, :end]
+
+    return run
+
+
+def peft_mixed_batch(ref: PreTrainedModel, adapter: str, lam: float, new: int, dtype: torch.dtype) -> Run:
+    """PEFT's `adapter_names`: rows of one batch with and without the adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(ref.config._name_or_path, dtype=dtype).to(ref.device)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        names = ["__base__"] * len(ids) + ["default"] * len(ids)
+        cache, step = DynamicCache(config=model.config), ids
+        for _ in range(new):
+            out = model(step.repeat(2, 1), past_key_values=cache, use_cache=True, logits_to_keep=1, adapter_names=names)
+            ref, aligned = out.logits[:, -1].float().chunk(2)
+            step = ((1 - lam) * ref + lam * aligned).argmax(-1, keepdim=True)
+            ids = torch.cat([ids, step], -1)
+        return ids
+
+    return run
+
+
+def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[str, Callable[[], Run]]:
+    """Name → makes the contestant: loads what it needs and gives a function."""
+    dtype, lam, new = getattr(torch, args.dtype), args.lam, args.tokens
+    options = {"dtype": dtype, "device": args.device}
+    loaded: dict[str, DeraForCausalLM] = {}
+
+    def exact() -> DeraForCausalLM:
+        if "exact" not in loaded:
+            loaded["exact"] = pair.exact(lam, **options)
+        return loaded["exact"]
+
+    def merged(kind: torch.dtype) -> PreTrainedModel:
+        return pair.merged(lam, device=args.device, compute_dtype=kind)
+
+    def generated(model: PreTrainedModel, **more: object) -> Run:
+        return lambda ids: model.generate(ids, max_new_tokens=new, **QUIET, **more)
+
+    def drafted(how: str) -> Run:
+        draft = merged(torch.bfloat16)
+        if how == "transformers":
+            draft.generation_config.num_assistant_tokens = 8
+            draft.generation_config.num_assistant_tokens_schedule = "constant"
+            return generated(exact(), assistant_model=draft)
+
+        def run(ids: torch.Tensor) -> torch.Tensor:
+            speculation = Speculation()
+            out = exact().generate(ids, max_new_tokens=new, assistant_model=draft, speculation=speculation, **QUIET)
+            totals.drafted += speculation.drafted
+            totals.accepted += speculation.accepted
+            totals.verifications += speculation.verifications
+            return out
+
+        return run
+
+    found: dict[str, Callable[[], Run]] = {
+        "one model (merged)": lambda: generated(merged(dtype)),
+        "plain two-model loop": lambda: two_model_loop(exact().ref, exact().aligned, lam, new),
+        "logits processor (notebook)": lambda: notebook(exact().ref, exact().aligned, lam, new),
+        "ours, two passes": lambda: generated(DeraForCausalLM(exact().ref, exact().aligned, lam)),
+    }
+    if pair.shared_base:
+        found["ours, one pass"] = lambda: generated(exact())
+        found["two rows through the base alone"] = lambda: lambda ids: exact().ref.generate(
+            ids.repeat(2, 1), max_new_tokens=new, **QUIET
+        )
+        found["dial, λ for each row"] = lambda: generated(exact().dial())
+        if not args.random:
+            found["PEFT mixed batch"] = lambda: peft_mixed_batch(exact().ref, args.aligned, lam, new, dtype)
+    if batch == 1 and not args.random:
+        for block in (1, 2, 4):
+            found[f"CoS, blocks of {block}"] = lambda block=block: cos(exact().ref, exact().aligned, lam, new, block)
+        found["assisted generation, merged draft in bfloat16"] = lambda: drafted("transformers")
+        found["ours, speculative"] = lambda: drafted("ours")
+    return found
+
+
+totals = Speculation()
+
+
+def random_pair(shape: str, folder: str) -> tuple[str, str]:
+    """A reference with random bfloat16 weights and a LoRA of rank 16 on all its linear layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096, dtype=torch.bfloat16)
+    ref, aligned = os.path.join(folder, "ref"), os.path.join(folder, "lora")
+    if not os.path.exists(aligned):
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(ref)
+        tuned = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
+        tuned.save_pretrained(aligned)
+    return ref, aligned
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ref", nargs="?")
+    parser.add_argument("aligned", nargs="?")
+    parser.add_argument("--random", choices=SHAPES)
+    parser.add_argument("--dir", default="bench-pair", help="where a random pair is made")
+    parser.add_argument("--lambda", dest="lam", type=float, default=0.5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=4, help="at batch 1; a larger batch is one call")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="contestants whose names have one of these parts, separated by commas")
+    parser.add_argument("--memory", action="store_true", help="peak memory of each contestant in a process of its own")
+    parser.add_argument("--one-process", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.random:
+        args.ref, args.aligned = random_pair(args.random, args.dir)
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(os.cpu_count() or 1)
+    pair = ModelPair.from_pretrained(args.ref, args.aligned)
+
+    def wanted(name: str) -> bool:
+        return not args.only or "one model" in name or any(part in name for part in args.only.split(","))
+
+    if args.one_process:
+        run = contestants(args, pair, 1)[args.one_process]()
+        run(inputs(args, pair, 1)[0])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(int(torch.cuda.max_memory_allocated() / 2**20 if args.device != "cpu" else peak))
+        return
+    memory: dict[str, str] = {}
+    if args.memory:
+        for name in filter(wanted, contestants(args, pair, 1)):
+            command = [sys.executable, *sys.argv, "--one-process", name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            memory[name] = f"{done.stdout.split()[-1]} MB"
+    for batch in map(int, args.batch.split(",")):
+        runs = {name: make() for name, make in contestants(args, pair, batch).items() if wanted(name)}
+        texts = inputs(args, pair, batch)
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        outputs: dict[str, torch.Tensor] = {}
+        for number in range(args.rounds + 1):  # the first is for warming up
+            for name, run in runs.items():
+                start = time.perf_counter()
+                done = [run(ids) for ids in texts]
+                if args.device != "cpu":
+                    torch.cuda.synchronize()
+                if number:
+                    seconds[name].append((time.perf_counter() - start) / len(texts) / args.tokens)
+                outputs[name] = torch.cat([text[:, -args.tokens :].flatten() for text in done])
+        print(f"\n| batch {batch}, {args.dtype} | ms per token | ratio to one model | tokens as the plain loop's | memory |")
+        print("|---|---|---|---|---|")
+        base = next(iter(seconds))
+        for name, times in seconds.items():
+            ratio = statistics.median(t / one for t, one in zip(times, seconds[base], strict=True))
+            plain = outputs.get("plain two-model loop")
+            same = "–"
+            if plain is not None and outputs[name].shape == plain.shape and name not in (base, "dial, λ for each row"):
+                same = f"{(outputs[name] == plain).float().mean().item():.1%}"
+            where = memory.get(name, "–") if batch == 1 else "–"
+            took = 1000 * statistics.median(times)
+            print(f"| {name} | {took:.1f} | {ratio:.2f} | {same} | {where} |", flush=True)
+        if totals.drafted:
+            gain = f"{totals.tokens_per_verification:.1f} tokens a verification"
+            print(f"\nSpeculative: {totals.acceptance_rate:.1%} of drafted tokens kept, {gain}.", flush=True)
+    print(f"\n{mixing_overhead(args, pair)}")
+
+
+def inputs(args: argparse.Namespace, pair: ModelPair, batch: int) -> list[torch.Tensor]:
+    """Prompts: at batch 1 several, one a call; else one call with `batch` rows cut to the shortest."""
+    if args.random:
+        return [torch.randint(5, 500, (batch, 32), generator=torch.Generator().manual_seed(0)).to(args.device)]
+    encoded = [prompt.ids for prompt in prompts.encode(prompts.built_in(), pair.tokenizer)]
+    if batch == 1:
+        return [torch.tensor([ids], device=args.device) for ids in encoded[: args.prompts]]
+    width = min(map(len, encoded))
+    return [torch.tensor([ids[-width:] for ids in (encoded * batch)[:batch]], device=args.device)]
+
+
+def mixing_overhead(args: argparse.Namespace, pair: ModelPair) -> str:
+    """The mixture alone: two rows of logits read, one written, in float32."""
+    size = pair.ref.config["vocab_size"]
+    ref, aligned = torch.randn(2, 1, 1, size, dtype=getattr(torch, args.dtype), device=args.device)
+    lam = torch.tensor([args.lam], device=args.device)
+    for count in (20, 200):
+        start = time.perf_counter()
+        for _ in range(count):
+            mix(ref, aligned, lam)
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        took = (time.perf_counter() - start) / count
+    return f"Mixing two rows of {size} logits in float32: {1e6 * took:.0f} µs a token."
+
+
+if __name__ == "__main__":
+    main()
