@@ -107,16 +107,16 @@ def cos(ref: PreTrainedModel, aligned: PreTrainedModel, lam: float, new: int, bl
                 proposer.read(ids, ids.shape[1])
                 ids = torch.cat([ids, proposer.logits[ids.shape[1]].argmax()[None, None]], 1)
             verifier.read(ids, ids.shape[1])
-            last = ids.shape[1]
-            for place in range(known, last):
+            rejected = False
+            for place in range(known, ids.shape[1]):
                 best = sum(weights[id(r)] * r.logits[place] for r in readers).argmax()
-                if best != ids[0, place]:
+                if rejected := bool(best != ids[0, place]):
                     ids = torch.cat([ids[:, :place], best[None, None]], 1)
                     for reader in readers:
                         reader.forget(place)
                     break
             known = ids.shape[1]
-            if known == last and ids[0, place] == best:
+            if not rejected:
                 ids = torch.cat([ids, verifier.logits[known].argmax()[None, None]], 1)
                 proposer, verifier = verifier, proposer
         return ids[:, :end]
@@ -194,7 +194,7 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
         if not args.random:
             found["PEFT mixed batch"] = lambda: peft_mixed_batch(exact().ref, args.aligned, lam, new, dtype)
     if batch == 1 and not args.random:
-        for block in (1, 2, 4):
+        for block in (2, 4, 8):
             found[f"CoS, blocks of {block}"] = lambda block=block: cos(exact().ref, exact().aligned, lam, new, block)
         found["assisted generation, merged draft in bfloat16"] = lambda: drafted("transformers")
         found["ours, speculative"] = lambda: drafted("ours")
@@ -289,6 +289,7 @@ def main() -> None:
             gain = f"{totals.tokens_per_verification:.1f} tokens a verification"
             print(f"\nSpeculative: {totals.acceptance_rate:.1%} of drafted tokens kept, {gain}.", flush=True)
     print(f"\n{mixing_overhead(args, pair)}")
+    print(prefill(args, pair))
 
 
 def inputs(args: argparse.Namespace, pair: ModelPair, batch: int) -> list[torch.Tensor]:
@@ -315,6 +316,23 @@ def mixing_overhead(args: argparse.Namespace, pair: ModelPair) -> str:
             torch.cuda.synchronize()
         took = (time.perf_counter() - start) / count
     return f"Mixing two rows of {size} logits in float32: {1e6 * took:.0f} µs a token."
+
+
+def prefill(args: argparse.Namespace, pair: ModelPair) -> str:
+    """Reading a prompt of 256 tokens: exact against the reference alone, in turns."""
+    exact = pair.exact(args.lam, dtype=getattr(torch, args.dtype), device=args.device)
+    ids = torch.randint(5, 500, (1, 256), generator=torch.Generator().manual_seed(0)).to(args.device)
+    ratios = []
+    for _ in range(args.rounds + 2):
+        took = []
+        for model in (exact.ref, exact):
+            start = time.perf_counter()
+            model(ids, use_cache=True, logits_to_keep=1)
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+            took.append(time.perf_counter() - start)
+        ratios.append(took[1] / took[0])
+    return f"Prefill of 256 tokens: {statistics.median(ratios):.2f} times one model's."
 
 
 if __name__ == "__main__":
