@@ -23,12 +23,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from dera_merge import DeraForCausalLM, ModelPair, Speculation, prompts
 from dera_merge.exact import mix
+from dera_merge.speculation import MergedDraft
 
 Run = Callable[[torch.Tensor], torch.Tensor]  # prompts (batch, tokens) → with new tokens
 SHAPES = {
@@ -145,6 +147,14 @@ def peft_mixed_batch(ref: PreTrainedModel, adapter: str, lam: float, new: int, d
     return run
 
 
+class ReadsItself(MergedDraft):
+    """A draft whose cache is not made from the pair's: what that brings."""
+
+    def _follow(self, known: int) -> None:
+        if have := self.cache.get_seq_length():
+            self.cache.crop(min(0, known - have))
+
+
 def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[str, Callable[[], Run]]:
     """Name → makes the contestant: loads what it needs and gives a function."""
     dtype, lam, new = getattr(torch, args.dtype), args.lam, args.tokens
@@ -169,13 +179,11 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
             draft.generation_config.num_assistant_tokens_schedule = "constant"
             return generated(exact(), assistant_model=draft)
 
+        total = totals.setdefault(how, Speculation())
+
         def run(ids: torch.Tensor) -> torch.Tensor:
-            speculation = Speculation()
-            out = exact().generate(ids, max_new_tokens=new, assistant_model=draft, speculation=speculation, **QUIET)
-            totals.drafted += speculation.drafted
-            totals.accepted += speculation.accepted
-            totals.verifications += speculation.verifications
-            return out
+            with mock.patch("dera_merge.exact.MergedDraft", ReadsItself if how == "reading" else MergedDraft):
+                return exact().generate(ids, max_new_tokens=new, assistant_model=draft, speculation=total, **QUIET)
 
         return run
 
@@ -198,10 +206,11 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
             found[f"CoS, blocks of {block}"] = lambda block=block: cos(exact().ref, exact().aligned, lam, new, block)
         found["assisted generation, merged draft in bfloat16"] = lambda: drafted("transformers")
         found["ours, speculative"] = lambda: drafted("ours")
+        found["ours, speculative, a draft that reads"] = lambda: drafted("reading")
     return found
 
 
-totals = Speculation()
+totals: dict[str, Speculation] = {}
 
 
 def random_pair(shape: str, folder: str) -> tuple[str, str]:
@@ -236,6 +245,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="contestants whose names have one of these parts, separated by commas")
     parser.add_argument("--memory", action="store_true", help="peak memory of each contestant in a process of its own")
+    parser.add_argument("--drafts", action="store_true", help="time a token of quantised drafts too (float32 and CPU only)")
     parser.add_argument("--one-process", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.random:
@@ -285,9 +295,12 @@ def main() -> None:
             where = memory.get(name, "–") if batch == 1 else "–"
             took = 1000 * statistics.median(times)
             print(f"| {name} | {took:.1f} | {ratio:.2f} | {same} | {where} |", flush=True)
-        if totals.drafted:
-            gain = f"{totals.tokens_per_verification:.1f} tokens a verification"
-            print(f"\nSpeculative: {totals.acceptance_rate:.1%} of drafted tokens kept, {gain}.", flush=True)
+        for how, total in totals.items():
+            if batch == 1 and total.drafted:
+                gain = f"{total.tokens_per_verification:.1f} tokens a verification"
+                print(f"\nSpeculative ({how}): {total.acceptance_rate:.1%} of drafted tokens kept, {gain}.", flush=True)
+    if args.drafts:
+        print(f"\n{draft_kinds(args, pair)}")
     print(f"\n{mixing_overhead(args, pair)}")
     print(prefill(args, pair))
 
@@ -316,6 +329,51 @@ def mixing_overhead(args: argparse.Namespace, pair: ModelPair) -> str:
             torch.cuda.synchronize()
         took = (time.perf_counter() - start) / count
     return f"Mixing two rows of {size} logits in float32: {1e6 * took:.0f} µs a token."
+
+
+def draft_kinds(args: argparse.Namespace, pair: ModelPair) -> str:
+    """Milliseconds for one token after a prompt of 32, of the reference as different kinds of draft."""
+    import warnings
+
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    warnings.simplefilter("ignore")
+    folder = pair.ref.base.folder
+
+    def load(dtype: torch.dtype, **more: object) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+
+    def int8_weight_only() -> PreTrainedModel:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        model = load(torch.bfloat16)
+        quantize_(model, Int8WeightOnlyConfig())
+        return model
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    kinds: dict[str, Callable[[], torch.nn.Module]] = {
+        "float32": lambda: load(torch.float32),
+        "bfloat16": lambda: load(torch.bfloat16),
+        "int8 (torch, dynamic)": lambda: torch.ao.quantization.quantize_dynamic(load(torch.float32), {torch.nn.Linear}),
+        "int8 (torchao, weight only)": int8_weight_only,
+        "nf4 (bitsandbytes)": lambda: load(torch.bfloat16, quantization_config=nf4, device_map={"": "cpu"}),
+    }
+    found = []
+    for name, make in kinds.items():
+        try:
+            model = make()
+        except ImportError as error:
+            found.append(f"{name}: not installed ({error.name})")
+            continue
+        cache = DynamicCache(config=model.config)
+        model(torch.arange(5, 37)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            model(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+            times.append(time.perf_counter() - start)
+        found.append(f"{name}: {1000 * statistics.median(times):.0f} ms")
+    return f"A token of a draft: {'; '.join(found)}."
 
 
 def prefill(args: argparse.Namespace, pair: ModelPair) -> str:
