@@ -69,27 +69,25 @@ def test_distillation_takes_it_as_the_teacher(pair, tmp_path):
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     teacher, student = pair.exact(2.0), pair.merged(0.0)
-    rows = [{"messages": p["messages"], "text": ""} if "messages" in p else {"prompt": p} for p in demo.prompts()[:8]]
-    texts = []
-    for row in rows:
-        chat = [*row["messages"], {"role": "assistant", "content": "We stayed there for six nights."}]
-        texts.append({"messages": chat})
-    ids = torch.tensor([pair.tokenizer("We stayed there for six nights.")["input_ids"]])
+    answer = {"role": "assistant", "content": "We stayed there for six nights. The porter was more friendly than I had expected."}
+    chats = [[*prompt["messages"], answer] for prompt in demo.prompts()[:8]]
+    ids = pair.tokenizer.apply_chat_template(chats[0], return_tensors="pt", return_dict=True)["input_ids"]
+    prompt = len(pair.tokenizer.apply_chat_template(chats[0][:-1], add_generation_prompt=True, return_dict=True)["input_ids"])
 
     @torch.no_grad()
     def distance():
-        log_p, log_q = (torch.log_softmax(model(ids).logits.double(), -1) for model in (teacher, student))
+        log_p, log_q = (torch.log_softmax(model(ids).logits[0, prompt - 1 : -1].double(), -1) for model in (teacher, student))
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
     before = distance()
     options = GKDConfig(
-        output_dir=str(tmp_path), max_steps=15, per_device_train_batch_size=4, learning_rate=1e-3, lmbda=0.0, beta=0.5,
-        report_to=[], save_strategy="no", bf16=False, use_cpu=True, max_length=64, gradient_checkpointing=False, logging_steps=5,
+        output_dir=str(tmp_path), max_steps=60, per_device_train_batch_size=4, learning_rate=1e-4, lmbda=0.0, beta=0.0, temperature=1.0,
+        report_to=[], save_strategy="no", bf16=False, use_cpu=True, max_length=128, gradient_checkpointing=False, logging_steps=10,
     )  # fmt: skip
     weights = [p.clone() for p in teacher.parameters()]
     student.train()
     GKDTrainer(
-        model=student, teacher_model=teacher, args=options, train_dataset=Dataset.from_list(texts),
+        model=student, teacher_model=teacher, args=options, train_dataset=Dataset.from_list([{"messages": chat} for chat in chats]),
         processing_class=pair.tokenizer,
     ).train()  # fmt: skip
     student.eval()
