@@ -404,6 +404,7 @@ class DeraForCausalLM(_LambdaModel):
         if self.config.pair is None:
             raise DeraError("only a mixture made by ModelPair.exact() knows where its models come from; save them yourself")
         config = copy.deepcopy(self.config)
+        config.text_config._name_or_path = ""  # a path on this machine says nothing to others
         for key, name in config.pair.items():
             if isinstance(name, str) and Path(name).is_dir():
                 if push_to_hub:

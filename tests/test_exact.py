@@ -419,6 +419,7 @@ def test_a_saved_mixture_is_loaded_by_name(llama, lora, tmp_path, kind):
     exact = ModelPair.from_pretrained(here / names[0], here / names[1], base=base).exact(0.3)
     exact.save_pretrained(here / "mixture")
     assert sorted(file.name for file in (here / "mixture").iterdir()) == ["config.json", "generation_config.json"]
+    assert str(tmp_path) not in (here / "mixture" / "config.json").read_text()
     with pytest.raises(DeraError, match="local directory"):
         exact.save_pretrained(here / "mixture", push_to_hub=True)
     expected = exact(torch.tensor([PROMPTS[0]])).logits
