@@ -470,5 +470,7 @@ class Adapter:
         return default
 
     def _saved_whole(self, module: str, suffix: str) -> bool:
-        saved = module.endswith(tuple(self.config.get("modules_to_save") or ()))  # PEFT's rule: "norm" is every norm
+        ends = tuple(self.config.get("modules_to_save") or ())  # PEFT's rule: "norm" is every norm, "mlp" all within
+        parts = module.split(".")
+        saved = any(".".join(parts[: count + 1]).endswith(ends) for count in range(len(parts)))
         return saved or (suffix == "bias" and self.config.get("bias", "none") != "none")

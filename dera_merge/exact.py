@@ -96,6 +96,7 @@ class RowsCache(Cache):
 
     def __init__(self, inner: Cache) -> None:
         super().__init__(layers=inner.layers)
+        self.inner = inner  # what the model gets: masks depend on the kind of cache
         self.depth = len(inner.layers)
 
     def both(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -163,18 +164,6 @@ class _LambdaModel(PreTrainedModel, GenerationMixin):
         if values.ndim > 1 or (values.ndim == 1 and len(values) != batch):
             raise ValueError(f"lam has shape {tuple(values.shape)}, expected one λ or {batch}, one per sequence")
         return values.expand(batch)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """transformers' own; but in assisted decoding, too, only what is new of a cached conversation is read."""
-        if next_sequence_length is None and past_key_values is not None and (known := past_key_values.get_seq_length()):
-            next_sequence_length = input_ids.shape[1] - known
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, past_key_values, **kwargs)
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if generation_config.guidance_scale not in (None, 1):
@@ -298,8 +287,9 @@ class DeraForCausalLM(_LambdaModel):
         twice = {key: _twice(value, len(ids)) for key, value in shared.items() if key in self._arguments["rows"]}
         strength = torch.zeros(2 * len(ids), dtype=self.rows.dtype, device=ids.device)
         strength[len(ids) :] = 1
+        inner = None if past is None else past.inner
         with self.rows.dera_strength.of(strength, ids.shape[1]):
-            ref, aligned = self.rows(past_key_values=past, **twice).logits.chunk(2)
+            ref, aligned = self.rows(past_key_values=inner, **twice).logits.chunk(2)
         return ref, aligned
 
     def generate(
@@ -325,6 +315,10 @@ class DeraForCausalLM(_LambdaModel):
         if speculation is not None:
             if kwargs.get("assistant_model") is None:
                 raise DeraError("speculation says how a draft is used; pass the draft as assistant_model")
+            rows = kwargs["assistant_model"].config.get_text_config().vocab_size
+            if rows != self.config.vocab_size:
+                raise DeraError(f"the draft has {rows} vocabulary rows, the pair {self.config.vocab_size} in common; decode "
+                                "without a draft, or bring one of the same size")  # fmt: skip
             kwargs["speculation"] = speculation
         return super().generate(inputs, *args, lam=lam, **kwargs)
 
@@ -354,9 +348,21 @@ class DeraForCausalLM(_LambdaModel):
         else:
             model_kwargs["past_key_values"] = PairCache(cache(self.ref, batch_size), cache(self.aligned, batch_size))
 
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, unread: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' own, except that assisted decoding, too, reads only what is new of a cached conversation."""
+        if unread is not None and next_sequence_length is None:
+            next_sequence_length = unread
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+
     def _get_candidate_generator(
         self, generation_config: Any, *args: Any, model_kwargs: dict[str, Any], assistant_model: Any = None, **kwargs: Any
     ) -> Any:
+        if known := model_kwargs["past_key_values"].get_seq_length():
+            model_kwargs["unread"] = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[1] - known
+            if model_kwargs["unread"] < 1:
+                raise DeraError("with a draft, pass the whole conversation as input_ids, not only what is new of it")
         if generation_config.assistant_ensemble_weight is not None:
             raise DeraError("assistant_ensemble_weight samples from a blend with the draft, which is not exact DeRa")
         if (speculation := model_kwargs.pop("speculation", None)) is not None and assistant_model is not None:
@@ -383,6 +389,9 @@ class DeraForCausalLM(_LambdaModel):
         """θ_ref + λΔ over this mixture's own weights, λ for each row. Raises DeraError where the pair shares no weights."""
         if self.rows is None:
             raise DeraError("only models that share their weights (an adapter and its base) merge with a λ for each row")
+        if self.rows.dera_nonlinear:
+            raise DeraError(f"{self.rows.dera_nonlinear} is replaced as a whole and not linear in its weights, so rows at λ "
+                            "would not be θ_ref + λΔ; use pair.merged()")  # fmt: skip
         return DialForCausalLM(self.rows, self.lam, self.config.vocab_size)
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -425,6 +434,8 @@ class DeraForCausalLM(_LambdaModel):
         from .pair import ModelPair
 
         hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
+        if "torch_dtype" in kwargs:  # transformers' older name for it
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
         config = config or DeraConfig.from_pretrained(name, **hub)
         if not config.pair:
             raise DeraError(f"{name} is no saved mixture; its config.json names no pair")

@@ -670,15 +670,21 @@ def _with_adapter(base: PreTrainedModel, adapter: Adapter, device: str | torch.d
     """The base model with an adapter in it, unmerged: PEFT's own forward. The base weights stay shared."""
     from .rows import second_tree
 
-    writes = adapter.changes_base_at_load or adapter.brings_base_tensors
     if getattr(base, "is_quantized", False):
-        if writes:
+        if adapter.changes_base_at_load or adapter.brings_base_tensors:
             raise DeraError(f"{adapter.folder} changes the base when it is loaded; that needs a base which is not quantised")
         return adapter.load_onto(second_tree(base), device).get_base_model().eval()
     # A second module tree over the same storages. The Parameter objects are new, so that an adapter which assigns to
-    # `.data` cannot reach the reference; one that writes in place (PiSSA and its kind) gets a copy.
+    # `.data` cannot reach the reference; what is written in place (by PiSSA and its kind, or embeddings that came with
+    # the adapter) gets a copy.
+    ends = [end for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None]
+    if adapter.changes_base_at_load:
+        written = {id(p) for p in base.parameters()}
+    else:
+        written = {id(p) for end in ends for p in end.parameters() if adapter.brings_base_tensors}
     twins = {
-        id(p): torch.nn.Parameter(p.data.clone() if writes else p.data, requires_grad=False) for p in base.parameters()
+        id(p): torch.nn.Parameter(p.data.clone() if id(p) in written else p.data, requires_grad=False)
+        for p in base.parameters()
     }
     model = copy.deepcopy(base, memo=dict(twins))
     return adapter.load_onto(model, device).get_base_model().eval()

@@ -126,15 +126,20 @@ def in_rows(base: PreTrainedModel, ref: PreTrainedModel, aligned: PreTrainedMode
         ref, aligned: `base`, or PEFT's model of it with an adapter unmerged, sharing the base's storages.
 
     Returns:
-        A model of the same class that shares all weights, acts as the aligned one, and has its `Strength` as
-        `model.dera_strength`; None where rows cannot be told apart (mixtures of experts regroup their tokens).
+        A model of the same class that shares all weights and acts as the aligned one; None where rows cannot be told apart
+        (mixtures of experts regroup their tokens). `model.dera_strength` is its `Strength`, and `model.dera_nonlinear` the
+        name of a module (or None) that is mixed as a whole without being linear in its weights: then only strengths 0 and
+        1 mean something.
     """
     if any("expert" in name for name, _ in base.named_modules()):
         return None
     strength = Strength()
     model = second_tree(base)
 
+    nonlinear: list[str] = []
+
     def walk(name: str, base: torch.nn.Module, ref: torch.nn.Module, aligned: torch.nn.Module) -> None:
+        ref, aligned = _trained_whole(ref), _trained_whole(aligned)
         if (base is ref or _same(base, ref)) and _same(base, aligned):
             return
         if (low_rank := _low_rank(base, ref, aligned, strength, model.dtype)) is not None:
@@ -143,12 +148,24 @@ def in_rows(base: PreTrainedModel, ref: PreTrainedModel, aligned: PreTrainedMode
             for child, module in base.named_children():
                 walk(f"{name}.{child}", module, ref.get_submodule(child), aligned.get_submodule(child))
         else:
+            if list(base.children()):
+                nonlinear.append(name)
             model.set_submodule(name, MixedRows(ref, aligned, strength))
 
     for child, module in base.named_children():
         walk(child, module, ref.get_submodule(child), aligned.get_submodule(child))
     model.dera_strength = strength
+    model.dera_nonlinear = nonlinear[0] if nonlinear else None
     return model.eval()
+
+
+def _trained_whole(module: torch.nn.Module) -> torch.nn.Module:
+    """What stands in PEFT's wrapper of a module that was trained whole; any other module as it is."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
+        return module.modules_to_save[module.active_adapters[0]]
+    return module
 
 
 def second_tree(model: PreTrainedModel) -> PreTrainedModel:

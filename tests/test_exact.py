@@ -213,6 +213,25 @@ def test_a_conversation_goes_on_with_another_lambda(models, exact):
     assert second[0, len(first.sequences[0]) :].tolist() == two_model_loop(models, first.sequences[0].tolist(), 2.0, 4)
 
 
+def test_only_what_is_new_of_a_conversation_may_be_passed(models, exact):
+    """transformers takes the new tokens alone when the mask covers all."""
+    first = exact.generate(torch.tensor([PROMPTS[2]]), max_new_tokens=4, do_sample=False, lam=0.0, return_dict_in_generate=True)
+    known = first.past_key_values.get_seq_length()
+    options = {"max_new_tokens": 4, "do_sample": False, "lam": 2.0, "past_key_values": first.past_key_values}
+    mask = torch.ones_like(first.sequences)
+    with pytest.raises(DeraError, match="whole conversation"):
+        exact.generate(first.sequences[:, known:], attention_mask=mask, assistant_model=models[0], **options)
+    second = exact.generate(first.sequences[:, known:], attention_mask=mask, **options)
+    start = first.sequences.shape[1] - known
+    assert second[0, start:].tolist() == two_model_loop(models, first.sequences[0].tolist(), 2.0, 4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_prompts_may_be_read_in_chunks(models, exact, size):
+    output = exact.generate(torch.tensor([PROMPTS[2]]), max_new_tokens=NEW, do_sample=False, lam=2.0, prefill_chunk_size=size)
+    assert new_tokens(output, len(PROMPTS[2])) == [two_model_loop(models, PROMPTS[2], 2.0)]
+
+
 def test_streaming_gives_the_text_of_generate(exact):
     words = tokenizer()
     inputs = words("w5 w9 w12", return_tensors="pt")
@@ -279,6 +298,9 @@ REFUSALS = {
     "an ensemble with the draft": lambda m: m.generate(
         torch.tensor([[5]]), assistant_model=tiny_llama(2), assistant_ensemble_weight=0.5, max_new_tokens=2
     ),
+    "a draft with another vocabulary": lambda m: m.generate(
+        torch.tensor([[5]]), assistant_model=tiny_llama(2, vocab_size=80), speculation=Speculation(), max_new_tokens=2
+    ),
     "speculation without a draft": lambda m: m.generate(torch.tensor([[5]]), speculation=Speculation(), max_new_tokens=2),
     "hidden states": lambda m: m(torch.tensor([[5]]), output_hidden_states=True),
     "saving what has no name": lambda m: DeraForCausalLM(m.ref, m.aligned).save_pretrained("/nonexistent"),
@@ -332,6 +354,11 @@ def test_every_kind_of_cache_gives_the_plain_loop(tmp_path, llama, lora, impleme
         expected = [two_model_loop(made, prompt, lam) for prompt in PROMPTS]
         output = exact.generate(**inputs, max_new_tokens=NEW, do_sample=False, cache_implementation=implementation, lam=lam)
         assert new_tokens(output, inputs["input_ids"].shape[1]) == expected
+        for prompt, text in zip(PROMPTS, expected, strict=True):  # without padding, masks are made another way
+            alone = exact.generate(
+                torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, cache_implementation=implementation, lam=lam
+            )
+            assert new_tokens(alone, len(prompt)) == [text]
         if implementation == "dynamic":
             beams = exact.generate(
                 **inputs, max_new_tokens=5, num_beams=3, do_sample=False, lam=lam, suppress_tokens=[1]

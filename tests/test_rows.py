@@ -20,6 +20,7 @@ KINDS = {
     "rank-stabilised": ({"use_rslora": True}, LowRankRows),
     "head and embedding": ({"target_modules": ["lm_head", "embed_tokens", "q_proj"]}, MixedRows),
     "a module trained whole": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}, MixedRows),
+    "a block trained whole": ({"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, MixedRows),
     "biases": ({"target_modules": ["q_proj"], "bias": "lora_only"}, LowRankRows),
     "DoRA": ({"use_dora": True}, MixedRows),
 }
@@ -46,6 +47,18 @@ def test_one_pass_is_the_two_models(llama, lora, kind):
     exact = ModelPair.from_pretrained(base, adapter).exact()
     assert any(isinstance(m, module) for m in exact.rows.modules())
     agree(exact, *separately(base, adapter))
+    if kind not in ("a module trained whole", "a block trained whole", "head and embedding"):
+        held = {p.data_ptr(): p.numel() for name, p in exact.named_parameters() if "lora_" not in name}
+        extra = sum(p.numel() for name, p in exact.rows.named_parameters() if name.endswith(".bias") or "magnitude" in name)
+        assert sum(held.values()) <= exact.ref.num_parameters() + extra  # the base once
+
+
+def test_embeddings_that_come_with_an_adapter_cost_only_themselves(llama, lora):
+    base = llama(0, dtype=torch.float32)
+    exact = ModelPair.from_pretrained(base, lora(base, modules_to_save=["lm_head"])).exact()
+    assert sum(isinstance(m, LowRankRows) for m in exact.rows.modules()) == 14
+    mixed = [name for name, m in exact.rows.named_modules() if isinstance(m, MixedRows)]
+    assert set(mixed) <= {"lm_head", "model.embed_tokens"}
 
 
 @pytest.mark.parametrize("config", [
@@ -127,7 +140,10 @@ def test_on_its_own_it_is_the_aligned_model(llama, lora):
 # The dial
 
 
-@pytest.fixture(scope="module", params=["all linear layers", "a module trained whole", "DoRA", "head and embedding"])
+@pytest.fixture(
+    scope="module",
+    params=["all linear layers", "a module trained whole", "a block trained whole", "DoRA", "head and embedding"],
+)
 def pair(request, llama, lora):
     base = llama(0, dtype=torch.float32)
     return ModelPair.from_pretrained(base, lora(base, **KINDS[request.param][0]))
