@@ -6,7 +6,7 @@
 (sampling, beams, padding, streaming, stopping) is transformers' own `generate`, which sees one model with one cache.
 The two models of a LoRA pair are two rows of one batch over one set of weights (see `rows.py`): one forward pass.
 λ travels with the call, as a tensor of one value per sequence: nothing is set on the object while it decodes, so calls
-and threads cannot see each other's λ. Key-value caches do not depend on λ: a conversation may go on with another one.
+and threads cannot see each other's λ. Exact decoding's caches do not depend on λ: a conversation may go on with another.
 
 `DialForCausalLM` is the other thing that one set of weights with an adapter can be: θ_ref + λΔ, with a λ for each row.
 """
@@ -110,7 +110,8 @@ class RowsCache(Cache):
         super().batch_select_indices(self._twice(indices))
 
     def _twice(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat([rows, rows + len(self.layers[0].keys) // 2])
+        batch = next(len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None) // 2
+        return torch.cat([rows, rows + batch])
 
 
 class _LambdaModel(PreTrainedModel, GenerationMixin):
@@ -157,7 +158,8 @@ class _LambdaModel(PreTrainedModel, GenerationMixin):
         lam = self.lam if lam is None else lam
         # A tensor is not looked at here, at each step (an accelerator would be waited for); `generate` has looked once.
         if not isinstance(lam, torch.Tensor):
-            numbers = [float(value) for value in lam] if isinstance(lam, Sequence) else [float(lam)]
+            numbers = [float(value) for value in lam] if hasattr(lam, "__iter__") else [float(lam)]
+            lam = numbers if hasattr(lam, "__iter__") else numbers[0]
             if not all(map(math.isfinite, numbers)):
                 raise ValueError(f"λ must be finite, not {lam}")
         values = torch.as_tensor(lam, dtype=torch.float32)
@@ -209,8 +211,8 @@ class DeraForCausalLM(_LambdaModel):
         >>> model.generate(**inputs, lam=[0.0, 2.0])     # λ per sequence of the batch
 
     Raises:
-        ValueError: λ is not finite, or a list of λ has another length than the batch.
-        DeraError: what is asked for would not be exact: another model's cache, `generate_batch`, guidance, `inputs_embeds`.
+        ValueError: λ is not finite (a tensor given to `forward` is not looked at), or has another length than the batch.
+        DeraError: what is asked for would not be exact: another kind of cache, `generate_batch`, guidance, `inputs_embeds`.
     """
 
     def __init__(
@@ -267,7 +269,8 @@ class DeraForCausalLM(_LambdaModel):
         ref, aligned = run(shared, past_key_values)
         logits = mix(ref, aligned, self._lams(lam, len(input_ids)).to(ref.device))
         if plausibility is not None:
-            plausibility.watch(aligned[..., : logits.shape[-1]].to(logits.device))
+            kept = logits_to_keep if isinstance(logits_to_keep, int) else 0  # which not every architecture heeds
+            plausibility.watch(aligned[:, -kept:, : logits.shape[-1]].to(logits.device))
         return _output(logits, past_key_values, labels, return_dict)
 
     def _two_passes(self, shared: dict[str, Any], past: PairCache | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,7 +312,9 @@ class DeraForCausalLM(_LambdaModel):
         """
         masks = [p for p in kwargs.get("logits_processor") or () if isinstance(p, PlausibilityMask)]
         if masks:
-            mine = masks[-1].for_one_call()
+            if kwargs.get("logits_to_keep", 1) != 1:
+                raise DeraError("PlausibilityMask looks at the last token of a pass; leave logits_to_keep out")
+            mine = max(masks, key=lambda mask: mask.alpha).for_one_call()  # the strictest implies the others
             others = [p for p in kwargs["logits_processor"] if not isinstance(p, PlausibilityMask)]
             kwargs |= {"plausibility": mine, "logits_processor": type(kwargs["logits_processor"])([mine, *others])}
         if speculation is not None:
@@ -341,6 +346,8 @@ class DeraForCausalLM(_LambdaModel):
         def cache(model: PreTrainedModel, rows: int) -> Cache:
             theirs: dict[str, Any] = {}
             model._prepare_cache_for_generation(generation_config, theirs, generation_mode, rows, max_cache_length)
+            if "past_key_values" not in theirs:
+                raise DeraError(f"{type(model).__name__} keeps no cache of keys and values; pass use_cache=False")
             return theirs["past_key_values"]
 
         if self.rows is not None:
@@ -349,19 +356,19 @@ class DeraForCausalLM(_LambdaModel):
             model_kwargs["past_key_values"] = PairCache(cache(self.ref, batch_size), cache(self.aligned, batch_size))
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, unread: int | None = None, **kwargs: Any
+        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, known: int = 0, **kwargs: Any
     ) -> dict[str, Any]:
         """transformers' own, except that assisted decoding, too, reads only what is new of a cached conversation."""
-        if unread is not None and next_sequence_length is None:
-            next_sequence_length = unread
+        if known and next_sequence_length is None:
+            next_sequence_length = input_ids.shape[1] - known
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     def _get_candidate_generator(
         self, generation_config: Any, *args: Any, model_kwargs: dict[str, Any], assistant_model: Any = None, **kwargs: Any
     ) -> Any:
         if known := model_kwargs["past_key_values"].get_seq_length():
-            model_kwargs["unread"] = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[1] - known
-            if model_kwargs["unread"] < 1:
+            model_kwargs["known"] = known
+            if kwargs["input_ids"].shape[1] <= known:
                 raise DeraError("with a draft, pass the whole conversation as input_ids, not only what is new of it")
         if generation_config.assistant_ensemble_weight is not None:
             raise DeraError("assistant_ensemble_weight samples from a blend with the draft, which is not exact DeRa")
@@ -389,9 +396,6 @@ class DeraForCausalLM(_LambdaModel):
         """θ_ref + λΔ over this mixture's own weights, λ for each row. Raises DeraError where the pair shares no weights."""
         if self.rows is None:
             raise DeraError("only models that share their weights (an adapter and its base) merge with a λ for each row")
-        if self.rows.dera_nonlinear:
-            raise DeraError(f"{self.rows.dera_nonlinear} is replaced as a whole and not linear in its weights, so rows at λ "
-                            "would not be θ_ref + λΔ; use pair.merged()")  # fmt: skip
         return DialForCausalLM(self.rows, self.lam, self.config.vocab_size)
 
     def get_input_embeddings(self) -> torch.nn.Module:

@@ -4,7 +4,7 @@ Reference and aligned model of a LoRA pair differ in what an adapter adds. So on
 each row (sequence) of the batch has a strength s, and an adapted module gives
 
     y = W·x + s·(scale·B·A·x)                   a low-rank sum
-    y = (1-s)·reference(x) + s·aligned(x)       whatever else a module may be (DoRA, OFT, a module trained whole, …)
+    y = (1-s)·reference(x) + s·aligned(x)       other adapters of linear layers, embeddings and norms (DoRA, trained whole)
 
 s = 0 is the reference, s = 1 the aligned model, and s = λ is θ_ref + λΔ, because the modules that adapters change are
 linear in their weights. The base weights are read once for all rows.
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .errors import DeraError
 
@@ -42,14 +43,14 @@ class Strength(threading.local):
             self.rows = None
 
     def beside(self, values: torch.Tensor) -> torch.Tensor:
-        """The strengths in a shape that multiplies `values`, a module's (rows, tokens, n) or (rows·tokens, n).
+        """The strengths in a shape that multiplies `values`, a module's (rows, tokens, …) or (rows·tokens, n).
 
         Raises:
             DeraError: the model regroups its tokens (experts do), so that rows cannot be told apart.
         """
         assert self.rows is not None
-        if values.ndim == 3 and len(values) == len(self.rows):
-            return self.rows[:, None, None]
+        if values.ndim > 2 and len(values) == len(self.rows):
+            return self.rows.view(-1, *[1] * (values.ndim - 1))
         if values.ndim == 2 and len(values) == len(self.rows) * self.tokens:
             return self.rows.repeat_interleave(self.tokens)[:, None]
         raise DeraError("this model regroups its tokens between layers, so that rows of a batch cannot have a λ each")
@@ -95,7 +96,7 @@ class LowRankRows(torch.nn.Module):
 
 
 class MixedRows(torch.nn.Module):
-    """Any module that differs between the two sides: (1-s)·reference(x) + s·aligned(x)."""
+    """A linear layer, embedding or norm that differs between the two sides: (1-s)·reference(x) + s·aligned(x)."""
 
     def __init__(self, ref: torch.nn.Module, aligned: torch.nn.Module, strength: Strength) -> None:
         super().__init__()
@@ -126,36 +127,34 @@ def in_rows(base: PreTrainedModel, ref: PreTrainedModel, aligned: PreTrainedMode
         ref, aligned: `base`, or PEFT's model of it with an adapter unmerged, sharing the base's storages.
 
     Returns:
-        A model of the same class that shares all weights and acts as the aligned one; None where rows cannot be told apart
-        (mixtures of experts regroup their tokens). `model.dera_strength` is its `Strength`, and `model.dera_nonlinear` the
-        name of a module (or None) that is mixed as a whole without being linear in its weights: then only strengths 0 and
-        1 mean something.
+        A model of the same class that shares all weights and acts as the aligned one, with its `Strength` as
+        `model.dera_strength`; None where rows cannot be told apart: mixtures of experts regroup their tokens, and of modules
+        that differ only those are mixed that are linear in their weights and do nothing but map their input.
     """
     if any("expert" in name for name, _ in base.named_modules()):
         return None
     strength = Strength()
     model = second_tree(base)
 
-    nonlinear: list[str] = []
-
-    def walk(name: str, base: torch.nn.Module, ref: torch.nn.Module, aligned: torch.nn.Module) -> None:
+    def walk(name: str, base: torch.nn.Module, ref: torch.nn.Module, aligned: torch.nn.Module) -> bool:
+        """Put rows where the two differ; False where that cannot be done."""
         ref, aligned = _trained_whole(ref), _trained_whole(aligned)
         if (base is ref or _same(base, ref)) and _same(base, aligned):
-            return
+            return True
         if (low_rank := _low_rank(base, ref, aligned, strength, model.dtype)) is not None:
             model.set_submodule(name, low_rank)
-        elif type(ref) is type(aligned) is type(base) and list(base.children()) and not list(base.parameters(False)):
-            for child, module in base.named_children():
-                walk(f"{name}.{child}", module, ref.get_submodule(child), aligned.get_submodule(child))
-        else:
-            if list(base.children()):
-                nonlinear.append(name)
-            model.set_submodule(name, MixedRows(ref, aligned, strength))
+            return True
+        if type(ref) is type(aligned) is type(base) and list(base.children()) and not list(base.parameters(False)):
+            children = base.named_children()
+            return all(walk(f"{name}.{c}", m, ref.get_submodule(c), aligned.get_submodule(c)) for c, m in children)
+        if not (isinstance(base, torch.nn.Linear | torch.nn.Embedding | Conv1D) or "Norm" in type(base).__name__):
+            return False  # attention or a state-space layer, say: it has a cache, or methods besides forward
+        model.set_submodule(name, MixedRows(ref, aligned, strength))
+        return True
 
-    for child, module in base.named_children():
-        walk(child, module, ref.get_submodule(child), aligned.get_submodule(child))
+    if not all(walk(c, m, ref.get_submodule(c), aligned.get_submodule(c)) for c, m in base.named_children()):
+        return None
     model.dera_strength = strength
-    model.dera_nonlinear = nonlinear[0] if nonlinear else None
     return model.eval()
 
 

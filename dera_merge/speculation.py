@@ -150,6 +150,8 @@ class MergedDraft(CandidateGenerator):
             self.cache.crop(min(0, known - have))
         if (have := min(have, known)) == known or len(self.cache) != self.past.depth:
             return
+        if any(getattr(layer, "keys", None) is None for layer in self.past.layers):  # a recurrent state, say
+            return
         layers = [self.past.both(layer) for layer in range(self.past.depth)]
         heads = getattr(self.draft.config.get_text_config(), "num_key_value_heads", None)
         if any(keys.shape[-2] != known or keys.shape[1] != heads for keys, *_ in layers):

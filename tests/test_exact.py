@@ -230,6 +230,9 @@ def test_only_what_is_new_of_a_conversation_may_be_passed(models, exact):
 def test_prompts_may_be_read_in_chunks(models, exact, size):
     output = exact.generate(torch.tensor([PROMPTS[2]]), max_new_tokens=NEW, do_sample=False, lam=2.0, prefill_chunk_size=size)
     assert new_tokens(output, len(PROMPTS[2])) == [two_model_loop(models, PROMPTS[2], 2.0)]
+    inputs = left_padded(PROMPTS[::2])
+    output = exact.generate(**inputs, max_new_tokens=NEW, do_sample=False, lam=2.0, prefill_chunk_size=size)
+    assert new_tokens(output, 7) == [two_model_loop(models, prompt, 2.0) for prompt in PROMPTS[::2]]
 
 
 def test_streaming_gives_the_text_of_generate(exact):
@@ -300,6 +303,9 @@ REFUSALS = {
     ),
     "a draft with another vocabulary": lambda m: m.generate(
         torch.tensor([[5]]), assistant_model=tiny_llama(2, vocab_size=80), speculation=Speculation(), max_new_tokens=2
+    ),
+    "a mask that would see another token": lambda m: m.generate(
+        torch.tensor([[5]]), logits_processor=LogitsProcessorList([PlausibilityMask(0.5)]), logits_to_keep=0, max_new_tokens=2
     ),
     "speculation without a draft": lambda m: m.generate(torch.tensor([[5]]), speculation=Speculation(), max_new_tokens=2),
     "hidden states": lambda m: m(torch.tensor([[5]]), output_hidden_states=True),
@@ -418,6 +424,8 @@ def test_a_plausibility_mask_keeps_only_what_the_aligned_model_would_say(models,
     mask = LogitsProcessorList([PlausibilityMask(alpha)])
     prompt = torch.tensor([PROMPTS[2]])
     assert exact.generate(prompt, logits_processor=mask, **options)[0].tolist() == ids
+    twice = LogitsProcessorList([PlausibilityMask(alpha), PlausibilityMask(0.001)])  # both hold
+    assert exact.generate(prompt, logits_processor=twice, **options)[0].tolist() == ids
     drafted = exact.generate(prompt, logits_processor=mask, assistant_model=models[0], **options)
     assert drafted[0].tolist() == ids
     assert exact.generate(prompt, **options)[0].tolist() != ids

@@ -1,15 +1,24 @@
 """One set of weights with a strength for each row: against PEFT's own models, and against merges."""
 
+import copy
 import threading
 
 import pytest
 import torch
 from builders import LAMS, save_tokenizer, tiny_llama
 from peft import AutoPeftModelForCausalLM, IA3Config, LNTuningConfig, OFTConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dera_merge import DeraError, DialForCausalLM, ModelPair
-from dera_merge.rows import LowRankRows, MixedRows
+from dera_merge.rows import LowRankRows, MixedRows, in_rows
 
 IDS = torch.tensor([[5, 9, 12, 33], [17, 3, 60, 22], [30, 7, 44, 8]])
 
@@ -100,6 +109,27 @@ def test_a_model_that_flattens_its_tokens_keeps_rows_apart(lora, tmp_path):
     save_tokenizer(tmp_path)
     adapter = lora(tmp_path)
     agree(ModelPair.from_pretrained(tmp_path, adapter).exact(), *separately(tmp_path, adapter))
+
+
+def test_norms_of_single_heads_are_rows_too(lora, tmp_path):
+    """Qwen3's q_norm and k_norm see (rows, tokens, heads, size)."""
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=8, initializer_range=0.3, eos_token_id=1, pad_token_id=0)  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    adapter = lora(tmp_path, target_modules=["q_proj"], modules_to_save=["q_norm", "k_norm"])
+    exact = ModelPair.from_pretrained(tmp_path, adapter).exact()
+    assert exact.rows is not None
+    agree(exact, *separately(tmp_path, adapter))
+
+
+def test_what_is_more_than_a_function_of_its_input_takes_two_passes(llama, lora):
+    """A wrapper around attention, which keeps a cache, or a module that the model calls by other names."""
+    base = tiny_llama(0)
+    aligned = copy.deepcopy(base)
+    aligned.model.layers[1].self_attn = torch.nn.Sequential(aligned.model.layers[1].self_attn)
+    assert in_rows(base, base, aligned) is None
 
 
 def test_experts_regroup_tokens_so_a_mixture_of_experts_takes_two_passes(lora, tmp_path):
