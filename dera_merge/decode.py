@@ -76,10 +76,10 @@ def decode(
         model = pair.exact(lam, dtype=compute_dtype, device=device, **more)
     speculation = Speculation()
     if mode == "speculative":
-        if on_cpu:
-            draft = pair.merged(lam, device=home, compute_dtype=torch.bfloat16)
-        else:  # an adapter pair drafts with the weights that it has
-            draft = pair.merged(lam, device=home, compute_dtype=compute_dtype) if model.rows is None else model.dial()
+        if model.rows is not None and not on_cpu:  # an adapter pair drafts with the weights that it has
+            draft = model.dial()
+        else:
+            draft = pair.merged(lam, device=home, compute_dtype=torch.bfloat16 if on_cpu else compute_dtype)
         options |= {"assistant_model": draft, "speculation": speculation}
     if plausibility:
         options["logits_processor"] = LogitsProcessorList([PlausibilityMask(plausibility)])

@@ -17,7 +17,7 @@ import copy
 import inspect
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,10 +256,7 @@ class DeraForCausalLM(_LambdaModel):
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise DeraError("a mixture has no attentions or hidden states of its own; ask model.ref or model.aligned")
         if past_key_values is None and use_cache:
-            if self.rows is not None:
-                past_key_values = RowsCache(DynamicCache(config=self.rows.config))
-            else:
-                past_key_values = PairCache(*(DynamicCache(config=model.config) for model in (self.ref, self.aligned)))
+            past_key_values = self._new_cache(lambda model, times: DynamicCache(config=model.config))
 
         shared = dict(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=bool(use_cache),
@@ -343,17 +340,22 @@ class DeraForCausalLM(_LambdaModel):
         if past is not None or generation_config.use_cache is False:
             return
 
-        def cache(model: PreTrainedModel, rows: int) -> Cache:
+        def make(model: PreTrainedModel, times: int) -> Cache:
             theirs: dict[str, Any] = {}
-            model._prepare_cache_for_generation(generation_config, theirs, generation_mode, rows, max_cache_length)
+            model._prepare_cache_for_generation(
+                generation_config, theirs, generation_mode, times * batch_size, max_cache_length
+            )
             if "past_key_values" not in theirs:
                 raise DeraError(f"{type(model).__name__} keeps no cache of keys and values; pass use_cache=False")
             return theirs["past_key_values"]
 
+        model_kwargs["past_key_values"] = self._new_cache(make)
+
+    def _new_cache(self, make: Callable[[PreTrainedModel, int], Cache]) -> PairCache | RowsCache:
+        """An empty cache for both models; `make(model, n)` gives one model's, for n times the batch."""
         if self.rows is not None:
-            model_kwargs["past_key_values"] = RowsCache(cache(self.rows, 2 * batch_size))
-        else:
-            model_kwargs["past_key_values"] = PairCache(cache(self.ref, batch_size), cache(self.aligned, batch_size))
+            return RowsCache(make(self.rows, 2))
+        return PairCache(make(self.ref, 1), make(self.aligned, 1))
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, known: int = 0, **kwargs: Any
@@ -372,18 +374,20 @@ class DeraForCausalLM(_LambdaModel):
                 raise DeraError("with a draft, pass the whole conversation as input_ids, not only what is new of it")
         if generation_config.assistant_ensemble_weight is not None:
             raise DeraError("assistant_ensemble_weight samples from a blend with the draft, which is not exact DeRa")
+        # A draft goes through the same processors, but the mask, which sees the logits of what both models read.
+        processors = kwargs.pop("logits_processor")
+        processors = type(processors)(p for p in processors if not isinstance(p, PlausibilityMask))
         if (speculation := model_kwargs.pop("speculation", None)) is not None and assistant_model is not None:
             return MergedDraft(
-                assistant_model, speculation, generation_config, kwargs["logits_processor"],
+                assistant_model, speculation, generation_config, processors,
                 model_kwargs["past_key_values"], model_kwargs.get("attention_mask"), float(model_kwargs["lam"][0]),
             )  # fmt: skip
-        processors = kwargs.pop("logits_processor")
-        kwargs["logits_processor"] = type(processors)(p for p in processors if not isinstance(p, PlausibilityMask))
         ours = () if isinstance(assistant_model, DialForCausalLM) else ("lam",)  # other draft models know no λ
         theirs = {key: value for key, value in model_kwargs.items() if key not in (*ours, "plausibility")}
         return super()._get_candidate_generator(
-            generation_config, *args, model_kwargs=theirs, assistant_model=assistant_model, **kwargs
-        )
+            generation_config, *args, logits_processor=processors, model_kwargs=theirs, assistant_model=assistant_model,
+            **kwargs,
+        )  # fmt: skip
 
     def _check_cache(self, past: Any) -> None:
         if past is not None and not isinstance(past, RowsCache if self.rows is not None else PairCache):

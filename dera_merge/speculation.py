@@ -62,7 +62,7 @@ class MergedDraft(CandidateGenerator):
         draft: the merged model, or any other over the same tokens.
         speculation: settings; the counts are added to.
         generation_config: of the call.
-        logits_processor: of the call; the draft's scores go through it too.
+        logits_processor: what the draft's scores go through, as the call's do.
         past: the pair's cache.
         attention_mask: (1, tokens) of the prompt, or None.
         lam: λ, for a draft that takes it with each call.
@@ -79,7 +79,6 @@ class MergedDraft(CandidateGenerator):
         lam: float,
     ) -> None:
         from .exact import DialForCausalLM
-        from .plausibility import PlausibilityMask
 
         self.draft = draft
         self.speculation = speculation
@@ -90,7 +89,7 @@ class MergedDraft(CandidateGenerator):
         self.max_length = generation_config.max_length
         ends = getattr(generation_config, "_eos_token_tensor", None)
         self.ends = set() if ends is None else set(ends.tolist())
-        self.processors = [p for p in logits_processor if not isinstance(p, PlausibilityMask)]
+        self.processors = logits_processor
         self.padding = 0 if attention_mask is None else int((attention_mask[0] == 0).sum())
         self.cache: Cache = DynamicCache(config=draft.config)
         self.cache.activate_past_recording()
@@ -139,9 +138,7 @@ class MergedDraft(CandidateGenerator):
             more |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]}
         logits = self.draft(input_ids=ids[:, start:], past_key_values=self.cache, use_cache=True, logits_to_keep=1, **more)
         scores = logits.logits[:, -1].float()
-        for processor in self.processors:
-            scores = processor(ids, scores)
-        return scores
+        return self.processors(ids, scores)
 
     def _follow(self, known: int) -> None:
         """Bring the draft's cache to the tokens that were kept."""

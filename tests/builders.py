@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 64
 LAMS = (-0.5, 0.0, 0.3, 1.0, 2.0, 5.0)
@@ -20,6 +22,23 @@ def tiny_llama(seed: int, **config) -> LlamaForCausalLM:
         initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
+
+
+def tiny_mistral(seed: int, window: int | None) -> MistralForCausalLM:
+    """As `tiny_llama`, with attention to the last `window` tokens."""
+    settings = {**tiny_llama(0).config.to_dict(), "sliding_window": window}
+    torch.manual_seed(seed)
+    config = MistralConfig(**{key: value for key, value in settings.items() if key not in ("model_type", "architectures")})
+    return MistralForCausalLM(config).eval()
+
+
+def in_threads(work: Callable[[float], None], values: Iterable[float]) -> None:
+    """Run `work` on all values at once, and wait."""
+    threads = [threading.Thread(target=work, args=(value,)) for value in values]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def tokenizer(vocabulary: dict[str, int] | None = None) -> PreTrainedTokenizerFast:

@@ -4,14 +4,12 @@ import threading
 
 import pytest
 import torch
-from builders import LAMS, VOCAB, save_tokenizer, tiny_llama, tokenizer
+from builders import LAMS, VOCAB, in_threads, save_tokenizer, tiny_llama, tiny_mistral, tokenizer
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     LogitsProcessorList,
-    MistralConfig,
-    MistralForCausalLM,
     TextIteratorStreamer,
     pipeline,
 )
@@ -196,11 +194,7 @@ def test_threads_do_not_see_each_others_lambda(models, exact):
             if new_tokens(output, len(PROMPTS[2])) != [expected[lam]]:
                 wrong.append(lam)
 
-    threads = [threading.Thread(target=decode, args=(lam,)) for lam in LAMS]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(decode, LAMS)
     assert wrong == []
     assert exact.lam == 0.5
 
@@ -342,13 +336,9 @@ def test_a_lora_pair_shares_its_base_weights(llama, lora):
 @pytest.mark.parametrize("form", ["two models", "one pass"])
 def test_every_kind_of_cache_gives_the_plain_loop(tmp_path, llama, lora, implementation, window, form):
     """Caches that grow, caches of fixed size, and windows that slide past the prompt."""
-    settings = {**tiny_llama(0).config.to_dict(), "sliding_window": window}
-    settings = {key: value for key, value in settings.items() if key not in ("model_type", "architectures")}
-    made = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        made.append(MistralForCausalLM(MistralConfig(**settings)).eval())
-        made[-1].save_pretrained(tmp_path / str(seed))
+    made = [tiny_mistral(seed, window) for seed in (0, 1)]
+    for seed, model in enumerate(made):
+        model.save_pretrained(tmp_path / str(seed))
         save_tokenizer(tmp_path / str(seed))
     aligned = tmp_path / "1" if form == "two models" else lora(tmp_path / "0")
     if form == "one pass":

@@ -1,11 +1,10 @@
 """One set of weights with a strength for each row: against PEFT's own models, and against merges."""
 
 import copy
-import threading
 
 import pytest
 import torch
-from builders import LAMS, save_tokenizer, tiny_llama
+from builders import LAMS, in_threads, save_tokenizer, tiny_llama
 from peft import AutoPeftModelForCausalLM, IA3Config, LNTuningConfig, OFTConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -212,11 +211,7 @@ def test_threads_turn_one_dial_without_seeing_each_other(pair):
             if not torch.equal(dial.generate(IDS, lam=lam, max_new_tokens=8, do_sample=False), expected[lam]):
                 wrong.append(lam)
 
-    threads = [threading.Thread(target=turn, args=(lam,)) for lam in LAMS]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(turn, LAMS)
     assert wrong == []
 
 

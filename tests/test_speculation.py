@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import tiny_llama
+from builders import tiny_llama, tiny_mistral
 from test_exact import NEW, PROMPTS, chi_square, left_padded, lora_pair, new_tokens, two_model_loop
 from transformers import LogitsProcessorList
 
@@ -169,15 +169,8 @@ def test_a_conversation_goes_on_with_a_draft(setting):
     assert second[0, start:].tolist() == two_model_loop(models, first.sequences[0].tolist(), 2.0, 6)
 
 
-def test_sliding_windows_are_drafted_for_too(tmp_path):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    settings = {**tiny_llama(0).config.to_dict(), "sliding_window": 6}
-    settings = {key: value for key, value in settings.items() if key not in ("model_type", "architectures")}
-    made = []
-    for seed in (0, 1, 2):
-        torch.manual_seed(seed)
-        made.append(MistralForCausalLM(MistralConfig(**settings)).eval())
+def test_sliding_windows_are_drafted_for_too():
+    made = [tiny_mistral(seed, 6) for seed in (0, 1, 2)]
     exact = DeraForCausalLM(*made[:2])
     for prompt in PROMPTS:
         for draft in (made[0], made[2]):
