@@ -13,6 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import calibrate
+    from .curve import Curve
     from .errors import DeraError, DeraWarning
     from .exact import DeraConfig, DeraForCausalLM, DialForCausalLM
     from .fidelity import Report, compare
@@ -26,11 +28,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "ModelPair": "pair", "merge": "merge", "DeraForCausalLM": "exact", "DialForCausalLM": "exact", "DeraConfig": "exact",
     "Speculation": "speculation", "PlausibilityMask": "plausibility", "compare": "fidelity", "Report": "fidelity",
-    "DeraError": "errors", "DeraWarning": "errors",
+    "calibrate": "calibration", "Curve": "curve", "DeraError": "errors", "DeraWarning": "errors",
 }  # fmt: skip
 __all__ = [
-    "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair", "PlausibilityMask",
-    "Report", "Speculation", "compare", "merge",
+    "Curve", "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair", "PlausibilityMask",
+    "Report", "Speculation", "calibrate", "compare", "merge",
 ]  # fmt: skip
 
 

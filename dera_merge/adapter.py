@@ -19,9 +19,10 @@ import torch
 
 from . import lambdas
 from .checkpoint import Buffers, ShardWriter, file_order, load_json, slices
+from .curve import Curve, opened
 from .delta import LowRank, Replacement
 from .errors import DeraError
-from .merge import Progress, describe_pair, parse_dtype
+from .merge import Progress, describe_pair, parse_dtype, warn_of_unsafe
 from .output import Layout, Output, Tally, open_outputs, writing
 from .pair import TOKENIZER_FILES, ModelPair, warn
 from .path import Slice, stored_rows
@@ -69,6 +70,8 @@ def merge_adapters(
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
+    path: str | os.PathLike[str] | Curve | None = None,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Write λΔ as PEFT LoRA adapters over the base of the pair.
@@ -84,6 +87,8 @@ def merge_adapters(
         rounding: default nearest: a scaled factor has no reference that it could fall back to.
         seed: of the randomised SVD, and of stochastic rounding.
         resume, overwrite: as for `merge`.
+        path: a path that `calibrate` learned, or its file; its low-rank part adds to the rank.
+        report: as for `merge`.
         progress: called with (modules done, modules in all).
 
     Returns:
@@ -102,10 +107,15 @@ def merge_adapters(
         raise DeraError("--extract-rank makes an adapter over REF, which must be a full model, not an adapter itself")
     if extract_rank and rank:
         raise DeraError("--extract-rank and --rank say the same; give one")
+    curve = opened(path, pair, lams)
+    if report is not None:
+        warn_of_unsafe(pair, lams, report, curve)
+    if extract_rank and curve:
+        raise DeraError("--extract-rank approximates the straight line; --path goes with --format full or adapter pairs")
     if extract_rank:
         modules, whole = _extracted(pair, extract_rank, seed), {}
     else:
-        modules, whole = _folded(pair)
+        modules, whole = _folded(pair, curve)
     if rank:
         modules = [_cut(module, rank) for module in modules]
     width = extract_rank or rank or max((module.rank for module in modules), default=1)
@@ -115,7 +125,7 @@ def merge_adapters(
     layout: Layout = {key: (wanted, tensors[name].shape) for key, name in whole.items()}
     for module in modules:
         layout |= {module.a: (wanted, (width, module.into)), module.b: (wanted, (module.out, width))}
-    recipe = describe_pair(pair) | {
+    recipe = describe_pair(pair, curve) | {
         "format": "adapter", "rank": width, "cut_to_rank": rank, "extract_rank": extract_rank,
         "dtype": str(wanted).removeprefix("torch."), "rounding": rounding, "seed": seed,
     }  # fmt: skip
@@ -123,7 +133,7 @@ def merge_adapters(
     config = _config(pair, modules, width)
     with writing(outputs, overwrite=overwrite) as pending:
         if pending:
-            figures = _write(pair, pending, modules, whole, layout, rounding, seed, progress)
+            figures = _write(pair, pending, modules, whole, layout, rounding, seed, curve, progress)
             more, beside = {"left_out": _left_out(pair)} if extract_rank else {}, _companions(pair)
             for output, figure in zip(pending, figures, strict=True):
                 statistics = _energy(figure) | more if rank or extract_rank else {"energy": 1.0}
@@ -137,7 +147,7 @@ def _own_dtype(pair: ModelPair) -> torch.dtype:
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
-def _folded(pair: ModelPair) -> tuple[list[Module], dict[str, str]]:
+def _folded(pair: ModelPair, curve: Curve | None) -> tuple[list[Module], dict[str, str]]:
     """The sums s·BA of both sides by module, and the tensors that are stored whole: name in the file → tensor."""
     if not pair.shared_base:
         raise DeraError("λΔ of two full models is no adapter; --extract-rank R approximates it, --format full holds it")
@@ -162,23 +172,36 @@ def _folded(pair: ModelPair) -> tuple[list[Module], dict[str, str]]:
         if terms and name in whole.values():
             raise DeraError(f"{name} is trained whole in one adapter and by a sum in the other; --format full holds that")
         if terms:
-            modules.append(_module(terms))
+            modules.append(_module(terms, name, curve))
     return modules, whole
 
 
-def _module(terms: list[tuple[LowRank, Callable[[float], float]]]) -> Module:
+def _module(
+    terms: list[tuple[LowRank, Callable[[float], float]]], name: str, curve: Curve | None
+) -> Module:  # fmt: skip
+    bent = curve is not None and any(part.left is not None for part in curve.parts.get(name, {}).values())
+    bend_rank = max(len(part.right) for part in curve.parts[name].values()) if bent else 0
+
     def factors(lams: Sequence[float]) -> list[Factors]:
         right = torch.cat([piece.adapter.read_whole(piece.a).float() for piece, _ in terms])
         lefts = [piece.scale * piece.adapter.read_whole(piece.b).float() for piece, _ in terms]
-        weights = [weight for _, weight in terms]
-        return [
-            Factors(torch.cat([weight(lam) * left for left, weight in zip(lefts, weights, strict=True)], 1), right)
-            for lam in lams
-        ]
+        found = []
+        for lam in lams:
+            bend = curve.at(name, lam) if curve else None
+            gain = lam if bend is None else bend.gain
+            left = torch.cat([weight(gain) * left for left, (_, weight) in zip(lefts, terms, strict=True)], 1)
+            rights = right
+            if bend is not None and bend.left is not None:
+                # A path bends the tensor as stored; layers that store (in, out) have their factors the other way round.
+                b, a = (bend.right.T, bend.left.T) if terms[0][0].transposed else (bend.left, bend.right)
+                left, rights = torch.cat([left, b], 1), torch.cat([right, a])
+            found.append(Factors(left, rights))
+        return found
 
     shapes = [(piece.adapter.tensors[piece.a].shape, piece.adapter.tensors[piece.b].shape) for piece, _ in terms]
     (_, into), (out, _) = shapes[0]
-    return Module(terms[0][0].a, terms[0][0].b, out, into, sum(rank for (rank, _), _ in shapes), factors)
+    rank = sum(rank for (rank, _), _ in shapes) + bend_rank
+    return Module(terms[0][0].a, terms[0][0].b, out, into, rank, factors)
 
 
 def _cut(module: Module, rank: int) -> Module:
@@ -248,7 +271,7 @@ def _left_out(pair: ModelPair) -> dict[str, float]:
 
 def _write(
     pair: ModelPair, outputs: list[Output], modules: list[Module], whole: dict[str, str], layout: Layout,
-    rounding: Rounding, seed: int, progress: Progress | None,
+    rounding: Rounding, seed: int, curve: Curve | None, progress: Progress | None,
 ) -> list[Energies]:  # fmt: skip
     """Write the file of each output; returns what its factors hold."""
     owner = {key: module for module in modules for key in (module.a, module.b)}
@@ -260,7 +283,7 @@ def _write(
         for number, key in enumerate(file_order(layout), 1):
             dtype, shape = layout[key]
             if key in whole:
-                _write_whole(pair, whole[key], writers, lams, dtype, rounding, seed)
+                _write_whole(pair, whole[key], writers, lams, dtype, rounding, seed, curve)
             else:
                 module = owner[key]
                 if latest[0] != module.a:
@@ -283,12 +306,12 @@ def _write(
 
 def _write_whole(
     pair: ModelPair, name: str, writers: list[ShardWriter], lams: list[float], dtype: torch.dtype, rounding: Rounding,
-    seed: int,
+    seed: int, curve: Curve | None,
 ) -> None:  # fmt: skip
     """θ(λ) of a tensor that was trained whole."""
     scratch, kept = Buffers(), Buffers()
     for start, stop in slices(pair.tensors[name]):
-        results = stored_rows(pair, name, start, stop, lams, dtype, rounding, seed, scratch, kept)
+        results = stored_rows(pair, name, start, stop, lams, dtype, rounding, seed, scratch, kept, curve=curve)
         for writer, (stored, _) in zip(writers, results, strict=True):
             writer.write(stored)
 

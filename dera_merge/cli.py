@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,9 @@ Format = Literal["full", "adapter"]
 BaseQuantisation = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double"]
 Mode = Literal["exact", "merged", "speculative"]
 LoadIn = Literal["4bit", "8bit"]
+Texts = Literal["exact", "merged"]
+PathKind = Literal["curve", "gains"]
+EXTRAS = ("floor", "ladder", "predict", "layers", "coupled")
 
 Ref = Annotated[str, typer.Argument(metavar="REF", help="Reference model: a directory or a Hub id (id@revision).")]
 Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help="Aligned model: a full checkpoint or a PEFT adapter.")]
@@ -61,6 +65,7 @@ BaseQuantization = Annotated[
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let transformers run code from checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]
+PathFile = Annotated[Path | None, typer.Option("--path", help="A path that calibrate learned, instead of the line.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 
 
@@ -81,6 +86,8 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that dera-merge wrote.")] = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Store NaN and infinity, counted.")] = False,
     shard: Annotated[str | None, typer.Option(help="i/n: write the i-th of n shares. Default: the launcher's rank.")] = None,
+    path: PathFile = None,
+    report: Annotated[Path | None, typer.Option(help="Of compare; warns of λ that it does not call safe.")] = None,
     base: Base = None,
     base_quantization: BaseQuantization = None,
     allow_pickle: AllowPickle = False,
@@ -93,6 +100,7 @@ def merge(
     """
     lams = _lams(lam)
     common: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed, "resume": resume, "overwrite": overwrite}
+    common |= {"path": path, "report": report}
     share = _share(shard)
     if format == "adapter" or extract_rank:
         if shard or allow_nonfinite:
@@ -142,6 +150,7 @@ def generate(
     plausibility: Annotated[
         float | None, typer.Option(help="α in (0, 1]: no token below α times ALIGNED's best. Not exact DeRa any more.")
     ] = None,
+    path: PathFile = None,
     base: Base = None,
     base_quantization: BaseQuantization = None,
     allow_pickle: AllowPickle = False,
@@ -160,6 +169,8 @@ def generate(
     if mode == "merged" and (load_in or plausibility):
         hint = "--load-in" if load_in else "--plausibility"
         raise typer.BadParameter("is for exact and speculative decoding", param_hint=hint)
+    if mode == "exact" and path:
+        raise typer.BadParameter("is for --mode merged and speculative; exact decoding merges nothing", param_hint="--path")
     pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, base_quantization)
     places = [_device(name) for name in device.split(",")]
     if len(places) > 2 or (len(places) == 2 and mode == "merged"):
@@ -170,6 +181,7 @@ def generate(
     text = decode(
         pair, value, prompt, mode=mode, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         device=places if len(places) == 2 else places[0], compute_dtype=kind, load_in=load_in, plausibility=plausibility,
+        path=path,
     )  # fmt: skip
     if as_json:
         settings = {"load_in": load_in, "plausibility": plausibility}
@@ -195,7 +207,16 @@ def compare(
     approx: Annotated[Path | None, typer.Option(help="A merged directory to measure, or the parent of lambda-*.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="How the merged model is stored.")] = "auto",
     rounding: Annotated[Rounding | None, typer.Option(help="Default: stochastic for 16-bit storage.")] = None,
+    path: PathFile = None,
+    texts: Annotated[Texts, typer.Option(help="Whose texts to sample and score.")] = "exact",
+    samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of sampled texts.")] = 64,
+    extras: Annotated[
+        str, typer.Option("--with", help=f"What else to measure: {', '.join(EXTRAS)}; all, or none.")
+    ] = "floor",
+    extra_prompts: Annotated[int, typer.Option(min=1, help="How many prompts floor, ladder and layers look at.")] = 8,
+    reward: Annotated[str | None, typer.Option(help="module:function, text → number; for --with coupled.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted comparison.")] = False,
     seed: Seed = 0,
     max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 if kl is above this at any λ.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Gate: exit 3 if top1 is below this at any λ.")] = None,
@@ -211,37 +232,101 @@ def compare(
     Example: dera-merge compare my-sft my-dpo-lora -l 0:2:0.25 -o report --max-kl 0.02
     """
     lams = _lams(lam)
+    wanted = _extras(extras)
+    if reward and "coupled" not in wanted:
+        raise typer.BadParameter("needs --with coupled (or all)", param_hint="--reward")
     if any(limit is not None and not math.isfinite(limit) for limit in (max_kl, min_top1)):
         raise typer.BadParameter("a gate must be a finite number", param_hint="--max-kl, --min-top1")
     pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
     place = _device(device)
     _check_report_folder(output, pair)
     from . import fidelity
+    from .ledger import launched
     from .prompts import read
+    from .rewards import load_reward
 
     with _progress("comparing") as tell:
         report = fidelity.compare(
-            pair, lams, None if prompts is None else read(prompts), approx=approx, dtype=dtype, rounding=rounding,
-            max_new_tokens=max_new_tokens, seed=seed, device=place, progress=tell,
-            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
+            pair, lams, None if prompts is None else read(prompts), approx=approx, path=path, dtype=dtype, rounding=rounding,
+            texts=texts, samples=samples, max_new_tokens=max_new_tokens, extras=wanted, extra_prompts=extra_prompts,
+            reward=load_reward(reward) if reward else None, seed=seed, device=place, progress=tell,
+            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, unfinished=output, resume=resume,
         )  # fmt: skip
+    report.command = shlex.join(["dera-merge", *sys.argv[1:]])
+    gate = report.gate(max_kl, min_top1) if max_kl is not None or min_top1 is not None else None
+    if launched()[0]:  # another process writes and prints
+        raise typer.Exit(3 if gate and not gate["passed"] else 0)
     report.save(output)
     result = report.to_dict()
-    gate = report.gate(max_kl, min_top1) if max_kl is not None or min_top1 is not None else None
     if gate:
         result["gate"] = gate
     if as_json:
         _print_json(result)
     else:
         out.print(_fidelity_table(report.results))
-        from .report import LEGEND
+        from .report import LEGEND, sentences
 
-        out.print(f"{LEGEND}\nReport: {output}", markup=False, highlight=False)
+        out.print(LEGEND, markup=False, highlight=False)
+        for row in report.results:
+            out.print(f"- {' '.join(sentences(row))}", markup=False, highlight=False)
+        out.print(f"Report: {output / 'report.html'}", markup=False, highlight=False)
         if gate:
             verdict = "passed" if gate["passed"] else "not met at λ = " + ", ".join(f"{x:g}" for x in gate["failed"])
             out.print(f"Gate: {verdict}", markup=False, highlight=False)
     if gate and not gate["passed"]:
         raise typer.Exit(3)
+
+
+@app.command()
+def calibrate(
+    ref: Ref,
+    aligned: Aligned,
+    lam: Lambdas,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The path file to write (.safetensors).")],
+    prompts: Annotated[Path | None, typer.Option(help="What to learn on; default: prompts that REF writes itself.")] = None,
+    kind: Annotated[PathKind, typer.Option(help="curve: gains and low-rank curves; gains: a number a layer.")] = "curve",
+    rank: Annotated[int, typer.Option(min=1, help="Of the curve.")] = 16,
+    texts: Annotated[int, typer.Option(min=1, help="How many to sample from exact DeRa.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of these texts.")] = 48,
+    passes: Annotated[int, typer.Option(min=1, help="How often to go over them.")] = 1,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a path file.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    compute_dtype: Annotated[Dtype, typer.Option(help="auto: float32.")] = "auto",
+    base: Base = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn a path through the two models that follows exact DeRa, for merge, compare and generate --path.
+
+    Example: dera-merge calibrate my-sft my-dpo-lora -l 0,2 -o path.safetensors
+    """
+    lams = _lams(lam)
+    if not 0 < learning_rate < 1:
+        raise typer.BadParameter("must be between 0 and 1", param_hint="--learning-rate")
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
+    place = _device(device)
+    _check_path_file(output, overwrite)
+    from .calibration import calibrate as learn
+    from .prompts import read
+
+    with _progress("calibrating") as tell:
+        curve = learn(
+            pair, lams, None if prompts is None else read(prompts), kind=kind, rank=rank, texts=texts,
+            max_new_tokens=max_new_tokens, passes=passes, learning_rate=learning_rate, seed=seed, device=place,
+            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, progress=tell,
+        )  # fmt: skip
+    curve.save(output)
+    if as_json:
+        return _print_json({"ref": ref, "aligned": aligned, "path": str(output), **curve.describe(), **curve.recipe})
+    for branch, row in curve.recipe["held_out"].items():
+        where = "λ ≤ 1" if branch == "inner" else "λ > 1"
+        gain = f"{row['line'] / row['path']:.2f} times nearer" if row["path"] < row["line"] else "nothing was learned"
+        figures = f"{row['line']:.2g} on the line, {row['path']:.2g} on the path ({gain})"
+        out.print(f"{where}: kl on {row['texts']} held-out texts {figures}", markup=False, highlight=False)
+    out.print(f"{output}  ({curve.kind}, λ from {curve.span[0]:g} to {curve.span[1]:g})", markup=False, highlight=False)
 
 
 @app.command()
@@ -384,6 +469,12 @@ def _device(name: str) -> torch.device:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # transformers' bars per loaded model would break into ours
+    from .ledger import launched
+
+    if name == "auto" and launched()[1] > 1:
+        from accelerate import PartialState
+
+        return PartialState().device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -393,6 +484,27 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise DeraError(f"device {name!r} cannot be used: {_line(error)}") from error
     return device
+
+
+def _extras(text: str) -> list[Any]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names in (["all"], ["none"], []):
+        return list(EXTRAS) if names == ["all"] else []
+    if unknown := [name for name in names if name not in EXTRAS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(EXTRAS)}, all, none", param_hint="--with")
+    return names
+
+
+def _check_path_file(file: Path, overwrite: bool) -> None:
+    if file.is_dir():
+        raise DeraError(f"{file} is a directory; give a file for the path")
+    if not file.exists():
+        return
+    if not overwrite:
+        raise DeraError(f"{file} exists; --overwrite replaces it, or give another --output")
+    from .curve import Curve
+
+    Curve.load(file)  # only what dera-merge wrote is replaced
 
 
 def _check_report_folder(folder: Path, pair: ModelPair) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ def decode(
     compute_dtype: torch.dtype | str | None = None,
     load_in: LoadIn | None = None,
     plausibility: float | None = None,
+    path: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt.
 
@@ -48,6 +50,7 @@ def decode(
         compute_dtype: in what to run; default float32 on CPU, else the checkpoint's dtype. A draft on a CPU is bfloat16.
         load_in: quantise both models with bitsandbytes when they are loaded; the output is exact DeRa of the quantised pair.
         plausibility: α of a `PlausibilityMask`; the output is then no longer exact DeRa.
+        path: file of a learned path, for the merged model or the one that drafts.
 
     Returns:
         `text` (special tokens left out), `token_ids` (the new ones), `prompt_tokens` (their count), `exact` (whether the
@@ -64,22 +67,25 @@ def decode(
         raise DeraError(f"{len(encoded.ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit}")
     if mode == "merged" and (load_in or plausibility):
         raise DeraError("quantised loading and the plausibility mask are for exact decoding; merge first, or leave them out")
+    if mode == "exact" and path is not None:
+        raise DeraError("exact decoding merges nothing; --path is for --mode merged and speculative")
     home = torch.device(device if isinstance(device, str | torch.device) else device[0])
     on_cpu = home.type == "cpu"
     if compute_dtype is None:
         compute_dtype = torch.float32 if on_cpu else "auto"
     options: dict[str, Any] = {}
     if mode == "merged":
-        model = pair.merged(lam, device=home, compute_dtype=compute_dtype)
+        model = pair.merged(lam, device=home, compute_dtype=compute_dtype, path=path)
     else:
         more = {"quantization_config": quantised(load_in)} if load_in else {}
         model = pair.exact(lam, dtype=compute_dtype, device=device, **more)
     speculation = Speculation()
     if mode == "speculative":
-        if model.rows is not None and not on_cpu:  # an adapter pair drafts with the weights that it has
+        if model.rows is not None and not on_cpu and path is None:  # an adapter pair drafts with the weights that it has
             draft = model.dial()
         else:
-            draft = pair.merged(lam, device=home, compute_dtype=torch.bfloat16 if on_cpu else compute_dtype)
+            kind = torch.bfloat16 if on_cpu else compute_dtype
+            draft = pair.merged(lam, device=home, compute_dtype=kind, path=path)
         options |= {"assistant_model": draft, "speculation": speculation}
     if plausibility:
         options["logits_processor"] = LogitsProcessorList([PlausibilityMask(plausibility)])

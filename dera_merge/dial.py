@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .checkpoint import Buffers, slices
+from .curve import Curve, opened
 from .errors import DeraError
 from .merge import output_layout
 from .pair import ModelPair
@@ -30,6 +32,7 @@ class _Dial:
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     rounding: Rounding
     seed: int
+    curve: Curve | None
 
     def build(self, lam: float, dtype: torch.dtype | str) -> PreTrainedModel:
         """A new model at λ, by transformers' own loading, which knows about tied, renamed and fused tensors."""
@@ -48,11 +51,13 @@ class _Dial:
 
     def weights(self, lam: float) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor of θ(λ) in turn."""
+        if self.curve:
+            self.curve.check_lambda(lam)
         tasks = [(name, *rows) for name in self.layout for rows in slices(self.pair.tensors[name])]
 
         def work(task: tuple[str, int, int], scratch: Buffers, kept: Buffers) -> list[tuple[torch.Tensor, Sums | None]]:
             dtype, _ = self.layout[task[0]]
-            return stored_rows(self.pair, *task, [lam], dtype, self.rounding, self.seed, scratch, kept)
+            return stored_rows(self.pair, *task, [lam], dtype, self.rounding, self.seed, scratch, kept, curve=self.curve)
 
         for (name, start, stop), [(rows, _)] in zip(tasks, in_order(tasks, work), strict=True):
             dtype, shape = self.layout[name]
@@ -73,8 +78,9 @@ def live(
     seed: int = 0,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str | None = None,
+    path: str | os.PathLike[str] | Curve | None = None,
 ) -> PreTrainedModel:
-    """θ_ref + λΔ as a transformers model of the pair's architecture, in evaluation mode, with a method `set_lam`.
+    """θ(λ) as a transformers model of the pair's architecture, in evaluation mode, with a method `set_lam`.
 
     Args:
         pair: the two models.
@@ -84,15 +90,16 @@ def live(
         rounding, seed: as for `merge`.
         device: where the model goes.
         compute_dtype: dtype of the parameters; default `dtype`, or float32 where that is None.
+        path: a path that `calibrate` learned, or its file, in the place of the straight line.
 
     Returns:
         The model. `model.set_lam(λ)` computes θ(λ) anew from the two checkpoints and writes it into the parameters.
 
     Raises:
-        DeraError: the pair has no weight-space form, or cannot be loaded.
+        DeraError: the pair has no weight-space form, or cannot be loaded; the path is another pair's, or not for this λ.
     """
     layout, rounding = output_layout(pair, torch.float32 if dtype is None else dtype, rounding)
-    dial = _Dial(pair, layout, rounding, seed)
+    dial = _Dial(pair, layout, rounding, seed, opened(path, pair, [lam]))
     model = dial.build(lam, compute_dtype or (torch.float32 if dtype is None else dtype)).to(device).eval()
     if config := pair.generation_config():
         model.generation_config = config

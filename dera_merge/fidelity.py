@@ -1,65 +1,50 @@
-"""How far the merged model is from exact DeRa, token by token.
+"""How far the merged model is from exact DeRa, token by token, and what that means.
 
-    kl = mean over scored tokens of KL(exact‖merged) = Σ_v p_λ(v)·[log p_λ(v) - log q(v)],   p_λ = softmax(h_λ), q = merged
-
-Texts are given, or sampled from exact DeRa. Each model reads the texts once and leaves its last hidden states, which
-are small; the distributions over the vocabulary are made from these a few tokens at a time, through the model's own
-head, and reduced in float64. So K values of λ on given texts cost K+2 passes (2K+2 where rounding is told apart), and
-nothing of size vocabulary × text exists.
+`compare` is the whole line: texts are given or sampled; each model reads them once and leaves its last hidden states
+(`traces.py`); distributions are made from these a few tokens at a time and reduced in float64 (`divergence.py`). K values of
+λ on given texts cost K+2 passes, 2K+2 where rounding is told apart. What is asked for beyond that, each a function over the
+same traces: a scale that people know (`yardstick.py`), a prediction from few probes and where the error comes from
+(`explain.py`), and texts of both models under the same noise.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from . import lambdas
+from . import explain, lambdas, yardstick
 from . import prompts as prompt_files
 from .checkpoint import json_bytes, write_atomically
+from .curve import Curve, fingerprint, opened
+from .divergence import MEASURES, bootstrap, divergences, summarise
 from .errors import DeraError
-from .exact import mix
+from .ledger import Ledger, gathered, launched
 from .merge import output_layout
 from .output import verify
 from .pair import ModelPair, load_model, warn
 from .prompts import Prompt
 from .sampling import sample
+from .traces import Text, Trace, trace_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .rounding import Rounding
 
-MEASURES = ("kl", "reverse_kl", "js", "tv", "top1", "kl_ref", "kl_aligned")
-BATCH_TOKENS = 2048  # tokens that a model reads at a time
-CHUNK_VALUES = 1 << 22  # logits that exist at a time, per model
-Head = Callable[[torch.Tensor], torch.Tensor]
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
-
-
-@dataclass(frozen=True)
-class Text:
-    """A completion to score, and the index of its prompt."""
-
-    prompt: int
-    ids: list[int]  # prompt and completion
-    start: int  # where the completion begins
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a model makes of the texts: hidden states (scored tokens, hidden size), and its head, hidden → logits."""
-
-    hidden: torch.Tensor
-    head: Head
+Extra = Literal["floor", "ladder", "predict", "layers", "coupled"]
+EXTRAS: tuple[Extra, ...] = ("floor", "ladder", "predict", "layers", "coupled")
+POSITIONS = 64  # bins of the curve over positions, at most
+WORST = 12  # tokens that are listed with their context
+SHOWN = 3  # texts that are kept whole, with the kl of each token
 
 
 @dataclass
@@ -69,6 +54,8 @@ class Report:
     Attributes:
         results: one dict per λ, with the figures of `compare --json`.
         settings: how it was measured.
+        prediction: kl predicted over the whole range, where that was asked for.
+        texts: a few texts, each with the kl of its tokens.
         per_token: λ → measure → float64 array (tokens,), in nats where it is a divergence.
         prompt_of: λ → the prompt that each of these tokens belongs to.
     """
@@ -77,21 +64,64 @@ class Report:
     aligned: str
     results: list[dict[str, Any]]
     settings: dict[str, Any]
+    prediction: list[dict[str, Any]] = field(default_factory=list)
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    command: str | None = None
     per_token: dict[float, dict[str, np.ndarray]] = field(default_factory=dict)
     prompt_of: dict[float, np.ndarray] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` holds; never NaN or infinity."""
-        return {"ref": self.ref, "aligned": self.aligned, "results": self.results, "settings": self.settings}
+        return {
+            "ref": self.ref, "aligned": self.aligned, "verdict": self.verdict(), "results": self.results,
+            "prediction": self.prediction, "settings": self.settings, "texts": self.texts, "command": self.command,
+        }  # fmt: skip
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Report:
+        """A report as `save` wrote it, from its directory or its report.json; per-token arrays are not kept.
+
+        Raises:
+            DeraError: there is none, or it is not one of ours.
+        """
+        from .checkpoint import load_json
+
+        place = Path(folder)
+        place = place / "report.json" if place.is_dir() else place
+        data = load_json(place)
+        if not isinstance(data, dict) or not isinstance(data.get("results"), list) or not isinstance(data.get("ref"), str):
+            raise DeraError(f"{place} is no report that dera-merge compare wrote")
+        kept = ("ref", "aligned", "results", "settings", "prediction", "texts", "command")
+        return cls(**{key: data[key] for key in kept if key in data})
+
+    def safe_stretches(self) -> list[tuple[float, float]]:
+        """From which λ to which all that were measured are safe."""
+        stretches: list[tuple[float, float]] = []
+        before = False
+        for result in sorted(self.results, key=lambda result: result["lambda"]):
+            safe = result.get("verdict") == "safe"
+            if safe:
+                start = stretches.pop()[0] if before else result["lambda"]
+                stretches.append((start, result["lambda"]))
+            before = safe
+        return stretches
+
+    def verdict(self) -> dict[str, list[float]]:
+        """The λ of each verdict."""
+        return {
+            word: [result["lambda"] for result in self.results if result["verdict"] == word]
+            for word in ("safe", "usable", "not DeRa any more")
+        }
 
     def save(self, out: str | os.PathLike[str]) -> Path:
-        """Write report.json, report.md and, with matplotlib, fidelity.png into a directory; returns it."""
-        from .report import markdown, plot_fidelity
+        """Write report.json, report.md, report.html and, with matplotlib, PNGs into a directory; returns it."""
+        from .report import html, markdown, plot_fidelity
 
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "report.md", markdown(self).encode())
-        plot_fidelity(self.results, folder / "fidelity.png")
+        write_atomically(folder / "report.html", html(self).encode())
+        plot_fidelity(self.results, folder / "fidelity.png", prediction=self.prediction)
         write_atomically(folder / "report.json", json_bytes(self.to_dict()))
         return folder
 
@@ -112,25 +142,48 @@ def compare(
     prompts: Sequence[str | dict[str, Any]] | None = None,
     *,
     approx: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str] | Curve | None = None,
     dtype: torch.dtype | str | None = "auto",
     rounding: Rounding | None = None,
+    texts: Literal["exact", "merged"] = "exact",
+    samples: int = 1,
     max_new_tokens: int = 64,
+    extras: Iterable[Extra] = ("floor",),
+    extra_prompts: int = 8,
+    reward: Callable[[str], float] | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str = torch.float32,
+    unfinished: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Measure the merged model against exact DeRa at each λ.
+
+    Started by `accelerate launch` or `torchrun`, each process measures a share of the prompts; all return the same report.
 
     Args:
         pair: the two models.
         lams: the λ to measure.
         prompts: texts, `{"prompt": …}` or `{"messages": …}`, all or none with a `"completion"` to score on; without
-            completions, one text a prompt is sampled from exact DeRa at temperature 1 for each λ. Default: 32 general ones.
+            completions, texts are sampled at temperature 1 for each λ. Default: 32 general ones.
         approx: a directory that `merge` wrote, or the parent of `lambda-*`, to measure instead of merging anew.
+        path: a path that `calibrate` learned, or its file, to measure in the place of the straight line.
         dtype, rounding, seed: how the merged model is stored, as for `merge`. `seed` also drives sampling and bootstrap.
+        texts: whose texts to sample: exact DeRa's, or the merged model's, which users will see.
+        samples: how many for each prompt.
         max_new_tokens: length of sampled texts, in tokens.
+        extras: what to measure beside the divergences:
+            `"floor"`: what bfloat16 alone costs exact DeRa;
+            `"ladder"`: what quantisation to 8, 6, 5, 4, 3 bits costs it;
+            `"predict"`: kl over the whole range of λ, from merges at ½ and at the largest λ;
+            `"layers"`: which tensors the error comes from, and where the features part;
+            `"coupled"`: texts of both models under the same noise.
+        extra_prompts: all extras but the last look at the texts of this many prompts.
+        reward: a text's reward, for `"coupled"`.
         device, compute_dtype: where and in what the models run.
+        unfinished: a directory in which to keep finished steps until all are done.
+        resume: go on with what an interrupted call with the same arguments left there.
         progress: called as work goes on.
 
     Returns:
@@ -138,86 +191,121 @@ def compare(
         over prompts).
 
     Raises:
-        DeraError: the pair cannot be merged or run, prompts are unusable, or `approx` is for another λ.
+        DeraError: the pair cannot be merged or run, prompts are unusable, or `approx` or `path` is for another λ or pair.
     """
     lams = [float(lam) + 0.0 for lam in lams]
     lambdas.check_names(lams)
+    extras = tuple(extras)
+    if unknown := sorted(set(extras) - set(EXTRAS)):
+        raise DeraError(f"{unknown[0]!r} is nothing that can be measured; known are {', '.join(EXTRAS)}")
+    if approx is not None and path is not None:
+        raise DeraError("--approx measures a directory, --path merges anew; give one of the two")
     tokenizer = pair.tokenizer
     encoded = prompt_files.encode(prompt_files.default(tokenizer) if prompts is None else prompts, tokenizer)
     given = [prompt.completion is not None for prompt in encoded]
     if any(given) and not all(given):
         raise DeraError(f"prompt {given.index(False) + 1} has no completion, others have; give all or none")
+    if all(given) and (samples > 1 or texts == "merged"):
+        raise DeraError("the prompts bring completions, so that nothing is sampled; leave out --texts and --samples")
     _check_lengths(encoded, max_new_tokens, pair.context_length)
     layout, rounding = output_layout(pair, dtype, rounding)
     split = any(kind != torch.float32 for kind, _ in layout.values())
+    curve = opened(path, pair, lams)
     approximations = {lam: _approximation(approx, lam, pair) for lam in lams} if approx is not None else {}
-
-    tell = progress or (lambda what, done, total: None)
-    options = {"device": device, "compute_dtype": compute_dtype}
-    exact = pair.exact(dtype=compute_dtype, device=device)
-    stored = None if approx is not None else pair.merged(lams[0], dtype=dtype, rounding=rounding, seed=seed, **options)
-    smooth = pair.merged(lams[0], **options) if split or stored is None else None
-
-    def merged(lam: float) -> Iterable[PreTrainedModel]:
-        """The model to measure at λ, and its float32 twin where there is one."""
-        if lam in approximations:
-            yield load_model(approximations[lam][0], compute_dtype, device)
-        elif stored is not None:
-            stored.set_lam(lam)
-            yield stored
-        if smooth is not None:
-            smooth.set_lam(lam)
-            yield smooth
-
-    def texts_at(lam: float) -> list[Text]:
-        what = f"sampling from exact DeRa at λ={lam:g}"
-        completions = sample(
-            exact, tokenizer, [prompt.ids for prompt in encoded], lam=lam, max_new_tokens=max_new_tokens, seed=seed,
-            progress=lambda done: tell(what, done, len(encoded)),
-        )  # fmt: skip
-        return [_text(index, prompt, ids) for index, (prompt, ids) in enumerate(zip(encoded, completions, strict=True))]
+    process, processes = launched()
+    ledger = Ledger(
+        None if unfinished is None else Path(unfinished),
+        {"pair": fingerprint(pair), "lams": lams, "prompts": [[p.ids, p.completion] for p in encoded],
+         "approx": str(approx), "path": curve.sha256 if curve else None, "dtype": str(dtype), "rounding": rounding,
+         "texts": texts, "samples": samples, "tokens": max_new_tokens, "seed": seed, "compute": str(compute_dtype),
+         "extra_prompts": extra_prompts},
+        resume, writes=process == 0,
+    )  # fmt: skip
+    lab = _Lab(
+        pair, encoded, approximations, curve, dtype, rounding, split, seed, device, compute_dtype, max_new_tokens, samples,
+        process, processes, ledger, progress or (lambda what, done, total: None),
+    )  # fmt: skip
 
     report = Report(pair.ref.source.name, pair.aligned.source.name, [], {})
-    resolution = 0.0
-
-    def measure(at: Sequence[float], texts: list[Text]) -> None:
-        nonlocal resolution
-        done, steps = itertools.count(1), (2 if split else 1) * len(at) + 2
-
-        def read(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = None) -> Trace:
-            trace = trace_of(model, texts, heads)
-            tell("scoring", next(done), steps)
-            return trace
-
-        ref, aligned = read(exact.ref), read(exact.aligned)
-        resolution = max(resolution, _resolution(exact.ref, ref, texts))
-        heads: list[torch.nn.ModuleDict] = []  # turning the dial may change the head, so traces keep the one they had
-        traces = [(lam, [read(model, heads) for model in merged(lam)]) for lam in at]
-        report.per_token |= divergences(ref, aligned, traces, exact.config.vocab_size)
-        prompt_of = np.repeat([text.prompt for text in texts], [len(text.ids) - text.start for text in texts])
-        report.prompt_of |= dict.fromkeys(at, prompt_of)
-
-    if all(given):  # reference and aligned model read the texts once for all λ
-        measure(lams, [_text(index, prompt, prompt.completion or []) for index, prompt in enumerate(encoded)])
-    else:
-        for lam in lams:
-            measure([lam], texts_at(lam))
+    # On given texts, reference and aligned model read once for all λ.
+    groups = [(lams, lab.given())] if all(given) else [([lam], lab.sampled(texts, lam)) for lam in lams]
+    readings: dict[float, dict[str, np.ndarray]] = {}
+    for at, chosen in groups:
+        readings |= lab.measure(at, chosen)
+    resolution = max(float(reading["resolution"][0]) for reading in readings.values())
+    texts_at = {lam: chosen for at, chosen in groups for lam in at}
+    few = {lam: [text for text in chosen if text.prompt < extra_prompts] for lam, chosen in texts_at.items()}
+    floors = lab.floor(few) if "floor" in extras else {}
+    rungs = lab.ladder(few) if "ladder" in extras else {}
     for lam in lams:
-        figures = summarise(report.per_token[lam], report.prompt_of[lam], resolution, seed)
-        report.results.append({"lambda": lam, **figures})
+        prompt_of = _each([text.prompt for text in texts_at[lam]], texts_at[lam])
+        text_of = _each(range(len(texts_at[lam])), texts_at[lam])
+        per_token = {key: values for key, values in readings[lam].items() if key != "resolution"}
+        report.per_token[lam], report.prompt_of[lam] = per_token, prompt_of
+        result = {"lambda": lam, **summarise(per_token, prompt_of, text_of, resolution, seed)}
+        if not lab.knows_path(lam):
+            result |= {"kl_rounding": None, "kl_nonlinearity": None}
+        if floors:
+            result["noise_floor"] = floors[lam]
+        if rungs:
+            result["ladder"] = {str(bits): kl[lam] for bits, kl in rungs.items()}
+            result["bits"] = yardstick.bits_like(result["kl"], {bits: kl[lam] for bits, kl in rungs.items()})
+        result["verdict"], result["why"] = yardstick.verdict(result, floors.get(lam), resolution)
+        result |= _where(per_token, texts_at[lam], tokenizer, encoded)
+        report.results.append(result)
+    shown = {lam: texts_at[lam] for lam in lams}
+    merged_texts: dict[float, tuple[list[Text], dict[str, np.ndarray]]] = {}
+    if "coupled" in extras:
+        for result in report.results:
+            lam = result["lambda"]
+            ours = shown[lam] if not all(given) and texts == "exact" else lab.sampled("exact", lam)
+            theirs = shown[lam] if texts == "merged" else lab.sampled("merged", lam)
+            result["coupled"] = _coupled(ours, theirs, tokenizer, reward, seed)
+            if texts != "merged":
+                (reading,) = lab.measure([lam], theirs, "merged-").values()
+                merged_texts[lam] = (theirs, reading)
+                kept = {key: values for key, values in reading.items() if key != "resolution"}
+                prompt_of, text_of = _each([t.prompt for t in theirs], theirs), _each(range(len(theirs)), theirs)
+                figures = summarise(kept, prompt_of, text_of, resolution, seed)
+                result["on_merged_texts"] = {key: figures[key] for key in ("tokens", *MEASURES, "kl_ci", "captured")}
+    if "predict" in extras:
+        probes = {}
+        for lam in lab.probes(lams):
+            reading = readings.get(lam) if curve is None and not approximations else None
+            if reading is None:
+                home = lab.given() if all(given) else lab.sampled("exact", lam)
+                reading = lab.measure([lam], home, "probe-", lambda lam: [lab.line(lam)])[lam]
+            probes[lam] = float(reading.get("kl_nonlinearity", reading["kl"]).mean())
+        ends = min(0.0, *lams), max(1.0, *lams)
+        grid = sorted({*lams, *np.linspace(*ends, 65).round(4).tolist()} - {0.0, 1.0})
+        report.prediction = explain.predict(probes, grid, resolution)
+        known = {row["lambda"]: row for row in report.prediction}
+        for result in report.results:
+            if row := known.get(result["lambda"]):
+                result["predicted"] = {"kl": row["kl"], "holds": row["holds"]}
+    if "layers" in extras:
+        for result in report.results:
+            if result["lambda"] not in (0.0, 1.0):
+                result["layers"] = lab.layers(few[result["lambda"]], result["lambda"])
+    report.texts = _shown(lams, texts_at, report.per_token, merged_texts, tokenizer, encoded)
     for _, recipe in approximations.values():  # what was measured is what lies there
         dtype, rounding, seed = recipe.get("dtype"), recipe.get("rounding"), recipe.get("seed")
+    origin = "exact DeRa" if texts == "exact" else "the merged model"
     report.settings = {
-        "prompts": len(encoded), "texts": "given" if all(given) else "sampled from exact DeRa at each λ",
-        "max_new_tokens": None if all(given) else max_new_tokens, "dtype": str(dtype).removeprefix("torch."),
-        "rounding": rounding, "seed": seed, "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "resolution": resolution, "approx": None if approx is None else os.fspath(approx),
+        "prompts": len(encoded), "texts": "given" if all(given) else f"sampled from {origin} at each λ",
+        "samples": None if all(given) else samples, "max_new_tokens": None if all(given) else max_new_tokens,
+        "dtype": str(dtype).removeprefix("torch."), "rounding": rounding, "seed": seed,
+        "compute_dtype": str(compute_dtype).removeprefix("torch."), "resolution": resolution,
+        "approx": None if approx is None else os.fspath(approx), "path": curve.describe() if curve else None,
+        "extras": list(extras), "extra_prompts": min(extra_prompts, len(encoded)), "fingerprint": fingerprint(pair),
     }  # fmt: skip
+    ledger.close()
     return report
 
 
-def _text(index: int, prompt: Prompt, completion: list[int]) -> Text:
-    return Text(index, [*prompt.ids, *completion], len(prompt.ids))
+def _each(values: Iterable[int], texts: Sequence[Text]) -> np.ndarray:
+    """A number for each text, repeated for each of its tokens."""
+    return np.repeat(np.array(list(values)), [len(text.completion) for text in texts])
 
 
 def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None) -> None:
@@ -242,88 +330,205 @@ def _approximation(approx: str | os.PathLike[str], lam: float, pair: ModelPair) 
     return folder, recipe
 
 
-# One model over all texts
+@dataclass
+class _Lab:
+    """The models of one comparison, and each step that needs them: read back from the ledger where it is done already."""
 
+    pair: ModelPair
+    prompts: list[Prompt]
+    approximations: dict[float, tuple[Path, dict[str, Any]]]
+    curve: Curve | None
+    dtype: torch.dtype | str | None
+    rounding: Rounding
+    split: bool  # whether storing rounds, so that kl has two parts
+    seed: int
+    device: str | torch.device
+    compute_dtype: torch.dtype | str
+    max_new_tokens: int
+    samples: int
+    process: int
+    processes: int
+    ledger: Ledger
+    tell: Progress
 
-@torch.no_grad()
-def trace_of(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None = None) -> Trace:
-    """Run a model's decoder over the texts, longest first, and keep the hidden states that predict completion tokens.
+    def __post_init__(self) -> None:
+        self._exact: Any = None
+        self._stored: Any = None
+        self._smooth: Any = None
+        self._line: Any = None
 
-    Args:
-        heads: copies of heads that are to survive a change of the model; one that equals the model's is used again, so
-            that a head which λ does not touch is held once. None: the model will not change.
-    """
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index].ids))
-    hidden: dict[int, torch.Tensor] = {}
-    while order:
-        width = len(texts[order[0]].ids)
-        batch, order = order[: max(1, BATCH_TOKENS // width)], order[max(1, BATCH_TOKENS // width) :]
-        # Padding on the right is invisible to a causal model: what it predicts depends on what came before.
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, index in enumerate(batch):
-            tokens = texts[index].ids
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        for row, index in enumerate(batch):
-            text = texts[index]
-            hidden[index] = states[row, text.start - 1 : len(text.ids) - 1].clone()
-    head = head_of(model, heads)
-    _check_head(model, head, texts[0], hidden[0])
-    return Trace(torch.cat([hidden[index] for index in range(len(texts))]), head)
+    @property
+    def exact(self) -> Any:
+        if self._exact is None:
+            self._exact = self.pair.exact(dtype=self.compute_dtype, device=self.device)
+        return self._exact
 
+    def stored(self, lam: float) -> PreTrainedModel:
+        """The model to measure at λ."""
+        if lam in self.approximations:
+            return load_model(self.approximations[lam][0], self.compute_dtype, self.device)
+        if self._stored is None:
+            how = {"dtype": self.dtype, "rounding": self.rounding, "seed": self.seed, "path": self.curve}
+            self._stored = self.pair.merged(lam, **how, device=self.device, compute_dtype=self.compute_dtype)
+        self._stored.set_lam(lam)
+        return self._stored
 
-class _Replay(torch.nn.Module):
-    """Stands in for a decoder: what comes in as `inputs_embeds` goes out as its last hidden state."""
+    def smooth(self, lam: float) -> PreTrainedModel:
+        """The same, not rounded."""
+        if self._smooth is None:
+            self._smooth = self.pair.merged(lam, device=self.device, compute_dtype=self.compute_dtype, path=self.curve)
+        self._smooth.set_lam(lam)
+        return self._smooth
 
-    class _Output:
-        def __init__(self, hidden: torch.Tensor) -> None:
-            self.last_hidden_state = hidden
+    def knows_path(self, lam: float) -> bool:
+        """Whether what is measured lies on the path that we have, so that rounding can be told apart."""
+        return lam not in self.approximations or self.approximations[lam][1].get("path", "line") == "line"
 
-        def __getitem__(self, index: int) -> torch.Tensor:
-            return self.last_hidden_state
+    def line(self, lam: float) -> PreTrainedModel:
+        """θ_ref + λΔ, not rounded, whatever path is measured."""
+        if self.curve is None:
+            return self.smooth(lam)
+        if self._line is None:
+            self._line = self.pair.merged(lam, device=self.device, compute_dtype=self.compute_dtype)
+        self._line.set_lam(lam)
+        return self._line
 
-        def __getattr__(self, name: str) -> None:  # no caches, attentions, router logits
-            return None
+    def given(self) -> list[Text]:
+        """The prompts with their completions."""
+        return [Text(i, [*p.ids, *(p.completion or [])], len(p.ids)) for i, p in enumerate(self.prompts)]
 
-    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
-        return self._Output(inputs_embeds)
+    def sampled(self, whose: str, lam: float) -> list[Text]:
+        """Texts of exact DeRa or of the merged model, with noise that depends on (seed, prompt, sample) only."""
+        streams = [(i, s) for i in range(len(self.prompts)) for s in range(self.samples)]
+        mine = streams[self.process :: self.processes]
+        what = f"sampling from {'exact DeRa' if whose == 'exact' else 'the merged model'} at λ={lam:g}"
 
+        def work() -> dict[str, np.ndarray]:
+            model, options = (self.exact, {"lam": lam}) if whose == "exact" else (self.stored(lam), {})
+            new = sample(
+                model, self.pair.tokenizer, [self.prompts[i].ids for i, _ in mine], max_new_tokens=self.max_new_tokens,
+                seed=self.seed, streams=[i + s * len(self.prompts) for i, s in mine],
+                progress=lambda done: self.tell(what, done, len(mine)), **options,
+            )  # fmt: skip
+            every = dict(gathered(list(zip(mine, new, strict=True))))
+            rows = [every[stream] for stream in streams]
+            return {"tokens": np.concatenate([np.array(row, dtype=np.int64) for row in rows]),
+                    "lengths": np.array([len(row) for row in rows])}  # fmt: skip
 
-def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = None) -> Head:
-    """The model without its decoder: hidden states (tokens, hidden size) → logits (tokens, vocabulary), float32.
+        found = self.ledger.step(f"texts-{whose}-{lam:g}", work)
+        rows = np.split(found["tokens"], np.cumsum(found["lengths"])[:-1])
+        return [
+            Text(i, [*self.prompts[i].ids, *row.tolist()], len(self.prompts[i].ids))
+            for (i, _), row in zip(streams, rows, strict=True)
+        ]
 
-    It is the model's own forward, so scaled or soft-capped logits (Gemma, Cohere, Granite) come out right. `heads` as
-    for `trace_of`.
-    """
-    modules = torch.nn.ModuleDict({name: m for name, m in model.named_children() if name != model.base_model_prefix})
-    if heads is not None:
-        same = (kept for kept in heads if all(map(torch.equal, kept.parameters(), modules.parameters())))
-        kept = next(same, None)
-        if kept is None:
-            kept = copy.deepcopy(modules)
-            heads.append(kept)
-        modules = kept
-    head = copy.copy(model)
-    head._modules = {**modules, model.base_model_prefix: _Replay()}
+    def measured(self, lam: float) -> Iterator[PreTrainedModel]:
+        """What is compared at λ: the merge as stored, then as float32."""
+        stored = self.split or lam in self.approximations
+        if stored:
+            yield self.stored(lam)
+        if self.knows_path(lam) or not stored:
+            yield self.smooth(lam)
 
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        return head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
+    def measure(
+        self, lams: Sequence[float], texts: list[Text], label: str = "",
+        models: Callable[[float], Iterable[PreTrainedModel]] | None = None,
+    ) -> dict[float, dict[str, np.ndarray]]:  # fmt: skip
+        """Per-token figures at each λ on these texts, and `resolution` (1,)."""
+        missing = [lam for lam in lams if not self.ledger.has(f"{label}tokens-{lam:g}")]
+        fresh = self._measure(missing, texts, models or self.measured) if missing else {}
+        return {lam: self.ledger.step(f"{label}tokens-{lam:g}", lambda lam=lam: fresh[lam]) for lam in lams}
 
-    return logits
+    def _measure(
+        self, lams: Sequence[float], texts: list[Text], models: Callable[[float], Iterable[PreTrainedModel]]
+    ) -> dict[float, dict[str, np.ndarray]]:
+        mine = list(range(len(texts)))[self.process :: self.processes]
+        chosen = [texts[i] for i in mine]
+        done, steps = itertools.count(1), (2 if self.split or self.approximations else 1) * len(lams) + 2
+        if not chosen:
+            raise DeraError(f"{len(texts)} texts are fewer than the {self.processes} processes; start fewer")
 
+        def read(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = None) -> Trace:
+            trace = trace_of(model, chosen, heads)
+            self.tell("scoring", next(done), steps)
+            return trace
 
-def _check_head(model: PreTrainedModel, head: Head, text: Text, hidden: torch.Tensor) -> None:
-    ids = torch.tensor([text.ids[: text.start + 1]], device=model.device)
-    whole = model(input_ids=ids, use_cache=False).logits[0, text.start - 1].float()
-    here = head(hidden[:1])[0]
-    if not whole.isfinite().any():
-        raise DeraError(f"{type(model).__name__} gives no finite logits; is λ too large, or an input broken?")
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    if not torch.allclose(whole, here, rtol=tolerance, atol=tolerance * float(whole.abs().max())):
-        raise DeraError(f"{type(model).__name__} is not a decoder followed by a head; compare cannot measure it yet")
+        exact = self.exact
+        ref, aligned = read(exact.ref), read(exact.aligned)
+        resolution = _resolution(exact.ref, ref, chosen)
+        heads: list[torch.nn.ModuleDict] = []  # turning the dial may change the head, so traces keep the one they had
+        traces = []
+        for lam in lams:
+            traces.append((lam, [read(model, heads) for model in models(lam)]))
+        tokens = torch.tensor([token for text in chosen for token in text.completion])
+        per_token = divergences(ref, aligned, traces, tokens, exact.config.vocab_size)
+        sizes = np.cumsum([len(text.completion) for text in chosen])[:-1]
+        rows = {lam: {key: np.split(values, sizes) for key, values in row.items()} for lam, row in per_token.items()}
+        every = gathered([(i, {lam: {k: v[n] for k, v in row.items()} for lam, row in rows.items()}, resolution)
+                          for n, i in enumerate(mine)])  # fmt: skip
+        every.sort(key=lambda entry: entry[0])
+        worst = np.array([max(entry[2] for entry in every)])
+        return {
+            lam: {key: np.concatenate([entry[1][lam][key] for entry in every]) for key in rows[lam]} | {"resolution": worst}
+            for lam in lams
+        }
+
+    def _pooled(self, few: dict[float, list[Text]]) -> tuple[list[Text], dict[float, slice]]:
+        """The texts of all λ in one list, given texts once, and which tokens of it belong to each λ."""
+        distinct: dict[int, tuple[int, slice]] = {}
+        texts: list[Text] = []
+        places, start = {}, 0
+        for lam, chosen in few.items():
+            if id(chosen[0]) not in distinct:
+                size = sum(len(text.completion) for text in chosen)
+                distinct[id(chosen[0])] = (len(texts), slice(start, start + size))
+                texts += chosen
+                start += size
+            places[lam] = distinct[id(chosen[0])][1]
+        return texts, places
+
+    def floor(self, few: dict[float, list[Text]]) -> dict[float, float]:
+        """What bfloat16 alone costs exact DeRa at each λ, nats per token."""
+        texts, places = self._pooled(few)
+        count = itertools.count(1)
+
+        def work() -> dict[str, np.ndarray]:
+            tell = lambda: self.tell("measuring bfloat16", next(count), 4)  # noqa: E731
+            kl = yardstick.noise_floor(self.pair, texts, list(few), self.device, tell)
+            return {f"{lam:g}": values for lam, values in kl.items()}
+
+        found = self.ledger.step("floor", work)
+        return {lam: float(found[f"{lam:g}"][places[lam]].mean()) for lam in few}
+
+    def ladder(self, few: dict[float, list[Text]]) -> dict[int, dict[float, float]]:
+        """What quantisation costs exact DeRa: bits → λ → nats per token."""
+        texts, places = self._pooled(few)
+        count = itertools.count(1)
+
+        def work() -> dict[str, np.ndarray]:
+            tell = lambda: self.tell("quantising", next(count), 2 * len(yardstick.BITS) + 2)  # noqa: E731
+            rungs = yardstick.ladder(self.pair, texts, list(few), self.device, tell)
+            return {f"{bits} {lam:g}": values for bits, row in rungs.items() for lam, values in row.items()}
+
+        found = self.ledger.step("ladder", work)
+        return {bits: {lam: float(found[f"{bits} {lam:g}"][places[lam]].mean()) for lam in few} for bits in yardstick.BITS}
+
+    def probes(self, lams: Sequence[float]) -> list[float]:
+        """Where the merge is measured to predict the rest of the range."""
+        return [*explain.PROBES, *([max(lams)] if max(lams) > 1 else [])]
+
+    def layers(self, texts: list[Text], lam: float) -> dict[str, Any]:
+        """Where the error at λ comes from: shares by tensor, by layer and by kind, and the features' gap by layer."""
+
+        def work() -> dict[str, np.ndarray]:
+            what = f"looking into the layers at λ={lam:g}"
+            shares = explain.attribute(self.pair, texts, lam, self.device, lambda done, all: self.tell(what, done, all))
+            gaps = explain.feature_gaps(self.exact.ref, self.exact.aligned, self.line(lam), texts, lam)
+            return {"names": np.array(list(shares)), "shares": np.array(list(shares.values())), "gaps": np.array(gaps)}
+
+        found = self.ledger.step(f"layers-{lam:g}", work)
+        shares = dict(zip(found["names"].tolist(), found["shares"].tolist(), strict=True))
+        return explain.by_layer(shares, found["gaps"].tolist())
 
 
 @torch.no_grad()
@@ -339,75 +544,114 @@ def _resolution(model: PreTrainedModel, trace: Trace, texts: list[Text]) -> floa
     return max(worst, 1e-12)
 
 
-# Distributions
+# What the figures of one λ are made of
 
 
-@torch.no_grad()
-def divergences(
-    ref: Trace, aligned: Trace, approximations: Sequence[tuple[float, Sequence[Trace]]], vocab_size: int
-) -> dict[float, dict[str, np.ndarray]]:
-    """Per-token divergences from exact DeRa, for each λ and its approximations (as stored, then in float32).
+def token_class(text: str, special: bool) -> str:
+    """What kind of token a decoded token is."""
+    if special:
+        return "special"
+    if not text.strip():
+        return "white space"
+    stripped = text.strip()
+    if stripped.isdigit():
+        return "number"
+    if not any(c.isalnum() for c in stripped):
+        return "punctuation"
+    return "beginning of a word" if text[0].isspace() else "inside a word, or first"
 
-    Returns:
-        λ → measure → float64 array (tokens,). `kl_nonlinearity` is kl of the second approximation, where there is one.
+
+def _where(
+    per_token: dict[str, np.ndarray], texts: list[Text], tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+) -> dict[str, Any]:
+    """kl by position, by class of token and by prompt, and the worst tokens with what came before them."""
+    kl = per_token["kl"]
+    place = np.concatenate([np.arange(len(text.completion)) for text in texts])
+    bins = min(POSITIONS, int(place.max()) + 1)
+    edges = np.linspace(0, place.max() + 1, bins + 1).astype(int)
+    positions = []
+    for low, high in itertools.pairwise(edges):
+        inside = (place >= low) & (place < high)
+        if inside.any():
+            positions.append({"from": int(low), "tokens": int(inside.sum()), "kl": float(kl[inside].mean())})
+    own = [token for text in texts for token in text.completion]
+    special = set(tokenizer.all_special_ids)
+    names = {token: token_class(tokenizer.decode([token]), token in special) for token in set(own)}
+    kinds = np.array([names[token] for token in own])
+    classes = [
+        {"class": str(kind), "tokens": int((kinds == kind).sum()), "kl": float(kl[kinds == kind].mean()),
+         "share": float(kl[kinds == kind].sum() / max(kl.sum(), 1e-300))}
+        for kind in np.unique(kinds)
+    ]  # fmt: skip
+    text_of = _each(range(len(texts)), texts)
+    worst = []
+    for index in np.argsort(-kl)[:WORST]:
+        text, at = texts[text_of[index]], int(place[index])
+        before = text.ids[max(0, text.start + at - 24) : text.start + at]
+        worst.append({
+            "token": tokenizer.decode([own[index]]), "before": tokenizer.decode(before), "position": at,
+            "prompt": text.prompt, "kl": float(kl[index]), "p_exact": math.exp(per_token["logp"][index]),
+            "p_merged": math.exp(per_token["logp_merged"][index]),
+        })  # fmt: skip
+    prompt_of = _each([text.prompt for text in texts], texts)
+    by_prompt = [
+        {"prompt": int(p), "tokens": int((prompt_of == p).sum()), "kl": float(kl[prompt_of == p].mean())}
+        for p in np.unique(prompt_of)
+    ]
+    classes.sort(key=lambda row: -row["share"])
+    return {"per_position": positions, "per_class": classes, "per_prompt": by_prompt, "worst": worst}
+
+
+def _coupled(
+    exact: list[Text], merged: list[Text], tokenizer: PreTrainedTokenizerBase, reward: Callable[[str], float] | None,
+    seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Texts of both models under the same noise: how many are the same, and where the others part.
+
+    With the noise shared, two texts part where the distributions do, and only there.
     """
-    rows: dict[float, dict[str, list[torch.Tensor]]] = {lam: {} for lam, _ in approximations}
-    step = max(1, CHUNK_VALUES // vocab_size)
-    for start in range(0, len(ref.hidden), step):
-        here = slice(start, start + step)
-        logits_ref, logits_aligned = (side.head(side.hidden[here])[:, :vocab_size] for side in (ref, aligned))
-        log_ref, log_aligned = (torch.log_softmax(logits.double(), -1) for logits in (logits_ref, logits_aligned))
-        for lam, traces in approximations:
-            weight = torch.tensor([lam], device=logits_ref.device)
-            log_p = torch.log_softmax(mix(logits_ref[None], logits_aligned[None], weight)[0].double(), -1)
-            p = log_p.exp()
-            row = {"kl_ref": _kl(p, log_p, log_ref), "kl_aligned": _kl(p, log_p, log_aligned)}
-            for number, trace in enumerate(traces):
-                log_q = torch.log_softmax(trace.head(trace.hidden[here])[:, :vocab_size].double(), -1)
-                if number:
-                    row["kl_nonlinearity"] = _kl(p, log_p, log_q)
-                    continue
-                q = log_q.exp()
-                log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-                row |= {
-                    "kl": _kl(p, log_p, log_q),
-                    "reverse_kl": _kl(q, log_q, log_p),
-                    "js": (_kl(p, log_p, log_m) + _kl(q, log_q, log_m)) / 2,
-                    "tv": (p - q).abs().sum(-1) / 2,
-                    "top1": (log_p.argmax(-1) == log_q.argmax(-1)).double(),
-                }
-            for measure, values in row.items():
-                rows[lam].setdefault(measure, []).append(values.cpu())
-    return {lam: {m: torch.cat(parts).numpy() for m, parts in measures.items()} for lam, measures in rows.items()}
+    first = []
+    for one, other in zip(exact, merged, strict=True):
+        pairs = itertools.zip_longest(one.completion, other.completion)
+        first.append(next((place for place, (a, b) in enumerate(pairs) if a != b), None))
+    parted = [place for place in first if place is not None]
+    prompts = np.array([text.prompt for text in exact])
+    same = np.array([place is None for place in first], dtype=float)
+    figures: dict[str, Any] = {
+        "texts": len(exact), "identical": float(same.mean()), "identical_ci": bootstrap(same, prompts, seed),
+        "first_difference": float(np.median(parted)) if parted else None,
+        "mean_length": {"exact": float(np.mean([len(t.completion) for t in exact])),
+                        "merged": float(np.mean([len(t.completion) for t in merged]))},
+    }  # fmt: skip
+    if reward is not None:
+        earned = [np.array([reward(tokenizer.decode(t.completion, skip_special_tokens=True)) for t in side], dtype=float)
+                  for side in (exact, merged)]  # fmt: skip
+        difference = earned[1] - earned[0]
+        figures |= {
+            "reward": {"exact": float(earned[0].mean()), "merged": float(earned[1].mean())},
+            "reward_difference": float(difference.mean()), "reward_difference_ci": bootstrap(difference, prompts, seed),
+        }  # fmt: skip
+    return figures
 
 
-def _kl(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Σ_v p·(log p - log q) of each row, in nats; a token of probability 0 adds nothing."""
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+def _shown(
+    lams: Sequence[float], texts_at: dict[float, list[Text]], per_token: dict[float, dict[str, np.ndarray]],
+    merged: dict[float, tuple[list[Text], dict[str, np.ndarray]]], tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A few texts of each λ with the kl of each token: scored ones, and beside them the merged model's, if there are."""
 
+    def pieces(texts: list[Text], kl: np.ndarray, index: int) -> list[list[Any]]:
+        start = sum(len(text.completion) for text in texts[:index])
+        return [[tokenizer.decode([token]), float(kl[start + n])] for n, token in enumerate(texts[index].completion)]
 
-def summarise(per_token: dict[str, np.ndarray], prompt_of: np.ndarray, resolution: float, seed: int) -> dict[str, Any]:
-    """The figures of one λ: means over all tokens, 95 % intervals, captured shift, the split of kl."""
-    means = {measure: float(per_token[measure].mean()) for measure in MEASURES}
-    bound = min(means["kl_ref"], means["kl_aligned"])
-    smooth = float(per_token["kl_nonlinearity"].mean()) if "kl_nonlinearity" in per_token else means["kl"]
-    figures: dict[str, Any] = {"tokens": len(prompt_of)}
-    for measure in MEASURES:
-        figures[measure] = means[measure]
-        if measure in ("kl", "tv", "top1"):
-            figures[f"{measure}_ci"] = bootstrap(per_token[measure], prompt_of, seed)
-    figures["captured"] = 1 - means["kl"] / bound if bound > resolution else None
-    figures["kl_rounding"] = means["kl"] - smooth
-    figures["kl_nonlinearity"] = smooth
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()}
-
-
-def bootstrap(values: np.ndarray, prompt_of: np.ndarray, seed: int = 0, samples: int = 2000) -> list[float] | None:
-    """95 % interval of the pooled mean, resampling prompts with all their tokens; None with fewer than two prompts."""
-    _, index = np.unique(prompt_of, return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    if len(sums) < 2 or not np.isfinite(sums).all():
-        return None
-    draws = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    return [float(bound) for bound in np.quantile(means, [0.025, 0.975])]
+    shown = []
+    for lam in lams:
+        texts = texts_at[lam]
+        for index in range(min(SHOWN, len(texts))):
+            entry = {"lambda": lam, "prompt": prompts[texts[index].prompt].text,
+                     "scored": pieces(texts, per_token[lam]["kl"], index)}  # fmt: skip
+            if lam in merged:
+                entry["merged"] = pieces(merged[lam][0], merged[lam][1]["kl"], index)
+            shown.append(entry)
+    return shown

@@ -16,6 +16,7 @@ import torch
 
 from . import lambdas
 from .checkpoint import REAL, Buffers, ShardWriter, file_order, slices
+from .curve import Curve, fingerprint, opened
 from .errors import DeraError
 from .output import Layout, Output, Tally, open_outputs, total_bytes, writing
 from .pair import TOKENIZER_FILES, ModelPair, Side, warn
@@ -41,6 +42,8 @@ def merge(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     shard: tuple[int, int] | None = None,
+    path: str | os.PathLike[str] | Curve | None = None,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Write θ_ref + λΔ as ordinary checkpoints, all λ in one pass over the inputs.
@@ -58,6 +61,8 @@ def merge(
         allow_nonfinite: store NaN and infinity where θ(λ) is that, and count them, instead of raising.
         shard: `(i, n)`, 1 ≤ i ≤ n: write the i-th of n shares of the weight files. The n calls, on one host or several
             with a common disk, write one output; whichever ends last completes it.
+        path: a path that `calibrate` learned, or its file, in the place of the straight line.
+        report: a report of `compare` on this pair; λ outside of what it calls safe are warned of.
         progress: called with (bytes of θ written, bytes in all).
 
     Returns:
@@ -74,7 +79,9 @@ def merge(
         raise DeraError(f"--shard {shard[0]}/{shard[1]} is not a share; give i/n with 1 ≤ i ≤ n")
     if shard and overwrite:
         raise DeraError("--shard does not go with --overwrite: one process would remove what another writes")
-    source = pair
+    source, curve = pair, opened(path, pair, lams)
+    if report is not None:
+        warn_of_unsafe(pair, lams, report, curve)
     if pair.new_tokens:
         if set(lams) != {1.0}:
             raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; only λ=1 can be merged")
@@ -84,7 +91,7 @@ def merge(
     share = list(shards)[shard[0] - 1 :: shard[1]] if shard else list(shards)
 
     wanted = parse_dtype(dtype)
-    recipe = describe_pair(pair) | {
+    recipe = describe_pair(pair, curve) | {
         "dtype": "auto" if wanted is None else str(wanted).removeprefix("torch."), "rounding": rounding, "seed": seed,
         "allow_nonfinite": allow_nonfinite,
     }  # fmt: skip
@@ -94,7 +101,7 @@ def merge(
         for output in pending:
             output.look(share)
         if pending:
-            _write_shards(source, pending, share, rounding, seed, allow_nonfinite, progress)
+            _write_shards(source, pending, share, rounding, seed, allow_nonfinite, curve, progress)
         beside = companions(pair) if pending else []
         for output in pending:
             if output.all_done() and (not together or output.claim()):
@@ -102,9 +109,30 @@ def merge(
     return [output.folder for output in outputs]
 
 
+def warn_of_unsafe(pair: ModelPair, lams: Sequence[float], report: str | os.PathLike[str], curve: Curve | None) -> None:
+    """Warn of λ that lie outside of every stretch that a report calls safe.
+
+    Raises:
+        DeraError: the report is of another pair, or of another path.
+    """
+    from .fidelity import Report
+
+    found = Report.load(report)
+    if found.settings.get("fingerprint") != fingerprint(pair):
+        raise DeraError(f"{report} is a report of another pair, or of other weights; compare this one")
+    measured = (found.settings.get("path") or {}).get("sha256")
+    if measured != (curve.sha256 if curve else None):
+        raise DeraError(f"{report} measured {'another' if measured else 'no'} path; compare with the --path that you merge")
+    stretches = found.safe_stretches()
+    for lam in lams:
+        if not any(low <= lam <= high for low, high in stretches):
+            safe = ", ".join(f"{low:g} to {high:g}" if low < high else f"{low:g}" for low, high in stretches) or "nowhere"
+            warn(f"λ={lam:g} lies outside of what {report} calls safe ({safe})")
+
+
 def _write_shards(
     pair: ModelPair, outputs: list[Output], files: Sequence[str], rounding: Rounding, seed: int, allow_nonfinite: bool,
-    progress: Progress | None,
+    curve: Curve | None, progress: Progress | None,
 ) -> None:  # fmt: skip
     sizes = {file: total_bytes(outputs[0].shards[file]) for file in files}
     before = 0
@@ -112,19 +140,19 @@ def _write_shards(
         pending = [output for output in outputs if file not in output.done]
         if pending:
             tell = (lambda done, before=before: progress(before + done, sum(sizes.values()))) if progress else None
-            _write_shard(pair, pending, file, rounding, seed, allow_nonfinite, tell)
+            _write_shard(pair, pending, file, rounding, seed, allow_nonfinite, curve, tell)
         before += sizes[file]
 
 
 def _write_shard(
     pair: ModelPair, outputs: list[Output], file: str, rounding: Rounding, seed: int, allow_nonfinite: bool,
-    tell: Callable[[int], None] | None,
+    curve: Curve | None, tell: Callable[[int], None] | None,
 ) -> None:  # fmt: skip
     names, lams = outputs[0].shards[file], [output.lam for output in outputs]
 
     def work(task: tuple[str, int, int], scratch: Buffers, kept: Buffers) -> list[tuple[torch.Tensor, Sums | None]]:
         dtype, _ = names[task[0]]
-        return stored_rows(pair, *task, lams, dtype, rounding, seed, scratch, kept, allow_nonfinite)
+        return stored_rows(pair, *task, lams, dtype, rounding, seed, scratch, kept, allow_nonfinite, curve)
 
     writers = [ShardWriter(output.folder / file, names) for output in outputs]
     tallies = [Tally() for _ in outputs]
@@ -220,7 +248,7 @@ def companions(pair: ModelPair) -> list[Path]:
     return found
 
 
-def describe_pair(pair: ModelPair) -> dict[str, Any]:
+def describe_pair(pair: ModelPair, curve: Curve | None = None) -> dict[str, Any]:
     """What `dera_merge.json` says of the inputs and of the program."""
 
     def describe(side: Side) -> dict[str, Any]:
@@ -234,7 +262,7 @@ def describe_pair(pair: ModelPair) -> dict[str, Any]:
         "ref": describe(pair.ref),
         "aligned": describe(pair.aligned),
         "base_quantization": None if pair.base_quantization == "none" else pair.base_quantization,
-        "path": "line",
+        "path": curve.describe() if curve else "line",
         "versions": {name: _version(name) for name in ("dera-merge", "torch", "numpy", "numba")},
     }
 

@@ -27,6 +27,7 @@ from .quantisation import Requantised
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from .curve import Curve
     from .exact import DeraForCausalLM, DialForCausalLM
     from .rounding import Rounding
 
@@ -607,11 +608,14 @@ class ModelPair:
         seed: int = 0,
         device: str | torch.device = "cpu",
         compute_dtype: torch.dtype | str | None = None,
+        path: str | os.PathLike[str] | Curve | None = None,
     ) -> PreTrainedModel:
         """θ_ref + λΔ as a live transformers model; `model.set_lam(λ)` turns it in place. See `dera_merge.dial`."""
         from .dial import live
 
-        return live(self, lam, dtype=dtype, rounding=rounding, seed=seed, device=device, compute_dtype=compute_dtype)
+        return live(
+            self, lam, dtype=dtype, rounding=rounding, seed=seed, device=device, compute_dtype=compute_dtype, path=path
+        )
 
     def merge(
         self,

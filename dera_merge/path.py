@@ -15,6 +15,7 @@ import torch
 
 from . import kernels
 from .checkpoint import REAL, SLICE, Buffers, TensorInfo, slices
+from .curve import Bend, Curve
 from .errors import DeraError
 from .pair import ModelPair
 from .rounding import Rounding, in_range, noise_for, round_to
@@ -120,8 +121,9 @@ class Slice:
         return cls(*how, rows, theirs, buffers)
 
     def at(
-        self, lam: float, out: torch.Tensor | None = None, sums: Sums | None = None, allow_nonfinite: bool = False
-    ) -> torch.Tensor:
+        self, lam: float, out: torch.Tensor | None = None, sums: Sums | None = None, allow_nonfinite: bool = False,
+        bend: Bend | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """θ(λ) as stored, in `self.dtype`.
 
         What came from the output dtype is held by it exactly, so every rounding returns its bits: at λ=0 and λ=1, and
@@ -132,6 +134,7 @@ class Slice:
             out: memory for the result.
             sums: where to add what became of λΔ.
             allow_nonfinite: store NaN and infinity where θ(λ) is that.
+            bend: how a learned path leaves the straight line here.
 
         Raises:
             DeraError: a value is NaN or infinite, other than an infinity that both inputs hold.
@@ -139,7 +142,10 @@ class Slice:
         if self.aligned is None:
             return round_to(self.ref, self.dtype, self._noise, out)
         take, shape, compute = self.buffers.take, tuple(self.ref.shape), self.ref.dtype
-        if lam not in (0.0, 1.0) and self.dtype == torch.bfloat16 and compute != torch.float64 and kernels.available():
+        curved = bend is not None and bend.left is not None
+        lam = lam if bend is None else bend.gain
+        compiled = not curved and lam not in (0.0, 1.0) and self.dtype == torch.bfloat16 and compute != torch.float64
+        if compiled and kernels.available():
             stored = torch.empty(shape, dtype=self.dtype) if out is None else out
             found = kernels.store_bfloat16(self.ref, self.aligned, lam, self._noise, stored)
             if found is not None:  # else something is not finite, or too large: the long way says what
@@ -148,16 +154,19 @@ class Slice:
                     sums.add(Sums(square - cross, square, lost, stored.numel(), moved=moved))
                 return stored
         if compute == torch.bfloat16:
-            return self._widened().at(lam, out, sums, allow_nonfinite)
+            return self._widened().at(lam, out, sums, allow_nonfinite, bend)
         step = step_back(self.ref, self.aligned, lam, out=take("step and error", (2, *shape), compute)[0])
         if lam in (0.0, 1.0):
             value = self.aligned if lam else self.ref
         else:
             value = torch.sub(self.ref, step, out=take("value", shape, compute))
+        if curved:
+            value = self._curved(value, bend)
         saturated = nonfinite = 0
         ordinary = in_range(value, self.dtype)
         if not ordinary:
             value = blend(self.ref, self.aligned, lam)
+            value = self._curved(value, bend) if curved else value
             finite = value.isfinite()
             nonfinite = int((~finite & (self.ref != self.aligned)).sum())
             saturated = int((finite & (value.abs() > torch.finfo(self.dtype).max)).sum())
@@ -180,6 +189,12 @@ class Slice:
         both = self.buffers.take("step and error", (2, *self.ref.shape), self.ref.dtype)
         step_back(self.ref, aligned, 1.0, out=both[0])
         return self._compare(stored, aligned)
+
+    def _curved(self, value: torch.Tensor, bend: Bend) -> torch.Tensor:
+        """`value` and the path's low-rank part, in memory of its own."""
+        own = self.buffers.take("curved", tuple(value.shape), value.dtype).copy_(value)
+        bend.add_to(own, self.start // math.prod(value.shape[1:]))
+        return own
 
     def _widened(self) -> Slice:
         """The same with both sides in float32."""
@@ -220,22 +235,23 @@ def moments(both: torch.Tensor, buffers: Buffers) -> tuple[float, float, float]:
 
 def stored_rows(
     pair: ModelPair, name: str, start: int, stop: int, lams: Sequence[float], dtype: torch.dtype, rounding: Rounding,
-    seed: int, scratch: Buffers, kept: Buffers, allow_nonfinite: bool = False,
+    seed: int, scratch: Buffers, kept: Buffers, allow_nonfinite: bool = False, curve: Curve | None = None,
 ) -> list[tuple[torch.Tensor, Sums | None]]:  # fmt: skip
-    """Rows [start, stop) of θ(λ) as stored, for each λ, and what became of λΔ (None: the two sides are one tensor).
+    """Rows [start, stop) of θ(λ) as stored for each λ, and what became of λΔ (None: the two sides are one tensor).
 
     The result lies in `kept`. Everything else goes through `scratch`, a cache-sized slice at a time.
     """
     info = pair.ref.info(name)
     changes = not pair.is_same(name)
+    bends = [curve.at(name, lam) if curve and changes else None for lam in lams]
     results = [
         (kept.take(f"stored {number}", (stop - start, *info.row_shape), dtype), Sums() if changes else None)
         for number in range(len(lams))
     ]
     for first, last in slices(info, SLICE, start, stop):
         piece = Slice.read(pair, name, first, last, dtype, rounding, seed, scratch)
-        for lam, (out, sums) in zip(lams, results, strict=True):
-            piece.at(lam, out[first - start : last - start], sums, allow_nonfinite)
+        for lam, bend, (out, sums) in zip(lams, bends, results, strict=True):
+            piece.at(lam, out[first - start : last - start], sums, allow_nonfinite, bend)
     return results
 
 

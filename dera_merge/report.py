@@ -1,24 +1,32 @@
-"""A fidelity report to read and to look at: tables and a plot."""
+"""A fidelity report to read and to look at: tables, plots, and one page that needs nothing else.
+
+The page's charts are matplotlib's, as SVG inside of it, in the colour of the text around them, which suits dark screens.
+"""
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DeraWarning
+from .yardstick import in_bits
 
 if TYPE_CHECKING:
     from .fidelity import Report
 
-COLUMNS = ("lambda", "tokens", "kl", "kl_ci", "tv", "top1", "kl_ref", "kl_aligned", "captured", "kl_rounding")
+COLUMNS = ("lambda", "tokens", "kl", "kl_ci", "tv", "top1", "kl_ref", "kl_aligned", "captured", "kl_rounding", "verdict")
 LEGEND = (
     "kl: KL(exact‖merged) in nats per token, with its 95 % interval (bootstrap over prompts). tv: total variation. top1: "
     "share of tokens with the same argmax. kl_ref, kl_aligned: how far exact DeRa is from the two models. captured: "
     "1 - kl / min(kl_ref, kl_aligned). kl_rounding: what storing the weights adds to kl."
 )
+FLOOR = 1e-7  # nats: below this a logarithmic axis shows rounding noise only
+INK = "#010203"  # stands for the colour of the page's text
+SHADES = (0.001, 1.0)  # nats: kl of a token that is shaded least and most
 
 
 def cells(result: dict[str, Any]) -> list[str]:
@@ -31,87 +39,292 @@ def _cell(column: str, value: Any) -> str:
         return "–"
     if column == "lambda":
         return f"{value:g}"
-    if column == "tokens":
+    if column in ("tokens", "verdict"):
         return str(value)
     if column == "kl_ci":
-        return f"{_number(value[0])}–{_number(value[1])}"
+        return f"{number(value[0])}–{number(value[1])}"
     if column in ("top1", "captured"):
         return f"{value:.1%}" if abs(value) < 10 else f"{value:.2g}"
-    return _number(value)
+    return number(value)
 
 
-def _number(value: float) -> str:
+def number(value: float | None) -> str:
+    """A divergence or the like with two digits; a dash for None."""
+    if value is None:
+        return "–"
     return f"{value:.2g}" if abs(value) >= 0.001 else f"{value:.1e}" if value else "0"
 
 
+# Sentences
+
+
+def headline(report: Report) -> str:
+    """The verdict on all λ in one sentence."""
+    parts = [
+        f"{word} at λ = {', '.join(f'{lam:g}' for lam in lams)}" for word, lams in report.verdict().items() if lams
+    ]
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def sentences(result: dict[str, Any]) -> list[str]:
+    """What one λ's figures say, in words."""
+    said = [f"λ = {result['lambda']:g}: {result['verdict']}; {result['why']}."]
+    if result.get("ladder") and result["kl"] and result["lambda"] not in (0.0, 1.0):
+        rungs = {int(bits): kl for bits, kl in result["ladder"].items()}
+        said.append(f"The merge is {in_bits(result['kl'], rungs)} of the same two models is from themselves.")
+    if coupled := result.get("coupled"):
+        text = f"Under the same noise {coupled['identical']:.0%} of texts come out the same"
+        if coupled["first_difference"] is not None:
+            text += f"; the others part after {coupled['first_difference']:.0f} tokens (median)"
+        if coupled.get("reward_difference") is not None:
+            low, high = coupled["reward_difference_ci"] or (math.nan, math.nan)
+            difference = f"{coupled['reward_difference']:+.2g} ({low:.2g} to {high:.2g})"
+            text += f"; the merge's reward less exact DeRa's is {difference}"
+        said.append(text + ".")
+    return said
+
+
+def sequence_sentence(report: Report) -> str | None:
+    """How far per-token DeRa itself is from the sequence-level mixture, where the two are furthest apart."""
+    rows = [row for row in report.results if row["lambda"] not in (0.0, 1.0) and row["sequence"]["ess_share"] is not None]
+    if not rows:
+        return None
+    row = min(rows, key=lambda row: row["sequence"]["ess_share"])
+    sequence, bound = row["sequence"], "" if row["sequence"]["ess_within_prompts"] else "at least "
+    per_token, per_text = (f"{sequence[key]:.2g}" for key in ("log_normaliser_per_token", "log_normaliser"))
+    return (
+        f"Per-token DeRa is not the sequence-level mixture π_ref^(1-λ)·π_aligned^λ: at λ = {row['lambda']:g} its "
+        f"log-normaliser is {per_token} nats per token, {per_text} per text, and of {sequence['texts']} texts "
+        f"{bound}{sequence['ess_share']:.0%} are left as effective sample size between the two."
+    )
+
+
 def markdown(report: Report) -> str:
-    """The report as Markdown: a table, its legend, and how it was measured."""
+    """The report as Markdown: verdict, table, its legend, and how it was measured."""
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(cells(result) for result in report.results)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    settings = ", ".join(f"{key} {value}" for key, value in report.settings.items() if value is not None)
-    names = " ".join((report.ref + " and " + report.aligned).split()).replace("`", "'")
-    return f"# Merged against exact DeRa\n\n`{names}`\n\n{table}\n\n{LEGEND}\n\nMeasured with: {settings}.\n"
+    settings = ", ".join(f"{key} {value}" for key, value in _settings(report).items())
+    names = _plain(f"{report.ref} and {report.aligned}")
+    said = "\n".join(f"- {' '.join(sentences(result))}" for result in report.results)
+    if sequence := sequence_sentence(report):
+        said += f"\n\n{sequence}"
+    command = f"\n`{_plain(report.command)}`\n" if report.command else ""
+    return (
+        f"# Merged against exact DeRa\n\n`{names}`\n\n**{headline(report)}**\n\n{table}\n\n{LEGEND}\n\n{said}\n\n"
+        f"Measured with: {settings}.\n{command}"
+    )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("`", "'")
+
+
+def _settings(report: Report) -> dict[str, Any]:
+    hidden = ("fingerprint", "extras")
+    return {key: value for key, value in report.settings.items() if value is not None and key not in hidden}
+
+
+# Plots
 
 
 def plot_fidelity(
-    results: Sequence[dict[str, Any]], file: Path, rewards: dict[str, Sequence[float]] | None = None
-) -> Path | None:
+    results: Sequence[dict[str, Any]], file: Path, rewards: dict[str, Sequence[float]] | None = None,
+    prediction: Sequence[dict[str, Any]] = (),
+) -> Path | None:  # fmt: skip
     """Plot kl and captured shift against λ (and reward, where given), as a PNG.
 
     Args:
         results: the results of a `Report`.
         file: where to write.
         rewards: name of a curve → mean reward at each λ of `results`.
+        prediction: of a `Report`.
 
     Returns:
         The file, or None (with a warning) where matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        warnings.warn("no plot without matplotlib; pip install 'dera-merge[report]'", DeraWarning, stacklevel=2)
+    if not _have_matplotlib():
+        warnings.warn("no plots without matplotlib; pip install 'dera-merge[report]'", DeraWarning, stacklevel=2)
         return None
-    results = sorted(results, key=lambda result: result["lambda"])
-    lams = [result["lambda"] for result in results]
-    panels = 3 if rewards else 2
-    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, panels))
-
-    def curve(axis: Any, key: str, label: str, **style: Any) -> None:
-        axis.plot(lams, [math.nan if r[key] is None else r[key] for r in results], label=label, **style)
-
-    floor = 1e-7  # nats: below this a logarithmic axis shows rounding noise only
-    for key in ("kl", "kl_ref", "kl_aligned"):
-        results = [{**r, key: None if r[key] is None else max(r[key], floor)} for r in results]
-    curve(axes[0], "kl", "merged", color="C0", marker="o", markersize=4)
-    curve(axes[0], "kl_ref", "reference", color="C7", linestyle="--")
-    curve(axes[0], "kl_aligned", "aligned", color="C3", linestyle=":")
-    bands = [(r["lambda"], *r["kl_ci"]) for r in results if r.get("kl_ci")]
-    if bands:
-        at, low, high = zip(*bands, strict=True)
-        axes[0].fill_between(at, [max(v, floor) for v in low], [max(v, floor) for v in high], color="C0", alpha=0.2, lw=0)
-    axes[0].set_yscale("log")
-    axes[0].set_ylabel("KL from exact DeRa, nats per token")
-    axes[0].set_title("How far one model is from exact DeRa")
-    curve(axes[1], "captured", "merged", color="C0", marker="o", markersize=4)
-    axes[1].axhline(0, color="0.7", linewidth=0.8)
-    low = min([r["captured"] for r in results if r["captured"] is not None], default=0)
-    axes[1].set_xlim(axes[0].get_xlim())
-    axes[1].set_ylim(max(-1, min(0, low)) - 0.05, 1.05)
-    axes[1].set_ylabel("share of the shift")
-    axes[1].set_title("Captured shift")
+    draw: list[Callable[[Any], None]] = [
+        lambda axis: draw_kl(axis, results, prediction), lambda axis: draw_captured(axis, results),
+    ]  # fmt: skip
     if rewards:
-        for (name, values), style in zip(rewards.items(), ("-o", "--s"), strict=False):
-            axes[2].plot(lams, values, style, label=name, markersize=4)
-        axes[2].set_ylabel("mean reward")
-        axes[2].set_title("Reward")
-        axes[2].legend(frameon=False)
-    axes[0].legend(frameon=False)
-    for axis in axes:
-        axis.set_xlabel("λ")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        draw.append(lambda axis: draw_rewards(axis, results, rewards))
+    figure = _figure(draw, (5 * len(draw), 4))
     figure.savefig(file, dpi=140)
     return file
+
+
+def _have_matplotlib() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None
+
+
+def _figure(draw: Sequence[Callable[[Any], None]], size: tuple[float, float]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, put in zip(list(figure.subplots(1, len(draw), squeeze=False)[0]), draw, strict=True):
+        put(axis)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _curve(
+    axis: Any, results: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], **style: Any
+) -> None:
+    """A line over λ; what is None is a gap."""
+    rows = sorted(results, key=lambda result: result["lambda"])
+    values = [math.nan if (v := value(row)) is None else v for row in rows]
+    if not all(map(math.isnan, values)):
+        axis.plot([row["lambda"] for row in rows], values, **style)
+
+
+def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[dict[str, Any]] = ()) -> None:
+    """kl over λ with its band, the two models, and, where they are there, prediction, noise floor and quantisation."""
+
+    def above(value: float | None) -> float | None:
+        return None if value is None else max(value, FLOOR)
+
+    _curve(axis, results, lambda r: above(r["kl_ref"]), label="reference", color="C7", linestyle="--")
+    _curve(axis, results, lambda r: above(r["kl_aligned"]), label="aligned", color="C3", linestyle=":")
+    rungs = sorted({bits for result in results for bits in result.get("ladder", {})}, key=int)
+    for bits in rungs:
+        _curve(axis, results, lambda r, bits=bits: above(r["ladder"][bits]), color="C2", linewidth=0.8, alpha=0.7)
+        last = max(results, key=lambda r: r["lambda"])
+        axis.annotate(f" {bits} bits", (last["lambda"], above(last["ladder"][bits])), color="C2", fontsize=7, va="center")
+    _curve(axis, results, lambda r: above(r.get("noise_floor")), label="bfloat16 alone", color="C4", linewidth=0.8)
+    if prediction:
+        for holds, style in ((True, "-"), (False, ":")):
+            rows = [{**row, "kl": row["kl"] if row["holds"] == holds else None} for row in prediction]
+            label = "line, predicted" if holds else "line, guessed"
+            _curve(axis, rows, lambda r: above(r["kl"]), label=label, color="C1", linewidth=1.2, linestyle=style)
+    _curve(axis, results, lambda r: above(r["kl"]), label="merged", color="C0", marker="o", markersize=4)
+    bands = [(r["lambda"], *r["kl_ci"]) for r in sorted(results, key=lambda r: r["lambda"]) if r.get("kl_ci")]
+    if bands:
+        at, low, high = zip(*bands, strict=True)
+        axis.fill_between(at, [max(v, FLOOR) for v in low], [max(v, FLOOR) for v in high], color="C0", alpha=0.2, lw=0)
+    axis.set_yscale("log")
+    axis.set_xlabel("λ")
+    axis.set_ylabel("KL from exact DeRa, nats per token")
+    axis.set_title("How far one model is from exact DeRa")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_captured(axis: Any, results: Sequence[dict[str, Any]]) -> None:
+    """The captured shift over λ."""
+    _curve(axis, results, lambda r: r["captured"], color="C0", marker="o", markersize=4)
+    axis.axhline(0, color="0.6", linewidth=0.8)
+    lams = [result["lambda"] for result in results]
+    low = min([r["captured"] for r in results if r["captured"] is not None], default=0)
+    margin = 0.05 * (max(lams) - min(lams) or 1)
+    axis.set_xlim(min(lams) - margin, max(lams) + margin)
+    axis.set_ylim(max(-1, min(0, low)) - 0.05, 1.05)
+    axis.set_xlabel("λ")
+    axis.set_ylabel("share of the shift")
+    axis.set_title("Captured shift")
+
+
+def draw_rewards(axis: Any, results: Sequence[dict[str, Any]], rewards: dict[str, Sequence[float]]) -> None:
+    """Mean rewards over λ."""
+    for (name, values), style in zip(rewards.items(), ("-o", "--s"), strict=False):
+        axis.plot([result["lambda"] for result in results], values, style, label=name, markersize=4)
+    axis.set_xlabel("λ")
+    axis.set_ylabel("mean reward")
+    axis.set_title("Reward")
+    axis.legend(frameon=False)
+
+
+def draw_positions(axis: Any, results: Sequence[dict[str, Any]]) -> None:
+    """kl over the position in the text, a line for each λ."""
+    for result in _inner(results):
+        rows = result["per_position"]
+        kl = [max(row["kl"], FLOOR) for row in rows]
+        axis.plot([row["from"] for row in rows], kl, lw=1, label=f"λ = {result['lambda']:g}")
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens into the text")
+    axis.set_ylabel("kl, nats")
+    axis.set_title("Along the text")
+    axis.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def draw_layers(axis: Any, results: Sequence[dict[str, Any]]) -> None:
+    """Which layers' Δ the error comes from, as shares."""
+    for result in _inner(results):
+        if layers := result.get("layers", {}).get("layers"):
+            total = result["layers"]["kl_leading_order"] or 1.0
+            at, shares = [row["layer"] for row in layers], [row["kl"] / total for row in layers]
+            axis.plot(at, shares, marker="o", markersize=3, lw=1, label=f"λ = {result['lambda']:g}")
+    axis.axhline(0, color="0.6", linewidth=0.8)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("share of the error")
+    axis.set_title("Whose Δ the error comes from")
+    axis.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def draw_features(axis: Any, results: Sequence[dict[str, Any]]) -> None:
+    """Where the merged features leave the interpolated ones."""
+    for result in _inner(results):
+        if gaps := result.get("layers", {}).get("feature_gaps"):
+            axis.plot(range(len(gaps)), gaps, marker="o", markersize=3, lw=1, label=f"λ = {result['lambda']:g}")
+    axis.set_xlabel("after layer (0: embeddings)")
+    axis.set_ylabel("distance / shift of the features")
+    axis.set_title("Where features leave the interpolated ones")
+    axis.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def _inner(results: Sequence[dict[str, Any]], most: int = 8) -> list[dict[str, Any]]:
+    """The results away from both ends, thinned to at most eight."""
+    rows = [result for result in results if result["lambda"] not in (0.0, 1.0)]
+    return rows[:: max(1, math.ceil(len(rows) / most))]
+
+
+def _svg(draw: Callable[[Any], None], salt: str) -> str:
+    """One chart as SVG without a background, its ink in the page's own."""
+    import matplotlib
+
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, **ink}):
+        figure = _figure([draw], (4.8, 3.5))
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return text.getvalue()[text.getvalue().index("<svg") :].replace(INK, "currentColor")
+
+
+# The page
+
+
+def html(report: Report) -> str:
+    """One self-contained page: it opens from disk, fetches nothing, and suits a phone, a dark screen and paper."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("dera_merge", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "shade": _shade}
+    results = report.results
+    draw: dict[str, Callable[[Any], None]] = {
+        "kl": lambda axis: draw_kl(axis, results, report.prediction), "captured": lambda axis: draw_captured(axis, results),
+    }  # fmt: skip
+    if _inner(results):
+        draw["positions"] = lambda axis: draw_positions(axis, results)
+    if any(result.get("layers") for result in results):
+        draw |= {"layers": lambda axis: draw_layers(axis, results), "features": lambda axis: draw_features(axis, results)}
+    charts = {name: _svg(put, name) for name, put in draw.items()} if _have_matplotlib() else {}
+    rows = [dict(zip(COLUMNS, cells(result), strict=True)) for result in results]
+    return environment.get_template("report.html").render(
+        report=report, headline=headline(report), columns=COLUMNS, rows=rows, legend=LEGEND, charts=charts, results=results,
+        sentences={result["lambda"]: sentences(result) for result in results}, settings=_settings(report),
+        sequence=sequence_sentence(report),
+    )  # fmt: skip
+
+
+def _shade(kl: float) -> str:
+    """How strongly a token is shaded, 0 to 1, on a logarithmic scale of its kl."""
+    low, high = map(math.log, SHADES)
+    return f"{min(1.0, max(0.0, (math.log(max(kl, 1e-12)) - low) / (high - low))):.2f}"

@@ -49,10 +49,14 @@ class Strength(threading.local):
             DeraError: the model regroups its tokens (experts do), so that rows cannot be told apart.
         """
         assert self.rows is not None
-        if values.ndim > 2 and len(values) == len(self.rows):
-            return self.rows.view(-1, *[1] * (values.ndim - 1))
-        if values.ndim == 2 and len(values) == len(self.rows) * self.tokens:
-            return self.rows.repeat_interleave(self.tokens)[:, None]
+        return self.spread(self.rows, values)
+
+    def spread(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """As `beside`, for other numbers (rows,)."""
+        if values.ndim > 2 and len(values) == len(rows):
+            return rows.view(-1, *[1] * (values.ndim - 1))
+        if values.ndim == 2 and len(values) == len(rows) * self.tokens:
+            return rows.repeat_interleave(self.tokens)[:, None]
         raise DeraError("this model regroups its tokens between layers, so that rows of a batch cannot have a λ each")
 
 

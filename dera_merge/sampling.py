@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH = 16  # prompts decoded together
+BATCH = 32  # prompts decoded together
 
 
 class GumbelNoise(LogitsProcessor):
@@ -47,6 +47,7 @@ def sample(
     *,
     max_new_tokens: int,
     seed: int = 0,
+    streams: Sequence[int] | None = None,
     progress: Callable[[int], None] | None = None,
     **kwargs: object,
 ) -> list[list[int]]:
@@ -58,6 +59,7 @@ def sample(
         prompts: token ids.
         max_new_tokens: length limit, in tokens.
         seed: the same seed gives the same texts, whatever the batches.
+        streams: which noise each prompt gets; default: its number.
         progress: called with the number of prompts done.
         kwargs: passed to `generate` (λ, say).
 
@@ -72,6 +74,7 @@ def sample(
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
     )
+    streams = range(len(prompts)) if streams is None else streams
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts: dict[int, list[int]] = {}
     for start in range(0, len(order), BATCH):
@@ -82,7 +85,7 @@ def sample(
         mask = [[0] * pad + [1] * (width - pad) for pad in padding]
         output = model.generate(
             input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
-            logits_processor=LogitsProcessorList([GumbelNoise(batch, seed)]), **kwargs,
+            logits_processor=LogitsProcessorList([GumbelNoise([streams[i] for i in batch], seed)]), **kwargs,
         )  # fmt: skip
         for index, row in zip(batch, output[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)

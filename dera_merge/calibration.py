@@ -1,0 +1,603 @@
+"""Learn a path θ(λ) that follows exact DeRa more closely than the straight line; see `curve.py` for its form.
+
+Texts are sampled from exact DeRa at λ all over the range. Then, in two steps:
+
+1. In closed form (`_solve`). Let a layer's inputs be x_ref and x_aligned in the two models, and x = (1-λ)x_ref + λ·x_aligned
+   in one that follows exact DeRa. Its output should be (1-λ)·W·x_ref + λ(W+D)·x_aligned for D the layer's Δ. With W + λD it
+   is off by λ(1-λ)·D·(x_aligned - x_ref). What of that is linear in x, a ridge regression says:
+   C = D·E[(x_aligned - x_ref)xᵀ]·E[xxᵀ]⁻¹, of D's rank, and λ(1-λ)·C is the bend. That needs both models' inputs on some
+   texts and no gradient.
+2. By gradient (`_Trainer`), for what is not linear: one model whose λ differs from row to row of the batch, the tree of
+   `rows.py` with a bend on each linear layer that Δ changes, is trained on KL(exact‖path) over the whole range at once.
+
+A share of the prompts is held out; of line, closed form and trained path, the one that does best on them is kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import GenerationConfig, set_seed
+from transformers.pytorch_utils import Conv1D
+
+from . import lambdas
+from . import prompts as prompt_files
+from .curve import BRANCHES, Curve, Part, fingerprint
+from .errors import DeraError
+from .exact import mix
+from .pair import ModelPair
+from .rows import LowRankRows, MixedRows, Strength, in_rows
+from .traces import Head, Text, Trace, batches, head_of, padded, scored, trace_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .exact import DeraForCausalLM
+
+Kind = Literal["curve", "gains"]
+Progress = Callable[[str, int, int], None]
+
+
+MARGIN = 0.1  # no texts are sampled at λ nearer than this to 0 or 1, where every path is exact
+SAMPLED_TOGETHER = 48  # texts decoded in one batch
+STEP_TOKENS = 512  # tokens of texts in one step of the optimiser
+RIDGE = 0.01  # of the mean square of a layer's inputs
+SINKS = 4  # first tokens of a text, whose huge activations would rule a regression
+MOMENTS = 4 << 30  # bytes of second moments of inputs that are held at a time
+HELD_OUT = 0.1  # share of the prompts
+PROMPT_TOKENS = 32  # of a prompt that the pair writes itself
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A text to learn from, the λ that it was sampled at, and both models' states that predict it, (tokens, hidden size)."""
+
+    text: Text
+    lam: float
+    ref: torch.Tensor
+    aligned: torch.Tensor
+
+
+class Bent(torch.nn.Module):
+    """A linear layer of `rows.py` with a gain in the place of λ and a low-rank curve, one set of each for a branch.
+
+    Args:
+        module: its name in the model.
+        inner: `LowRankRows`, or `MixedRows` of linear layers.
+        strength: λ of the rows.
+        rank: of the curve; 0 leaves it out.
+    """
+
+    def __init__(self, module: str, inner: LowRankRows | MixedRows, strength: Strength, rank: int) -> None:
+        super().__init__()
+        self.module = module
+        self.inner = inner
+        self.strength = strength
+        self.branch = 0
+        self.gain = torch.nn.ParameterList(torch.zeros(2) for _ in BRANCHES)
+        inner.strength = _Gained(self)
+        into, out = _sizes(inner)
+        self.down = torch.nn.ParameterList(torch.empty(rank, into) for _ in BRANCHES if rank)
+        self.up = torch.nn.ParameterList(torch.zeros(out, rank) for _ in BRANCHES if rank)
+        for down in self.down:
+            torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # as LoRA's A
+
+    @torch.no_grad()
+    def solve(self, branch: int, across: torch.Tensor, square: torch.Tensor) -> None:
+        """Set up·down = D·across·(square + ridge)⁻¹, or the best approximation of this rank on such inputs.
+
+        Args:
+            across, square: Σ (x_aligned - x_ref)xᵀ and Σ xxᵀ, (in, in).
+        """
+        square = square.double()
+        square += RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype, device=square.device)
+        root = torch.linalg.cholesky(square)
+        left, right = self.delta()
+        # The rows of right·across·square⁻¹, from the left of a symmetric system.
+        right = torch.cholesky_solve((right.double() @ across.double()).T, root).T
+        rank = self.up[branch].shape[1]
+        if left.shape[1] > rank:
+            q, r = torch.linalg.qr(left.double())
+            u, sigma, vt = torch.linalg.svd(r @ right @ root, full_matrices=False)
+            left = q @ u[:, :rank] * sigma[:rank]
+            right = torch.linalg.solve_triangular(root, vt[:rank], upper=False, left=False)
+        used = left.shape[1]
+        self.up[branch][:, :used] = left.to(self.up[branch])
+        self.down[branch][:used] = right.to(self.down[branch])
+
+    def delta(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """D = left·right, (out, k) and (k, in)."""
+        if isinstance(self.inner, LowRankRows):
+            left = self.inner.up.T if self.inner.slope is None else self.inner.up.T * self.inner.slope
+            return left, self.inner.down
+        change = self.inner.aligned.weight.float() - self.inner.ref.weight.float()
+        change = change.T if isinstance(self.inner.ref, Conv1D) else change
+        return change, torch.eye(change.shape[1], device=change.device)
+
+    def gains(self) -> torch.Tensor:
+        """g(λ) of the rows, (rows,)."""
+        lam = self.strength.rows
+        c, d = self.gain[self.branch]
+        return lam + lam * (1 - lam) * (c + d * lam)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        if self.strength.rows is None or not len(self.down):
+            return y
+        t = torch.nn.functional.linear(x, self.down[self.branch])
+        lam = self.strength.beside(t)
+        return y + torch.nn.functional.linear(t * (lam * (1 - lam)), self.up[self.branch])
+
+
+class _Gained:
+    """What a bent layer's inner module asks for its strengths: the gains."""
+
+    def __init__(self, layer: Bent) -> None:
+        self._layer = layer
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        return None if self._layer.strength.rows is None else self._layer.gains()
+
+    def beside(self, values: torch.Tensor) -> torch.Tensor:
+        return self._layer.strength.spread(self._layer.gains(), values)
+
+
+def _sizes(inner: LowRankRows | MixedRows) -> tuple[int, int]:
+    if isinstance(inner, LowRankRows):
+        return inner.down.shape[1], inner.up.shape[1]
+    weight = inner.ref.weight
+    return tuple(weight.shape) if isinstance(inner.ref, Conv1D) else (weight.shape[1], weight.shape[0])
+
+
+def calibrate(
+    pair: ModelPair,
+    lams: Sequence[float],
+    prompts: Sequence[str | dict[str, Any]] | None = None,
+    *,
+    kind: Kind = "curve",
+    rank: int = 16,
+    texts: int = 512,
+    max_new_tokens: int = 48,
+    passes: int = 1,
+    learning_rate: float = 3e-4,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | str = torch.float32,
+    progress: Progress | None = None,
+) -> Curve:
+    """Learn a path through the two models that follows exact DeRa, over the range of `lams` at once.
+
+    Args:
+        pair: the two models.
+        lams: the path is learned for λ from the smallest to the largest of these, both at least 0.
+        prompts: what to learn on; default: prompts that the reference writes itself (a chat model continues an open
+            user's turn).
+        kind: `"curve"`: a gain and a low-rank curve for each layer; `"gains"`: the gains alone.
+        rank: of the curve.
+        texts: how many to sample from exact DeRa, in all.
+        max_new_tokens: their length, in tokens.
+        passes: how often to go over the texts by gradient; 0 leaves the closed form as it is.
+        learning_rate: Adam's, at its peak; ten times that for gains.
+        seed: of everything random.
+        device, compute_dtype: where and in what the models run.
+        progress: called as work goes on.
+
+    Returns:
+        The path; `recipe["held_out"]` says what it does to texts of prompts that it was not trained on: mean kl of the
+        straight line and of the path, in nats per token, for each branch.
+
+    Raises:
+        DeraError: the pair has no weight-space form, there is nothing to learn, or prompts are unusable.
+    """
+    lams = [float(lam) + 0.0 for lam in lams]
+    lambdas.check_names(lams)
+    low, high = min(lams), max(lams)
+    if low < 0:
+        raise DeraError(f"λ={low:g}: paths are learned for λ from 0 on; below 0 the straight line is all there is")
+    ranges = [(max(low, MARGIN), min(high, 1 - MARGIN)), (max(low, 1 + MARGIN), high)]
+    wanted = [branch for branch, (start, stop) in enumerate(ranges) if start <= stop]
+    if not wanted:
+        raise DeraError(f"λ from {low:g} to {high:g} leaves nothing to learn: at 0 and 1 every path is exact")
+    if texts < 16:
+        raise DeraError(f"--texts {texts} are too few to learn from and to check on; give 16 or more")
+    tell = progress or (lambda what, done, total: None)
+    set_seed(seed)
+
+    names = _bendable(pair)
+    exact = pair.exact(dtype=compute_dtype, device=device)
+    student = exact.rows or in_rows(exact.ref, exact.ref, exact.aligned)
+    if student is None:
+        raise DeraError("this pair cannot have a λ for each row of a batch (experts, say), so that no path is learned")
+
+    entries = prompt_files.encode(prompts, pair.tokenizer) if prompts is not None else None
+    if entries is None:
+        entries = prompt_files.encode(own_prompts(pair, exact.ref, math.ceil(texts / len(wanted)), tell), pair.tokenizer)
+    ids = [prompt.ids for prompt in entries]
+    dice = random.Random(seed)
+    # Each prompt comes once for every branch before any comes twice; prompts held out for one branch are for the other.
+    at = [(number % len(ids), wanted[number // len(ids) % len(wanted)] if len(ids) < texts else wanted[number % len(wanted)])
+          for number in range(texts)]  # fmt: skip
+    drawn = [dice.uniform(*ranges[branch]) for _, branch in at]
+    lessons = _sampled(pair, exact, ids, [prompt for prompt, _ in at], drawn, max_new_tokens, tell)
+    unseen = set(dice.sample(range(len(ids)), max(1, round(HELD_OUT * len(ids))))) if len(ids) > 1 else set()
+    order = [lesson for lesson in lessons if lesson.text.prompt not in unseen]
+    dice.shuffle(order)
+    held_out = [lesson for lesson in lessons if lesson.text.prompt in unseen]
+    if not order or not held_out:
+        raise DeraError(f"{len(ids)} prompts are too few to hold one out; give more")
+
+    teacher = _Teacher.of(exact, [*order, *held_out])
+    student.requires_grad_(False)
+    layers = _bend(student, names, rank if kind == "curve" else 0, device)
+    figures: dict[str, Any] = {}
+    for branch in wanted:
+        for layer in layers.values():
+            layer.branch = branch
+        mine = [[i for i, lesson in enumerate(teacher.lessons) if (lesson.lam > 1) == branch and group(i)]
+                for group in (lambda i: i < len(order), lambda i: i >= len(order))]  # fmt: skip
+        if not mine[0] or not mine[1]:
+            raise DeraError("too few texts on one side of λ=1; give more --texts or prompts")
+        trainer = _Trainer(student, layers, teacher, branch, learning_rate)
+        trainer.look("line", mine[1])
+        if kind == "curve":
+            _solve(exact, layers, [teacher.lessons[i] for i in mine[0]], branch, tell)
+            trainer.look("closed form", mine[1])
+        trainer.run(*mine, passes, dice, tell)
+        figures[BRANCHES[branch]] = trainer.keep_best()
+    parts: dict[str, dict[str, Part]] = {}
+    for name, layer in layers.items():
+        for branch in wanted:
+            parts.setdefault(name, {})[BRANCHES[branch]] = _part(layer, branch)
+    recipe = {
+        "ref": pair.ref.source.name, "aligned": pair.aligned.source.name, "kind": kind,
+        "rank": rank if kind == "curve" else None, "texts": texts, "max_new_tokens": max_new_tokens, "passes": passes,
+        "learning_rate": learning_rate, "seed": seed,
+        "prompts": "written by the reference" if prompts is None else len(ids), "held_out": figures,
+    }  # fmt: skip
+    return Curve((low, high), fingerprint(pair), parts, recipe)
+
+
+# What is learned from
+
+
+def own_prompts(
+    pair: ModelPair, ref: PreTrainedModel, count: int, tell: Progress = lambda *_: None
+) -> list[str | dict[str, Any]]:
+    """Prompts that the reference writes at temperature 1: user's turns, or beginnings of texts without a chat template.
+
+    Args:
+        count: how many to try for; empty ones and repeats are left out.
+    """
+    tokenizer = pair.tokenizer
+    mark = "\u2063"
+    chat = bool(tokenizer.chat_template)
+    if chat:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+        opening = tokenizer(text.partition(mark)[0], add_special_tokens=False)["input_ids"]
+    else:
+        opening = tokenizer("")["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
+    found: dict[str, None] = {}
+    for done in range(0, count, SAMPLED_TOGETHER):
+        rows = [opening] * min(SAMPLED_TOGETHER, count - done)
+        for new in _draw(ref, pair, rows, PROMPT_TOKENS):
+            if text := tokenizer.decode(new, skip_special_tokens=True).strip():
+                found[text] = None
+        tell("writing prompts", done + len(rows), count)
+    if len(found) < 2:
+        raise DeraError("the reference writes no prompts of its own; give some with --prompts")
+    return [{"messages": [{"role": "user", "content": text}]} if chat else text for text in found]
+
+
+def _sampled(
+    pair: ModelPair, exact: DeraForCausalLM, prompts: list[list[int]], chosen: list[int], lams: list[float],
+    max_new_tokens: int, tell: Progress,
+) -> list[Lesson]:  # fmt: skip
+    """One text of exact DeRa for each chosen prompt, each at its own λ."""
+    lessons: list[Lesson] = []
+    order = sorted(range(len(chosen)), key=lambda i: len(prompts[chosen[i]]))
+    for start in range(0, len(order), SAMPLED_TOGETHER):
+        batch = order[start : start + SAMPLED_TOGETHER]
+        rows = [prompts[chosen[i]] for i in batch]
+        with _recording(exact) as states:
+            drawn = _draw(exact, pair, rows, max_new_tokens, [lams[i] for i in batch])
+        for i, ids, new, ref, aligned in zip(batch, rows, drawn, *states(), strict=True):
+            text = Text(chosen[i], [*ids, *new], len(ids))
+            lessons.append(Lesson(text, lams[i], ref[: len(new)].clone(), aligned[: len(new)].clone()))
+        tell("sampling from exact DeRa", len(lessons), len(order))
+    return lessons
+
+
+@contextmanager
+def _recording(exact: DeraForCausalLM) -> Iterator[Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
+    """Keep what both decoders make of the last token at each step, so that the texts need not be read again.
+
+    Gives a function that returns the two models' states (sequences, steps, hidden size).
+    """
+    models = [exact.ref, exact.aligned] if exact.rows is None else [exact.rows]
+    kept: list[list[torch.Tensor]] = [[] for _ in models]
+    hooks = [
+        model.base_model.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output[0][:, -1]))
+        for model, seen in zip(models, kept, strict=True)
+    ]
+
+    def states() -> tuple[torch.Tensor, torch.Tensor]:
+        stacked = [torch.stack(seen, 1) for seen in kept]
+        return tuple(stacked) if len(stacked) == 2 else stacked[0].chunk(2)
+
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _draw(
+    model: PreTrainedModel, pair: ModelPair, rows: list[list[int]], length: int, lams: list[float] | None = None
+) -> list[list[int]]:
+    """New tokens for each row at temperature 1, an end token included, nothing after it."""
+    pad, width = pair.tokenizer.pad_token_id, max(map(len, rows))
+    device = model.device
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    kept, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
+    try:
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": length}
+        output = model.generate(input_ids=ids, attention_mask=mask, **how, **({"lam": lams} if lams else {}))
+    finally:
+        model.generation_config = kept
+    new = []
+    for row in output[:, width:].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
+        new.append(row[: end + 1])
+    return new
+
+
+@dataclass
+class _Teacher:
+    """What both models make of the lessons: exact DeRa at any λ."""
+
+    lessons: list[Lesson]
+    ref: Trace
+    aligned: Trace
+    rows: int  # of the vocabulary
+    starts: list[int] = field(init=False)  # where each lesson's scored tokens begin
+
+    def __post_init__(self) -> None:
+        self.starts = [0]
+        for lesson in self.lessons:
+            self.starts.append(self.starts[-1] + len(lesson.text.completion))
+
+    @classmethod
+    def of(cls, exact: DeraForCausalLM, lessons: list[Lesson]) -> _Teacher:
+        trace_of(exact.ref, [lessons[0].text])  # refuses a model that is no decoder followed by a head
+        sides = (
+            Trace(torch.cat([getattr(lesson, side) for lesson in lessons]), head_of(getattr(exact, side)))
+            for side in ("ref", "aligned")
+        )
+        return cls(lessons, *sides, exact.config.vocab_size)
+
+    @torch.no_grad()
+    def logits(self, chosen: Sequence[int], lams: torch.Tensor) -> torch.Tensor:
+        """h_λ of these lessons' scored tokens, (tokens, vocabulary), with λ for each token."""
+        where = torch.cat([torch.arange(self.starts[i], self.starts[i + 1]) for i in chosen]).to(self.ref.hidden.device)
+        ref, aligned = (side.head(side.hidden[where])[:, : self.rows] for side in (self.ref, self.aligned))
+        return mix(ref[:, None], aligned[:, None], lams)[:, 0]
+
+
+# Learning
+
+
+def _bendable(pair: ModelPair) -> dict[str, str]:
+    """Linear modules that Δ changes → the name of their weight in θ(λ)."""
+    tensors = pair.tensors
+    found = {}
+    for module in pair.architecture.linear:
+        name = pair.architecture.stored_name(f"{module}.weight", tensors)
+        if name is not None and not pair.is_same(name):
+            found[module] = name
+    if not found:
+        raise DeraError("no linear layer differs between the two; there is no path to learn")
+    return found
+
+
+def _bend(
+    student: PreTrainedModel, names: dict[str, str], rank: int, device: str | torch.device
+) -> dict[str, Bent]:
+    """Put a `Bent` on each of these modules; returns them by the name of their weight."""
+    layers = {}
+    for module, name in names.items():
+        inner = student.get_submodule(module)
+        if isinstance(inner, LowRankRows | MixedRows):
+            layers[name] = Bent(module, inner, student.dera_strength, rank).to(device)
+            student.set_submodule(module, layers[name])
+    return layers
+
+
+@torch.no_grad()
+def _solve(exact: DeraForCausalLM, layers: dict[str, Bent], lessons: list[Lesson], branch: int, tell: Progress) -> None:
+    """Set each layer's low-rank curve in closed form: the ridge regression of D·(x_aligned - x_ref) on x."""
+    aligned = exact.aligned if exact.rows is None else exact.rows
+    waiting = list(layers.values())
+    chunk: list[Bent] = []
+    while waiting or chunk:
+        if (waiting and sum(layer.down[branch].shape[1] ** 2 for layer in [*chunk, waiting[0]]) * 8 <= MOMENTS) or not chunk:
+            chunk.append(waiting.pop(0))
+            if waiting:
+                continue
+        for layer, (across, square) in zip(chunk, _moments(exact.ref, aligned, chunk, lessons, tell), strict=True):
+            layer.solve(branch, across, square)
+        chunk = []
+
+
+def _moments(
+    ref: PreTrainedModel, aligned: PreTrainedModel, layers: list[Bent], lessons: list[Lesson], tell: Progress
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Σ (x_aligned - x_ref)xᵀ and Σ xxᵀ over tokens for the inputs of each layer, (in, in) both; λ is each text's own."""
+    texts = [lesson.text for lesson in lessons]
+    sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    owner: list[int] = [0] * len(layers)
+    order = list(batches(texts, STEP_TOKENS))
+    for number, batch in enumerate(order, 1):
+        ids, mask = padded([texts[i] for i in batch], ref.device)
+        lam = torch.tensor([lessons[i].lam for i in batch], device=ref.device)[:, None, None]
+        ours = _inputs(ref, [layer.module for layer in layers], ids, mask)
+        theirs = _inputs(aligned, [layer.module for layer in layers], ids, mask)
+        kept = mask.bool()
+        kept[:, :SINKS] = False
+        done: dict[int, int] = {}
+        for index in range(len(layers)):
+            owner[index] = done.setdefault(id(ours[index]), index)  # queries, keys and values have one input
+            if owner[index] != index:
+                continue
+            step = theirs[index] - ours[index]
+            x, step = (ours[index] + lam * step)[kept].float(), step[kept].float()
+            before = sums.get(index, (0.0, 0.0))
+            sums[index] = (before[0] + step.T @ x, before[1] + x.T @ x)
+        tell("solving the layers", number, len(order))
+    return [sums[index] for index in owner]
+
+
+def _inputs(model: PreTrainedModel, modules: list[str], ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """What each of these modules gets in one pass over the texts, (texts, tokens, in)."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0]))
+        for name in modules
+    ]
+    try:
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [seen[name] for name in modules]
+
+
+def _part(layer: Bent, branch: int) -> Part:
+    gain = layer.gain[branch].detach().float().cpu()
+    if not len(layer.up):
+        return Part(gain)
+    up, down = layer.up[branch].detach().float().cpu(), layer.down[branch].detach().float().cpu()
+    transposed = isinstance(layer.inner, MixedRows) and isinstance(layer.inner.ref, Conv1D)
+    base = getattr(layer.inner, "base_layer", None)
+    transposed = transposed or isinstance(base, Conv1D)
+    return Part(gain, down.T.contiguous(), up.T.contiguous()) if transposed else Part(gain, up, down)
+
+
+class _Trainer:
+    """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5, so that no part of the range drowns the others."""
+
+    def __init__(
+        self, student: PreTrainedModel, layers: dict[str, Bent], teacher: _Teacher, branch: int, learning_rate: float
+    ) -> None:
+        self.student, self.teacher, self.branch = student, teacher, branch
+        self.seen: list[tuple[str, float, float]] = []  # what, mean kl and goal on the lessons held out
+        self.best: list[torch.Tensor] = []
+        self.head: Head = head_of(student)
+        self.strength: Strength = student.dera_strength
+        gains = [layer.gain[branch] for layer in layers.values()]
+        factors = [kind[branch] for layer in layers.values() for kind in (layer.down, layer.up) if len(kind)]
+        self.parameters = [*gains, *factors]
+        groups = [{"params": gains, "lr": 10 * learning_rate}, {"params": factors, "lr": learning_rate}]
+        self.optimiser = torch.optim.Adam([group for group in groups if group["params"]])
+
+    def kl(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL(exact‖path) of the lessons' scored tokens (tokens,) in nats, and the λ of each."""
+        lessons = [self.teacher.lessons[i] for i in chosen]
+        texts = [lesson.text for lesson in lessons]
+        device = self.student.device
+        lams = torch.tensor([lesson.lam for lesson in lessons], dtype=torch.float32, device=device)
+        each = lams.repeat_interleave(torch.tensor([len(text.completion) for text in texts], device=device))
+        log_p = torch.log_softmax(self.teacher.logits(chosen, each), -1)
+        ids, mask = padded(texts, device)
+        with self.strength.of(lams, ids.shape[1]):
+            states = self.student.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **self.places(ids))[0]
+        with self.strength.of(each, 1):
+            log_q = torch.log_softmax(self.head(scored(states, texts))[:, : self.teacher.rows], -1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1), each
+
+    def places(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A position for each token of each row, where the decoder takes them: learned ones differ between rows with λ."""
+        if "position_ids" not in inspect.signature(self.student.base_model.forward).parameters:
+            return {}
+        return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)}
+
+    @torch.no_grad()
+    def measure(self, chosen: Sequence[int]) -> tuple[float, float]:
+        """Mean kl over the tokens of these lessons, and the mean that is minimised."""
+        texts = [self.teacher.lessons[i].text for i in chosen]
+        parts = [self.kl([chosen[j] for j in batch]) for batch in batches(texts)]
+        kl, lams = (torch.cat(values).double() for values in zip(*parts, strict=True))
+        return float(kl.mean()), float((kl * _weight(lams)).mean())
+
+    def look(self, what: str, held_out: list[int]) -> None:
+        """Measure on the lessons held out, and remember this state if none was better."""
+        mean, goal = self.measure(held_out)
+        self.seen.append((what, mean, goal))
+        if goal <= min(seen[2] for seen in self.seen):
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+
+    def keep_best(self) -> dict[str, Any]:
+        """Go back to the best state. Returns its kl on the lessons held out, and that of the line and the closed form."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(value)
+                parameter.requires_grad_(False)
+        best = min(self.seen, key=lambda seen: seen[2])
+        first = {what.replace(" ", "_"): mean for what, mean, _ in reversed(self.seen)}  # the earliest of each name
+        return {**first, "path": best[1], "kept": best[0], "line_weighted": self.seen[0][2], "path_weighted": best[2]}
+
+    def run(self, lessons: list[int], held_out: list[int], passes: int, dice: random.Random, tell: Progress) -> None:
+        """Train from the best state on, and look a few times."""
+        self.keep_best()
+        steps: list[list[int]] = []
+        for _ in range(passes):
+            texts = [self.teacher.lessons[i].text for i in lessons]
+            order = [[lessons[j] for j in batch] for batch in batches(texts, STEP_TOKENS)]
+            dice.shuffle(order)
+            steps += order
+        warm = max(1, len(steps) // 20)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser, lambda step: min((step + 1) / warm, max(0.02, (len(steps) - step) / (len(steps) - warm + 1)))
+        )
+        looks = {max(1, round(len(steps) * share)) for share in (0.5, 0.8, 1.0)}
+        what = f"learning, λ {'above' if self.branch else 'below'} 1"
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        with _no_denormals(), torch.enable_grad():
+            for number, chosen in enumerate(steps, 1):
+                kl, lams = self.kl(chosen)
+                (kl * _weight(lams)).mean().backward()
+                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                self.optimiser.step()
+                self.optimiser.zero_grad(set_to_none=True)
+                schedule.step()
+                if number in looks:
+                    self.look(f"step {number}", held_out)
+                tell(what, number, len(steps))
+
+
+def _weight(lams: torch.Tensor) -> torch.Tensor:
+    return (lams * (1 - lams)).abs() ** -1.5
+
+
+@contextmanager
+def _no_denormals() -> Iterator[None]:
+    """Adam's state fills with numbers so small that processors handle them a hundred times slower; they are zero here."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+

@@ -1,0 +1,220 @@
+"""A learned path: a curve through the reference and the aligned model that follows exact DeRa more closely than the line.
+
+    θ(λ) = θ_ref + g(λ)·Δ + λ(1-λ)·L·R,      g(λ) = λ + λ(1-λ)·(c + d·λ)
+
+for each linear layer's weight, with (c, d) and the low-rank L·R learned by `calibrate`, one set for λ ≤ 1, another beyond.
+Whatever was learned, θ(0) = θ_ref and θ(1) = θ_aligned (a Bézier curve's ends, as in Garipov et al., 2018). A path is a
+small safetensors file that is bound to its pair by a fingerprint of their weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load, save
+
+from .checkpoint import DTYPE_NAMES, TensorInfo, read_header, write_atomically
+from .errors import DeraError
+
+if TYPE_CHECKING:
+    from .pair import ModelPair, Side
+
+VERSION = 1
+_SAMPLE = 4096  # bytes, from the beginning, the middle and the end of each tensor
+BRANCHES = ("inner", "outer")  # λ ≤ 1, λ > 1
+
+
+@dataclass(frozen=True)
+class Bend:
+    """What a path does to one tensor at one λ: θ_ref + gain·Δ + left·right.
+
+    Attributes:
+        gain: what stands in the place of λ.
+        left: (rows, rank) float32, λ(1-λ) included, or None.
+        right: (rank, columns) float32, or None.
+    """
+
+    gain: float
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+
+    def add_to(self, value: torch.Tensor, first: int) -> None:
+        """Add rows [first, first + len(value)) of left·right in place."""
+        if self.left is not None and self.right is not None:
+            value.addmm_(self.left[first : first + len(value)].to(value.dtype), self.right.to(value.dtype))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor's path on one side of λ = 1: (c, d), and the factors of its low-rank curve, in float32."""
+
+    gain: torch.Tensor  # (2,)
+    left: torch.Tensor | None = None  # (rows, rank)
+    right: torch.Tensor | None = None  # (rank, columns)
+
+
+@dataclass
+class Curve:
+    """A path for the tensors of one pair.
+
+    Attributes:
+        span: the smallest and the largest λ that it was learned for; 0 and 1 are exact always.
+        fingerprint: of the pair, see `fingerprint`.
+        parts: tensor name → branch → `Part`.
+        recipe: how it was learned.
+        name: what to call it: the file.
+    """
+
+    span: tuple[float, float]
+    fingerprint: str
+    parts: dict[str, dict[str, Part]]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    name: str = "a path"
+    sha256: str | None = None
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> Curve:
+        """Read a path file. Raises DeraError where it is none, or of a newer version."""
+        path = Path(file)
+        if not path.is_file():
+            raise DeraError(f"there is no path file {path}; dera-merge calibrate writes one")
+        read_header(path)  # checks every offset
+        metadata = _metadata(path)
+        if metadata.get("format") != "dera-merge path":
+            raise DeraError(f"{path} is a safetensors file, but no path that dera-merge calibrate wrote")
+        if metadata.get("version") != str(VERSION):
+            raise DeraError(f"{path} is a path of version {metadata.get('version')}, this program knows {VERSION}")
+        content = path.read_bytes()
+        parts: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+        try:
+            span = json.loads(metadata["lambda"])
+            recipe = json.loads(metadata["recipe"])
+            for key, tensor in load(content).items():
+                branch, kind, name = key.split("/", 2)
+                if branch not in BRANCHES or kind not in ("gain", "left", "right") or tensor.dtype != torch.float32:
+                    raise ValueError(key)
+                parts.setdefault(name, {}).setdefault(branch, {})[kind] = tensor
+            curve = cls(
+                (float(span[0]), float(span[1])), metadata["fingerprint"],
+                {name: {b: Part(**kinds) for b, kinds in branches.items()} for name, branches in parts.items()},
+                recipe, str(path), hashlib.sha256(content).hexdigest(),
+            )  # fmt: skip
+        except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
+            raise DeraError(f"{path} is broken: {error}; calibrate again") from error
+        for name, branches in curve.parts.items():
+            for part in branches.values():
+                finite = all(t.isfinite().all() for t in (part.gain, part.left, part.right) if t is not None)
+                if tuple(part.gain.shape) != (2,) or (part.left is None) != (part.right is None) or not finite:
+                    raise DeraError(f"{path} is broken: what it says of {name} is no path; calibrate again")
+        return curve
+
+    def save(self, file: str | os.PathLike[str]) -> Path:
+        """Write the path; absent or whole."""
+        path = Path(file)
+        tensors = {
+            f"{branch}/{kind}/{name}": value.contiguous()
+            for name, branches in self.parts.items()
+            for branch, part in branches.items()
+            for kind, value in vars(part).items()
+            if value is not None
+        }
+        metadata = {
+            "format": "dera-merge path", "version": str(VERSION), "kind": self.kind, "lambda": json.dumps(self.span),
+            "fingerprint": self.fingerprint, "recipe": json.dumps(self.recipe, ensure_ascii=False),
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.sha256 = write_atomically(path, save(tensors, metadata))
+        self.name = str(path)
+        return path
+
+    @property
+    def kind(self) -> str:
+        """`curve` with low-rank parts, `gains` without."""
+        low_rank = any(part.left is not None for branches in self.parts.values() for part in branches.values())
+        return "curve" if low_rank else "gains"
+
+    def check(self, pair: ModelPair) -> None:
+        """Raises DeraError where this path was learned for another pair."""
+        if self.fingerprint != fingerprint(pair):
+            names = " and ".join(str(self.recipe.get(key)) for key in ("ref", "aligned"))
+            raise DeraError(f"{self.name} was learned for another pair ({names}); calibrate this one")
+        for name, branches in self.parts.items():
+            info = pair.tensors.get(name)
+            for part in branches.values():
+                if info is None or (part.left is not None and (len(part.left), part.right.shape[1]) != info.shape):
+                    raise DeraError(f"{self.name} bends {name}, which has another shape in this pair; calibrate again")
+
+    def check_lambda(self, lam: float) -> None:
+        """Raises DeraError where λ is neither an end nor within the range that was learned."""
+        if lam not in (0.0, 1.0) and not self.span[0] <= lam <= self.span[1]:
+            low, high = self.span
+            raise DeraError(f"{self.name} was learned for λ from {low:g} to {high:g}, not for {lam:g}; calibrate with it")
+
+    def at(self, name: str, lam: float) -> Bend | None:
+        """What to do to a tensor at λ; None where it goes along the straight line."""
+        part = self.parts.get(name, {}).get(BRANCHES[lam > 1])
+        if part is None or lam in (0.0, 1.0):
+            return None
+        c, d = part.gain.tolist()
+        weight = lam * (1 - lam)
+        return Bend(lam + weight * (c + d * lam), None if part.left is None else weight * part.left, part.right)
+
+    def describe(self) -> dict[str, Any]:
+        """What `dera_merge.json` and reports say of it."""
+        return {"kind": self.kind, "sha256": self.sha256, "span": list(self.span)}
+
+
+def opened(path: str | os.PathLike[str] | Curve | None, pair: ModelPair, lams: list[float]) -> Curve | None:
+    """A path as it was given, checked against the pair and the λ that are asked for."""
+    if path is None:
+        return None
+    curve = path if isinstance(path, Curve) else Curve.load(path)
+    curve.check(pair)
+    for lam in lams:
+        curve.check_lambda(lam)
+    return curve
+
+
+def fingerprint(pair: ModelPair) -> str:
+    """SHA-256 over both sides: names, shapes and dtypes of all tensors, some bytes of each, and what scales an adapter.
+
+    It reads three times 4 KiB of each tensor: enough to tell two training runs apart, at any size of model.
+    """
+    digest = hashlib.sha256()
+    for side in pair.sides:
+        for label, content in _parts_of(side):
+            digest.update(label.encode() + b"\0" + content + b"\0")
+    return digest.hexdigest()
+
+
+def _parts_of(side: Side) -> list[tuple[str, bytes]]:
+    found = [(name, _sampled(name, info)) for name, info in sorted(side.checkpoint.tensors.items())]
+    if side.adapter:
+        tensors = side.adapter.checkpoint.tensors
+        found += [(f"adapter {name}", _sampled(name, info)) for name, info in sorted(tensors.items())]
+        elsewhere = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+        config = {key: value for key, value in side.adapter.config.items() if key not in elsewhere}
+        found.append(("config", json.dumps(config, sort_keys=True).encode()))
+    return found
+
+
+def _sampled(name: str, info: TensorInfo) -> bytes:
+    head = f"{name} {DTYPE_NAMES.get(info.dtype)} {info.shape}".encode()
+    with info.file.open("rb") as stream:
+        for start in sorted({0, max(0, info.nbytes // 2 - _SAMPLE // 2), max(0, info.nbytes - _SAMPLE)}):
+            stream.seek(info.offset + start)
+            head += stream.read(min(_SAMPLE, info.nbytes - start))
+    return head
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stream:
+        return stream.metadata() or {}

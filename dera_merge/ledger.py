@@ -1,0 +1,88 @@
+"""Long measurements in steps: finished steps are kept on disk and not done again, and several processes share the work."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .checkpoint import json_bytes, load_json, write_atomically
+
+FOLDER = ".unfinished"
+T = TypeVar("T")
+
+
+class Ledger:
+    """Results of finished steps, each a dict of arrays, in `<folder>/.unfinished`; nowhere if there is no folder.
+
+    Args:
+        folder: of the report.
+        settings: what two runs must have in common for one to go on with the other's steps.
+        resume: keep what an earlier run of the same settings left; else begin afresh.
+        writes: whether this process writes (the first of several).
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any], resume: bool = False, writes: bool = True) -> None:
+        self._folder = None if folder is None else folder / FOLDER
+        self._writes = writes
+        if self._folder is None or not writes:
+            return
+        note = self._folder / "settings.json"
+        mark = {"settings": hashlib.sha256(json_bytes(settings)).hexdigest()}
+        if not (resume and note.is_file() and load_json(note) == mark):
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+            write_atomically(note, json_bytes(mark))
+
+    def step(self, key: str, work: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays of a step: read back if it is finished, else worked out and kept."""
+        if self.has(key):
+            with np.load(self._folder / f"{key}.npz", allow_pickle=False) as stored:
+                return dict(stored)
+        arrays = work()
+        if self._folder is not None and self._writes:
+            file = self._folder / f"{key}.npz"
+            partial = file.with_suffix(".partial.npz")
+            np.savez(partial, **arrays)
+            partial.replace(file)
+        return arrays
+
+    def has(self, key: str) -> bool:
+        """Whether a step is finished."""
+        return self._folder is not None and (self._folder / f"{key}.npz").is_file()
+
+    def close(self) -> None:
+        """Everything is done and written elsewhere."""
+        if self._folder is not None and self._writes:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def launched() -> tuple[int, int]:
+    """This process's number and how many there are, where `accelerate launch` or `torchrun` started several; else (0, 1)."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdigit() or int(size) < 2:
+        return 0, 1
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not _accelerators())
+    return state.process_index, state.num_processes
+
+
+def _accelerators() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def gathered(value: list[T]) -> list[T]:
+    """The lists of all processes in the order of their numbers, the same for each; alone, the list."""
+    if launched()[1] == 1:
+        return value
+    from accelerate.utils import gather_object
+
+    return gather_object(value)

@@ -1,0 +1,285 @@
+"""Learned paths: what a file says is what every form of the merge does, and both ends stay exact."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from builders import VOCAB, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from dera_merge import Curve, DeraError, ModelPair, calibrate
+from dera_merge import calibration as learning
+from dera_merge.calibration import _bendable
+from dera_merge.curve import Part, fingerprint
+from dera_merge.rows import in_rows
+from dera_merge.traces import Text
+
+PROMPTS = [{"prompt": f"w{n} w{n + 1} w{n + 2}"} for n in range(3, 50)]
+
+
+def random_path(pair, rank=3, seed=0, size=0.05):
+    torch.manual_seed(seed)
+    parts = {}
+    for name in _bendable(pair).values():
+        rows, columns = pair.tensors[name].shape
+        parts[name] = {
+            branch: Part(0.5 * torch.randn(2), size * torch.randn(rows, rank), torch.randn(rank, columns))
+            for branch in ("inner", "outer")
+        }
+    return Curve((0.0, 2.0), fingerprint(pair), parts)
+
+
+def theta(pair, path, lam, ref, aligned):
+    """θ(λ) of every tensor in float64, from the formula."""
+    branch = "outer" if lam > 1 else "inner"
+    found = {}
+    for name, start in ref.items():
+        start, end = start.double(), aligned[name].double()
+        gain, curve = lam, 0.0
+        if name in path.parts:
+            part = path.parts[name][branch]
+            c, d = part.gain.double()
+            gain = lam + lam * (1 - lam) * (c + d * lam)
+            curve = lam * (1 - lam) * part.left.double() @ part.right.double()
+        found[name] = start + gain * (end - start) + curve
+    return found
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    from builders import save_tokenizer
+
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        folders.append(tmp_path_factory.mktemp("gpt2"))
+        config = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
+        GPT2LMHeadModel(config).save_pretrained(folders[-1])
+        save_tokenizer(folders[-1])
+    return ModelPair.from_pretrained(*folders)
+
+
+@pytest.fixture(params=["dense", "lora", "gpt2"])
+def pair(request, llama, lora, gpt2):
+    if request.param == "gpt2":
+        return gpt2
+    base = llama(0)
+    return ModelPair.from_pretrained(base, llama(1, near=0) if request.param == "dense" else lora(base))
+
+
+@pytest.mark.parametrize("lam", [0.3, 1.7])
+def test_a_merge_along_a_path_is_the_formula(pair, lam, tmp_path):
+    path = random_path(pair)
+    ends = [weights(folder) for folder in pair.merge(tmp_path / "ends", [0.0, 1.0], dtype="float32")]
+    (folder,) = pair.merge(tmp_path / "out", [lam], dtype="float32", path=path)
+    expected = theta(pair, path, lam, *ends)
+    for name, tensor in weights(folder).items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
+    live = pair.merged(0.5, path=path)
+    live.set_lam(lam)
+    for name, tensor in weights(folder).items():
+        if name in live.state_dict():
+            assert torch.equal(live.state_dict()[name], tensor)
+
+
+def test_both_ends_of_any_path_are_the_lines_bit_for_bit(pair, tmp_path):
+    path = random_path(pair, size=10.0)
+    line = pair.merge(tmp_path / "line", [0.0, 1.0])
+    bent = pair.merge(tmp_path / "bent", [0.0, 1.0], path=path)
+    for one, other in zip(line, bent, strict=True):
+        ours, theirs = weights(one), weights(other)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@given(st.floats(0.01, 0.99) | st.floats(1.01, 2.0), st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+def test_a_path_without_bends_is_the_straight_line(lam, rank):
+    part = Part(torch.zeros(2), torch.randn(4, rank) if rank else None, torch.zeros(rank, 3) if rank else None)
+    bend = Curve((0, 2), "", {"w": {"inner": part, "outer": part}}).at("w", lam)
+    value = torch.zeros(4, 3)
+    bend.add_to(value, 0)
+    assert bend.gain == lam
+    assert not value.any()
+
+
+@pytest.mark.parametrize("lam", [0.4, 1.5])
+def test_an_adapter_along_a_path_is_the_merge_along_it(llama, lora, lam, tmp_path):
+    base = llama(0, dtype=torch.float32)
+    pair = ModelPair.from_pretrained(base, lora(base, target_modules=["q_proj", "down_proj"]))
+    path = random_path(pair)
+    (folder,) = pair.merge(tmp_path / "adapter", [lam], format="adapter", path=path, dtype="float32")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, pair.merged(lam, path=path)(ids).logits, rtol=1e-4, atol=1e-4)
+    recipe = json.loads((folder / "dera_merge.json").read_text())
+    assert recipe["path"]["kind"] == "curve"
+
+
+def test_a_path_file_comes_back_as_it_was(pair, tmp_path):
+    path = random_path(pair)
+    path.recipe = {"ref": "a", "note": "λ"}
+    again = Curve.load(path.save(tmp_path / "p.safetensors"))
+    assert (again.span, again.fingerprint, again.recipe, again.kind) == (path.span, path.fingerprint, path.recipe, "curve")
+    for name, branches in path.parts.items():
+        for branch, part in branches.items():
+            for key, value in vars(part).items():
+                assert torch.equal(getattr(again.parts[name][branch], key), value)
+
+
+def test_a_path_of_another_pair_or_another_range_is_refused(llama, lora, tmp_path):
+    base = llama(0)
+    path = random_path(ModelPair.from_pretrained(base, lora(base, seed=7)))
+    other = ModelPair.from_pretrained(base, lora(base, seed=8))
+    with pytest.raises(DeraError, match="another pair"):
+        other.merge(tmp_path / "out", [0.5], path=path)
+    same = ModelPair.from_pretrained(base, lora(base, seed=7))
+    with pytest.raises(DeraError, match="from 0 to 2, not for 2.5"):
+        same.merge(tmp_path / "out", [0.5, 2.5], path=path)
+    with pytest.raises(DeraError, match="not for 3"):
+        same.merged(0.5, path=path).set_lam(3.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_no_paths_are_refused_in_one_line(pair, tmp_path):
+    good = random_path(pair).save(tmp_path / "good.safetensors")
+    whole = good.read_bytes()
+    cases = {"empty": b"", "text": b"hello", "cut": whole[:-4], "longer": whole + b"0"}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+    meta = {"format": "dera-merge path", "version": "1", "kind": "gains", "lambda": "[0, 2]", "fingerprint": "", "recipe": "{}"}
+    vector = {"inner/gain/w": torch.zeros(2)}
+    save_file(vector, tmp_path / "other", {"format": "pt"})
+    save_file(vector, tmp_path / "newer", {**meta, "version": "99"})
+    save_file(vector, tmp_path / "span", {**meta, "lambda": "[0"})
+    save_file(vector, tmp_path / "recipe", {key: value for key, value in meta.items() if key != "recipe"})
+    save_file({"inner/gain/w": torch.full((2,), torch.nan)}, tmp_path / "nan", meta)
+    save_file({"inner/gain/w": torch.zeros(3)}, tmp_path / "long", meta)
+    save_file({**vector, "inner/left/w": torch.zeros(2, 2)}, tmp_path / "half", meta)
+    save_file({"sideways/gain/w": torch.zeros(2)}, tmp_path / "branch", meta)
+    save_file({"inner/gain/w": torch.zeros(2, dtype=torch.float64)}, tmp_path / "wide", meta)
+    for file in [tmp_path / "missing", *(path for path in tmp_path.iterdir() if path != good)]:
+        with pytest.raises(DeraError) as caught:
+            Curve.load(file)
+        assert str(file.name) in str(caught.value), file
+        assert "\n" not in str(caught.value)
+
+
+def test_a_path_for_tensors_of_another_shape_is_refused(llama, lora, tmp_path):
+    base = llama(0)
+    pair = ModelPair.from_pretrained(base, lora(base))
+    path = random_path(pair)
+    name = next(iter(path.parts))
+    path.parts[name] = {"inner": Part(torch.zeros(2), torch.zeros(5, 1), torch.zeros(1, 7))}
+    with pytest.raises(DeraError, match="another shape"):
+        pair.merge(tmp_path / "out", [0.5], path=path)
+
+
+def test_calibration_never_ends_further_away_on_held_out_texts(pair):
+    path = calibrate(pair, [0.0, 2.0], PROMPTS, texts=120, max_new_tokens=12, rank=4, passes=2, seed=1)
+    for branch in ("inner", "outer"):
+        figures = path.recipe["held_out"][branch]
+        assert figures["path_weighted"] <= figures["line_weighted"]
+        assert figures["kept"] == "line" or figures["path_weighted"] < figures["line_weighted"]
+    assert path.kind == "curve"
+
+
+@torch.no_grad()
+def test_what_is_trained_is_what_is_merged(pair):
+    """The student, whose rows have a λ each, and the merge along the path made of it are one model at every λ."""
+    exact = pair.exact()
+    student = exact.rows or in_rows(exact.ref, exact.ref, exact.aligned)
+    layers = learning._bend(student, _bendable(pair), 3, "cpu")
+    torch.manual_seed(0)
+    for parameter in (p for layer in layers.values() for kind in (layer.gain, layer.up, layer.down) for p in kind):
+        parameter.copy_(0.1 * torch.randn_like(parameter))
+    parts = {name: {b: learning._part(layer, n) for n, b in enumerate(("inner", "outer"))} for name, layer in layers.items()}
+    path = Curve((0.0, 2.0), fingerprint(pair), parts)
+    lams = torch.tensor([0.3, 0.8]), torch.tensor([1.2, 1.7])
+    ids = torch.tensor([[5, 6, 7, 8, 9]] * 2)
+    for branch, chosen in enumerate(lams):
+        for layer in layers.values():
+            layer.branch = branch
+        with student.dera_strength.of(chosen, ids.shape[1]):
+            rows = student(ids, position_ids=torch.arange(5).expand(2, 5)).logits
+        for lam, row in zip(chosen.tolist(), rows, strict=True):
+            torch.testing.assert_close(row, pair.merged(lam, path=path)(ids[:1]).logits[0], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_closed_form_is_the_ridge_regression_of_what_the_line_misses(llama, lora):
+    """For a layer: the best C of D's rank for λ(1-λ)·C·x ≈ the output that exact DeRa would have, less the line's."""
+    base = llama(0, dtype=torch.float32)
+    pair = ModelPair.from_pretrained(base, lora(base, target_modules=["q_proj", "down_proj"], r=2))
+    exact = pair.exact()
+    layers = learning._bend(exact.rows, _bendable(pair), 2, "cpu")
+    lessons = [
+        learning.Lesson(Text(n, torch.randint(3, VOCAB, (20,), generator=torch.Generator().manual_seed(n)).tolist(), 4), lam, None, None)
+        for n, lam in enumerate(np.linspace(0.1, 0.9, 40).tolist())
+    ]
+    learning._solve(exact, layers, lessons, 0, lambda *_: None)
+    name = "model.layers.1.mlp.down_proj"
+    module, layer = exact.ref.get_submodule(name), layers[f"{name}.weight"]
+    inputs, targets = [], []
+    for lesson in lessons:
+        seen = []
+        ids = torch.tensor([lesson.text.ids])
+        for model in (exact.ref, exact.aligned):
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0, 4:].double()))
+            model(ids)
+            hook.remove()
+        ref, aligned = seen[0], seen[-1]
+        lam, delta = lesson.lam, (layer.inner.up.T @ layer.inner.down).double()
+        weight = module.weight.double()
+        wanted = (1 - lam) * ref @ weight.T + lam * aligned @ (weight + delta).T
+        x = (1 - lam) * ref + lam * aligned
+        inputs.append(x)
+        targets.append((wanted - x @ (weight + lam * delta).T) / (lam * (1 - lam)))
+    x, y = torch.cat(inputs), torch.cat(targets)
+    ridge = learning.RIDGE * (x**2).sum(0).mean() * torch.eye(x.shape[1], dtype=x.dtype)
+    expected = torch.linalg.solve(x.T @ x + ridge, x.T @ y).T
+    torch.testing.assert_close((layer.up[0] @ layer.down[0]).double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_gains_alone_are_two_numbers_a_layer(pair):
+    path = calibrate(pair, [0.0, 1.0], PROMPTS, kind="gains", texts=40, max_new_tokens=8)
+    assert path.kind == "gains"
+    assert path.parts.keys() == set(_bendable(pair).values())
+    assert all(part.keys() == {"inner"} for part in path.parts.values())
+
+
+def test_the_same_calibration_gives_the_same_path(llama, lora):
+    base = llama(0)
+    pair = ModelPair.from_pretrained(base, lora(base))
+    one, other = (calibrate(pair, [0.0, 1.0], PROMPTS, texts=32, max_new_tokens=6, rank=2) for _ in range(2))
+    for name, branches in one.parts.items():
+        assert torch.equal(branches["inner"].left, other.parts[name]["inner"].left)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([-1.0, 1.0],), "from 0 on"),
+        (([0.0, 1.0], PROMPTS[:1]), "too few"),
+        (([1.0],), "nothing to learn"),
+        (([0.0, 2.0], PROMPTS, "texts"), "too few"),
+    ],
+)
+def test_a_calibration_that_cannot_work_says_why(llama, lora, arguments, message):
+    base = llama(0)
+    pair = ModelPair.from_pretrained(base, lora(base))
+    options = {"texts": 4} if len(arguments) == 3 else {"texts": 20, "max_new_tokens": 2}
+    with pytest.raises(DeraError, match=message):
+        calibrate(pair, *arguments[:2], **options)
+
+
+def test_a_pair_without_prompts_writes_its_own(llama, lora):
+    base = llama(0)
+    pair = ModelPair.from_pretrained(base, lora(base))
+    path = calibrate(pair, [0.0, 1.0], texts=24, max_new_tokens=6, rank=2)
+    assert path.recipe["prompts"] == "written by the reference"
