@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .errors import DeraError, DeraWarning
     from .exact import DeraConfig, DeraForCausalLM, DialForCausalLM
     from .fidelity import Report, compare
-    from .merge import merge
     from .pair import ModelPair
     from .plausibility import PlausibilityMask
     from .speculation import Speculation
@@ -26,13 +25,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ModelPair": "pair", "merge": "merge", "DeraForCausalLM": "exact", "DialForCausalLM": "exact", "DeraConfig": "exact",
+    "ModelPair": "pair", "DeraForCausalLM": "exact", "DialForCausalLM": "exact", "DeraConfig": "exact",
     "Speculation": "speculation", "PlausibilityMask": "plausibility", "compare": "fidelity", "Report": "fidelity",
     "calibrate": "calibration", "Curve": "curve", "DeraError": "errors", "DeraWarning": "errors",
 }  # fmt: skip
 __all__ = [
     "Curve", "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair", "PlausibilityMask",
-    "Report", "Speculation", "calibrate", "compare", "merge",
+    "Report", "Speculation", "calibrate", "compare",
 ]  # fmt: skip
 
 

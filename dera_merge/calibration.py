@@ -251,7 +251,7 @@ def calibrate(
             _solve(exact, layers, [teacher.lessons[i] for i in mine[0]], branch, tell)
             trainer.look("closed form", mine[1])
         trainer.run(*mine, passes, dice, tell)
-        figures[BRANCHES[branch]] = trainer.keep_best()
+        figures[BRANCHES[branch]] = {"texts": len(mine[1])} | trainer.keep_best()
     parts: dict[str, dict[str, Part]] = {}
     for name, layer in layers.items():
         for branch in wanted:
@@ -566,6 +566,8 @@ class _Trainer:
             order = [[lessons[j] for j in batch] for batch in batches(texts, STEP_TOKENS)]
             dice.shuffle(order)
             steps += order
+        if not steps:
+            return
         warm = max(1, len(steps) // 20)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimiser, lambda step: min((step + 1) / warm, max(0.02, (len(steps) - step) / (len(steps) - warm + 1)))

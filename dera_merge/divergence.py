@@ -55,40 +55,43 @@ def mixture(log_ref: torch.Tensor, log_aligned: torch.Tensor, lam: float) -> tup
 
 @torch.no_grad()
 def divergences(
-    ref: Trace, aligned: Trace, approximations: Sequence[tuple[float, Sequence[Trace]]], tokens: torch.Tensor,
+    ref: Trace, aligned: Trace, approximations: Sequence[tuple[float, dict[str, Trace]]], tokens: torch.Tensor,
     vocab_size: int,
 ) -> dict[float, dict[str, np.ndarray]]:  # fmt: skip
-    """Per-token figures for each λ and its approximations (as stored, then in float32).
+    """Per-token figures for each λ and its approximations.
 
     Args:
         ref, aligned: what the two models make of the texts.
-        approximations: (λ, traces).
+        approximations: λ, and name → trace: `kl`, whose figures these are, and others of which kl alone is wanted, under the
+            name that it gets: `kl_nonlinearity`, the same unrounded, say.
         tokens: the texts' own scored tokens (tokens,).
         vocab_size: rows of the vocabulary that all have.
 
     Returns:
-        λ → measure → float64 array (tokens,): `MEASURES`, `CHOSEN`, `log_z`; `kl_nonlinearity` is kl of the second
-        approximation, where there is one.
+        λ → measure → float64 array (tokens,): `MEASURES`, `CHOSEN`, `log_z`, and kl of the others.
     """
     found: dict[float, dict[str, list[torch.Tensor]]] = {lam: {} for lam, _ in approximations}
     device = ref.hidden.device
     for chunk, parts in chunks(len(ref.hidden), vocab_size, device):
         sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in (ref, aligned)]
-        others = [[trace.head(trace.hidden[chunk])[:, :vocab_size] for trace in traces] for _, traces in approximations]
+        others = [
+            {name: trace.head(trace.hidden[chunk])[:, :vocab_size] for name, trace in traces.items()}
+            for _, traces in approximations
+        ]
         chosen = tokens[chunk].to(device)
         for part in parts:
             log_ref, log_aligned = (log_softmax(side[part]) for side in sides)
             own = chosen[part][:, None]
             here = {"logp_ref": log_ref.gather(1, own)[:, 0], "logp_aligned": log_aligned.gather(1, own)[:, 0]}
             for (lam, _), logits in zip(approximations, others, strict=True):
-                row = here | _at(log_ref, log_aligned, lam, [each[part] for each in logits], own)
+                row = here | _at(log_ref, log_aligned, lam, {name: each[part] for name, each in logits.items()}, own)
                 for measure, values in row.items():
                     found[lam].setdefault(measure, []).append(values.cpu())
     return {lam: {m: torch.cat(values).numpy() for m, values in measures.items()} for lam, measures in found.items()}
 
 
 def _at(
-    log_ref: torch.Tensor, log_aligned: torch.Tensor, lam: float, approximations: list[torch.Tensor], own: torch.Tensor
+    log_ref: torch.Tensor, log_aligned: torch.Tensor, lam: float, approximations: dict[str, torch.Tensor], own: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     dot = torch.linalg.vecdot
     log_p, p, log_z = mixture(log_ref, log_aligned, lam)
@@ -97,15 +100,14 @@ def _at(
         "kl_ref": entropy - dot(p, log_ref), "kl_aligned": entropy - dot(p, log_aligned), "log_z": log_z,
         "logp": log_p.gather(1, own)[:, 0],
     }  # fmt: skip
-    for number, logits in enumerate(approximations):
+    for name, logits in approximations.items():
         log_q = log_softmax(logits)
-        if number:
-            row["kl_nonlinearity"] = entropy - dot(p, log_q)
+        row[name] = entropy - dot(p, log_q)
+        if name != "kl":
             continue
         q = log_q.exp()
         both = p + q
         row |= {
-            "kl": entropy - dot(p, log_q),
             "reverse_kl": dot(q, log_q) - dot(q, log_p),
             "top1": (log_p.argmax(-1) == log_q.argmax(-1)).double(),
             "logp_merged": log_q.gather(1, own)[:, 0],
@@ -156,6 +158,12 @@ def summarise(
     figures["kl_nonlinearity"] = smooth
     quantiles = np.quantile(per_token["kl"], [0.5, 0.9, 0.99, 0.999])
     figures |= dict(zip(("kl_median", "kl_p90", "kl_p99", "kl_p999"), map(float, quantiles), strict=True))
+    if "kl_line" in per_token:
+        line = per_token["kl_line"]
+        figures["line"] = {
+            "kl": float(line.mean()), "kl_ci": bootstrap(line, prompt_of, seed),
+            "difference_ci": bootstrap(per_token["kl"] - line, prompt_of, seed),
+        }  # fmt: skip
     change = np.exp(per_token["logp_merged"]) - np.exp(per_token["logp"])
     figures["rms_dp"] = float(np.sqrt((change**2).mean()))
     figures["perplexity"] = {

@@ -226,6 +226,33 @@ def compare(
         process, processes, ledger, progress or (lambda what, done, total: None),
     )  # fmt: skip
 
+    try:
+        report = _compared(lab, lams, texts, extras, extra_prompts, reward)
+    except DeraError:  # what cannot be done leaves nothing; an interruption leaves its finished steps
+        ledger.close()
+        raise
+    for _, recipe in approximations.values():  # what was measured is what lies there
+        dtype, rounding, seed = recipe.get("dtype"), recipe.get("rounding"), recipe.get("seed")
+    origin = "exact DeRa" if texts == "exact" else "the merged model"
+    report.settings |= {
+        "prompts": len(encoded), "texts": "given" if all(given) else f"sampled from {origin} at each λ",
+        "samples": None if all(given) else samples, "max_new_tokens": None if all(given) else max_new_tokens,
+        "dtype": str(dtype).removeprefix("torch."), "rounding": rounding, "seed": seed,
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "approx": None if approx is None else os.fspath(approx), "path": curve.describe() if curve else None,
+        "extras": list(extras), "extra_prompts": min(extra_prompts, len(encoded)), "fingerprint": fingerprint(pair),
+    }  # fmt: skip
+    ledger.close()
+    return report
+
+
+def _compared(
+    lab: _Lab, lams: list[float], texts: str, extras: Sequence[Extra], extra_prompts: int,
+    reward: Callable[[str], float] | None,
+) -> Report:  # fmt: skip
+    """All the measuring that `compare` promises."""
+    pair, encoded, tokenizer, seed, curve = lab.pair, lab.prompts, lab.pair.tokenizer, lab.seed, lab.curve
+    given = [prompt.completion is not None for prompt in encoded]
     report = Report(pair.ref.source.name, pair.aligned.source.name, [], {})
     # On given texts, reference and aligned model read once for all λ.
     groups = [(lams, lab.given())] if all(given) else [([lam], lab.sampled(texts, lam)) for lam in lams]
@@ -253,13 +280,12 @@ def compare(
         result["verdict"], result["why"] = yardstick.verdict(result, floors.get(lam), resolution)
         result |= _where(per_token, texts_at[lam], tokenizer, encoded)
         report.results.append(result)
-    shown = {lam: texts_at[lam] for lam in lams}
     merged_texts: dict[float, tuple[list[Text], dict[str, np.ndarray]]] = {}
     if "coupled" in extras:
         for result in report.results:
             lam = result["lambda"]
-            ours = shown[lam] if not all(given) and texts == "exact" else lab.sampled("exact", lam)
-            theirs = shown[lam] if texts == "merged" else lab.sampled("merged", lam)
+            ours = texts_at[lam] if not all(given) and texts == "exact" else lab.sampled("exact", lam)
+            theirs = texts_at[lam] if texts == "merged" else lab.sampled("merged", lam)
             result["coupled"] = _coupled(ours, theirs, tokenizer, reward, seed)
             if texts != "merged":
                 (reading,) = lab.measure([lam], theirs, "merged-").values()
@@ -271,10 +297,10 @@ def compare(
     if "predict" in extras:
         probes = {}
         for lam in lab.probes(lams):
-            reading = readings.get(lam) if curve is None and not approximations else None
+            reading = readings.get(lam) if curve is None and not lab.approximations else None
             if reading is None:
                 home = lab.given() if all(given) else lab.sampled("exact", lam)
-                reading = lab.measure([lam], home, "probe-", lambda lam: [lab.line(lam)])[lam]
+                reading = lab.measure([lam], home, "probe-", lambda lam: [("kl", lab.line(lam))])[lam]
             probes[lam] = float(reading.get("kl_nonlinearity", reading["kl"]).mean())
         ends = min(0.0, *lams), max(1.0, *lams)
         grid = sorted({*lams, *np.linspace(*ends, 65).round(4).tolist()} - {0.0, 1.0})
@@ -288,18 +314,7 @@ def compare(
             if result["lambda"] not in (0.0, 1.0):
                 result["layers"] = lab.layers(few[result["lambda"]], result["lambda"])
     report.texts = _shown(lams, texts_at, report.per_token, merged_texts, tokenizer, encoded)
-    for _, recipe in approximations.values():  # what was measured is what lies there
-        dtype, rounding, seed = recipe.get("dtype"), recipe.get("rounding"), recipe.get("seed")
-    origin = "exact DeRa" if texts == "exact" else "the merged model"
-    report.settings = {
-        "prompts": len(encoded), "texts": "given" if all(given) else f"sampled from {origin} at each λ",
-        "samples": None if all(given) else samples, "max_new_tokens": None if all(given) else max_new_tokens,
-        "dtype": str(dtype).removeprefix("torch."), "rounding": rounding, "seed": seed,
-        "compute_dtype": str(compute_dtype).removeprefix("torch."), "resolution": resolution,
-        "approx": None if approx is None else os.fspath(approx), "path": curve.describe() if curve else None,
-        "extras": list(extras), "extra_prompts": min(extra_prompts, len(encoded)), "fingerprint": fingerprint(pair),
-    }  # fmt: skip
-    ledger.close()
+    report.settings = {"resolution": resolution}
     return report
 
 
@@ -422,17 +437,19 @@ class _Lab:
             for (i, _), row in zip(streams, rows, strict=True)
         ]
 
-    def measured(self, lam: float) -> Iterator[PreTrainedModel]:
-        """What is compared at λ: the merge as stored, then as float32."""
+    def measured(self, lam: float) -> Iterator[tuple[str, PreTrainedModel]]:
+        """What is compared at λ, and what its kl is called: the merge as stored, in float32, and on the straight line."""
         stored = self.split or lam in self.approximations
         if stored:
-            yield self.stored(lam)
+            yield "kl", self.stored(lam)
         if self.knows_path(lam) or not stored:
-            yield self.smooth(lam)
+            yield "kl_nonlinearity" if stored else "kl", self.smooth(lam)
+        if self.curve is not None:
+            yield "kl_line", self.line(lam)
 
     def measure(
         self, lams: Sequence[float], texts: list[Text], label: str = "",
-        models: Callable[[float], Iterable[PreTrainedModel]] | None = None,
+        models: Callable[[float], Iterable[tuple[str, PreTrainedModel]]] | None = None,
     ) -> dict[float, dict[str, np.ndarray]]:  # fmt: skip
         """Per-token figures at each λ on these texts, and `resolution` (1,)."""
         missing = [lam for lam in lams if not self.ledger.has(f"{label}tokens-{lam:g}")]
@@ -440,11 +457,13 @@ class _Lab:
         return {lam: self.ledger.step(f"{label}tokens-{lam:g}", lambda lam=lam: fresh[lam]) for lam in lams}
 
     def _measure(
-        self, lams: Sequence[float], texts: list[Text], models: Callable[[float], Iterable[PreTrainedModel]]
-    ) -> dict[float, dict[str, np.ndarray]]:
+        self, lams: Sequence[float], texts: list[Text],
+        models: Callable[[float], Iterable[tuple[str, PreTrainedModel]]],
+    ) -> dict[float, dict[str, np.ndarray]]:  # fmt: skip
         mine = list(range(len(texts)))[self.process :: self.processes]
         chosen = [texts[i] for i in mine]
-        done, steps = itertools.count(1), (2 if self.split or self.approximations else 1) * len(lams) + 2
+        each = 1 + (self.split or bool(self.approximations)) + (self.curve is not None)
+        done, steps = itertools.count(1), each * len(lams) + 2
         if not chosen:
             raise DeraError(f"{len(texts)} texts are fewer than the {self.processes} processes; start fewer")
 
@@ -459,7 +478,7 @@ class _Lab:
         heads: list[torch.nn.ModuleDict] = []  # turning the dial may change the head, so traces keep the one they had
         traces = []
         for lam in lams:
-            traces.append((lam, [read(model, heads) for model in models(lam)]))
+            traces.append((lam, {name: read(model, heads) for name, model in models(lam)}))
         tokens = torch.tensor([token for text in chosen for token in text.completion])
         per_token = divergences(ref, aligned, traces, tokens, exact.config.vocab_size)
         sizes = np.cumsum([len(text.completion) for text in chosen])[:-1]

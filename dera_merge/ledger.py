@@ -14,6 +14,7 @@ import numpy as np
 from .checkpoint import json_bytes, load_json, write_atomically
 
 FOLDER = ".unfinished"
+NOTE = "settings.json"
 T = TypeVar("T")
 
 
@@ -30,14 +31,13 @@ class Ledger:
     def __init__(self, folder: Path | None, settings: dict[str, Any], resume: bool = False, writes: bool = True) -> None:
         self._folder = None if folder is None else folder / FOLDER
         self._writes = writes
+        self._mark = {"settings": hashlib.sha256(json_bytes(settings)).hexdigest()}
+        self._made = [] if self._folder is None else [p for p in (folder, *folder.parents) if not p.exists()]
         if self._folder is None or not writes:
             return
-        note = self._folder / "settings.json"
-        mark = {"settings": hashlib.sha256(json_bytes(settings)).hexdigest()}
-        if not (resume and note.is_file() and load_json(note) == mark):
+        note = self._folder / NOTE
+        if not (resume and note.is_file() and load_json(note) == self._mark):
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir(parents=True)
-            write_atomically(note, json_bytes(mark))
 
     def step(self, key: str, work: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The arrays of a step: read back if it is finished, else worked out and kept."""
@@ -46,6 +46,9 @@ class Ledger:
                 return dict(stored)
         arrays = work()
         if self._folder is not None and self._writes:
+            if not (self._folder / NOTE).is_file():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._folder / NOTE, json_bytes(self._mark))
             file = self._folder / f"{key}.npz"
             partial = file.with_suffix(".partial.npz")
             np.savez(partial, **arrays)
@@ -57,9 +60,12 @@ class Ledger:
         return self._folder is not None and (self._folder / f"{key}.npz").is_file()
 
     def close(self) -> None:
-        """Everything is done and written elsewhere."""
+        """Everything is done, or cannot be done: nothing is left of the steps, nor of the folders made for them."""
         if self._folder is not None and self._writes:
             shutil.rmtree(self._folder, ignore_errors=True)
+            for folder in self._made:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def launched() -> tuple[int, int]:

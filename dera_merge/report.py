@@ -73,6 +73,12 @@ def sentences(result: dict[str, Any]) -> list[str]:
     if result.get("ladder") and result["kl"] and result["lambda"] not in (0.0, 1.0):
         rungs = {int(bits): kl for bits, kl in result["ladder"].items()}
         said.append(f"The merge is {in_bits(result['kl'], rungs)} of the same two models is from themselves.")
+    if (line := result.get("line")) and result["lambda"] not in (0.0, 1.0) and result["kl"]:
+        low, high = line["difference_ci"] or (math.nan, math.nan)
+        said.append(
+            f"The straight line is at {number(line['kl'])}, {line['kl'] / result['kl']:.2g} times as far (path less line: "
+            f"{low:.1e} to {high:.1e})."
+        )
     if coupled := result.get("coupled"):
         text = f"Under the same noise {coupled['identical']:.0%} of texts come out the same"
         if coupled["first_difference"] is not None:
@@ -204,7 +210,10 @@ def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[d
             rows = [{**row, "kl": row["kl"] if row["holds"] == holds else None} for row in prediction]
             label = "line, predicted" if holds else "line, guessed"
             _curve(axis, rows, lambda r: above(r["kl"]), label=label, color="C1", linewidth=1.2, linestyle=style)
-    _curve(axis, results, lambda r: above(r["kl"]), label="merged", color="C0", marker="o", markersize=4)
+    path = any("line" in result for result in results)
+    _curve(axis, results, lambda r: above(r.get("line", {}).get("kl")), label="line", color="C1", marker=".", linewidth=1)
+    label = "merged along the path" if path else "merged"
+    _curve(axis, results, lambda r: above(r["kl"]), label=label, color="C0", marker="o", markersize=4)
     bands = [(r["lambda"], *r["kl_ci"]) for r in sorted(results, key=lambda r: r["lambda"]) if r.get("kl_ci")]
     if bands:
         at, low, high = zip(*bands, strict=True)

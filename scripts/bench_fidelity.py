@@ -72,7 +72,7 @@ def memory() -> None:
     weights = [torch.randn(vocabulary, hidden) * 0.05 for _ in range(3)]
     traces = [Trace(torch.randn(tokens, hidden), lambda h, w=w: h @ w.T) for w in weights]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    at, own = [(lam, [traces[2]]) for lam in LAMS], torch.zeros(tokens, dtype=torch.long)
+    at, own = [(lam, {"kl": traces[2]}) for lam in LAMS], torch.zeros(tokens, dtype=torch.long)
     took = seconds(lambda: divergences(traces[0], traces[1], at, own, vocabulary))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     whole = tokens * vocabulary * 8 / 1e6

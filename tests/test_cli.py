@@ -32,7 +32,7 @@ def assert_one_line(done, code, *words):
 
 
 def test_every_command_has_help_with_an_example():
-    for command in ("merge", "generate", "compare", "inspect", "demo"):
+    for command in ("merge", "generate", "compare", "calibrate", "inspect", "demo"):
         done = run(command, "--help")
         assert done.returncode == 0
         assert f"Example: dera-merge {command}" in " ".join(done.stdout.split())
@@ -135,6 +135,37 @@ def test_inspect_says_what_things_are_and_how_far_apart(tmp_path):
     assert "merged by dera-merge: λ=0.5" in run("inspect", tmp_path / "m").stdout
 
 
+def test_a_path_is_learned_measured_decoded_and_merged(tmp_path):
+    pair, path = (demo.REF, demo.ALIGNED_LORA), tmp_path / "path.safetensors"
+    learn = ["calibrate", *pair, "-l", "0,1", "--texts", 32, "--max-new-tokens", 16, "-o", path]
+    done = run(*learn, "--prompts", demo.FOLDER / "validation.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["held_out"]["inner"]["path_weighted"] <= result["held_out"]["inner"]["line_weighted"]
+    assert_one_line(run(*learn), 1, "--overwrite")
+    (tmp_path / "mine.txt").write_text("not a path")
+    assert_one_line(run(*learn[:-1], tmp_path / "mine.txt", "--overwrite"), 1, "mine.txt")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in demo.prompts()[:4]))
+    measure = ["compare", *pair, "-l", "0.5", "--prompts", prompts, "--max-new-tokens", 12, "--path", path]
+    done = run(*measure, "-o", tmp_path / "report", "--with", "none", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["settings"]["path"]["sha256"] == result["sha256"]
+    assert "--path" in report["command"]
+    words = ["--path", path, "--max-new-tokens", 8, "--prompt", "The film", "--mode", "merged", "--json"]
+    done = run("generate", *pair, "-l", "0.5", *words)
+    assert done.returncode == 0, done.stderr
+    opened = ModelPair.from_pretrained(*pair)
+    ids = opened.tokenizer("The film", return_tensors="pt")
+    expected = opened.merged(0.5, path=path).generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert json.loads(done.stdout)["token_ids"] == expected.tolist()
+    done = run("merge", *pair, "-l", "0.5", "-o", tmp_path / "out", "--path", path, "--report", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "dera_merge.json").read_text())["path"]["sha256"] == result["sha256"]
+    assert_one_line(run("merge", *pair, "-l", "1.5", "-o", tmp_path / "beyond", "--path", path), 1, "from 0 to 1")
+
+
 BAD = {
     "no such directory": (["merge", "./none", demo.ALIGNED_LORA, "-l", "1"], 1, ["no directory ./none"]),
     "not a model": (["merge", demo.FOLDER, demo.ALIGNED_LORA, "-l", "1"], 1, ["neither config.json"]),
@@ -143,7 +174,7 @@ BAD = {
     "device": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--device", "gpu9"], 1, ["gpu9"]),
     "prompts": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompts", "/nonexistent"], 1, ["cannot be read"]),
     "approx": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--approx", demo.REF], 1, ["not written by dera-merge"]),
-    "huge lambda": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1e30"], 1, ["no finite logits"]),
+    "huge lambda": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1e30", "--max-new-tokens", "2"], 1, ["no finite logits"]),
     "meta": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--device", "meta"], 1, ["meta"]),
     "base": (["merge", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--base", demo.ALIGNED_LORA], 1, ["is an adapter"]),
 }
@@ -174,6 +205,10 @@ def test_a_lambda_that_is_none_is_a_usage_error(tmp_path, lam):
                   ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--mode", "merged", "--load-in", "4bit"],
                   ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--device", "cpu,cpu,cpu"],
                   ["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "-o", "x", "--max-kl", "nan"],
+                  ["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "-o", "x", "--with", "floor,magic"],
+                  ["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "-o", "x", "--reward", "a:b"],
+                  ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "x", "--path", "p"],
+                  ["calibrate", demo.REF, demo.ALIGNED_LORA, "-l", "0,1", "-o", "x", "--kind", "magic"],
                   ["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "-o", "x", "--dtype", "int8"]]
 )  # fmt: skip
 def test_wrong_usage_is_status_2(arguments):
