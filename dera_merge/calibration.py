@@ -96,10 +96,12 @@ class Bent(torch.nn.Module):
         Args:
             across, square: Σ (x_aligned - x_ref)xᵀ and Σ xxᵀ, (in, in).
         """
+        if (delta := self.delta()) is None or not bool(square.any()):
+            return
         square = square.double()
         square += RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype, device=square.device)
         root = torch.linalg.cholesky(square)
-        left, right = self.delta()
+        left, right = delta
         # The rows of right·across·square⁻¹, from the left of a symmetric system.
         right = torch.cholesky_solve((right.double() @ across.double()).T, root).T
         rank = self.up[branch].shape[1]
@@ -112,11 +114,14 @@ class Bent(torch.nn.Module):
         self.up[branch][:, :used] = left.to(self.up[branch])
         self.down[branch][:used] = right.to(self.down[branch])
 
-    def delta(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """D = left·right, (out, k) and (k, in)."""
+    def delta(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """D = left·right, (out, k) and (k, in); None for PEFT's other kinds of layers, which are left to the gradient."""
         if isinstance(self.inner, LowRankRows):
             left = self.inner.up.T if self.inner.slope is None else self.inner.up.T * self.inner.slope
             return left, self.inner.down
+        kinds = {type(self.inner.ref), type(self.inner.aligned)}
+        if len(kinds) > 1 or not kinds <= {torch.nn.Linear, Conv1D}:
+            return None
         change = self.inner.aligned.weight.float() - self.inner.ref.weight.float()
         change = change.T if isinstance(self.inner.ref, Conv1D) else change
         return change, torch.eye(change.shape[1], device=change.device)
@@ -131,9 +136,9 @@ class Bent(torch.nn.Module):
         y = self.inner(x)
         if self.strength.rows is None or not len(self.down):
             return y
-        t = torch.nn.functional.linear(x, self.down[self.branch])
+        t = torch.nn.functional.linear(x.to(self.down[self.branch].dtype), self.down[self.branch])
         lam = self.strength.beside(t)
-        return y + torch.nn.functional.linear(t * (lam * (1 - lam)), self.up[self.branch])
+        return y + torch.nn.functional.linear(t * (lam * (1 - lam)), self.up[self.branch]).to(y.dtype)
 
 
 class _Gained:
@@ -154,7 +159,8 @@ def _sizes(inner: LowRankRows | MixedRows) -> tuple[int, int]:
     if isinstance(inner, LowRankRows):
         return inner.down.shape[1], inner.up.shape[1]
     weight = inner.ref.weight
-    return tuple(weight.shape) if isinstance(inner.ref, Conv1D) else (weight.shape[1], weight.shape[0])
+    base = inner.ref.get_base_layer() if hasattr(inner.ref, "get_base_layer") else inner.ref
+    return tuple(weight.shape) if isinstance(base, Conv1D) else (weight.shape[1], weight.shape[0])
 
 
 def calibrate(
@@ -191,8 +197,8 @@ def calibrate(
         progress: called as work goes on.
 
     Returns:
-        The path; `recipe["held_out"]` says what it does to texts of prompts that it was not trained on: mean kl of the
-        straight line and of the path, in nats per token, for each branch.
+        The path; `recipe["held_out"]` says what it does to texts of prompts that it was not trained on, and that chose
+        which state is kept: mean kl of the straight line and of the path, in nats per token, for each branch.
 
     Raises:
         DeraError: the pair has no weight-space form, there is nothing to learn, or prompts are unusable.
@@ -212,6 +218,8 @@ def calibrate(
     set_seed(seed)
 
     names = _bendable(pair)
+    if len({side.config.get("vocab_size") for side in pair.sides}) > 1:
+        raise DeraError("the two vocabularies are padded differently; paths are learned for pairs of one size only")
     exact = pair.exact(dtype=compute_dtype, device=device)
     student = exact.rows or in_rows(exact.ref, exact.ref, exact.aligned)
     if student is None:
@@ -222,18 +230,20 @@ def calibrate(
         entries = prompt_files.encode(own_prompts(pair, exact.ref, math.ceil(texts / len(wanted)), tell), pair.tokenizer)
     ids = [prompt.ids for prompt in entries]
     dice = random.Random(seed)
-    # Each prompt comes once for every branch before any comes twice; prompts held out for one branch are for the other.
-    at = [(number % len(ids), wanted[number // len(ids) % len(wanted)] if len(ids) < texts else wanted[number % len(wanted)])
-          for number in range(texts)]  # fmt: skip
+    # Every prompt for both sides of λ = 1, so that one that is held out is held out for both.
+    at = [(number // len(wanted) % len(ids), wanted[number % len(wanted)]) for number in range(texts)]
+    used = sorted({prompt for prompt, _ in at})
+    if len(used) < 2:
+        raise DeraError(f"{len(used)} prompts are too few to hold one out; give more")
+    limit = pair.context_length
+    if limit and (longest := max(map(len, ids)) + max_new_tokens) > limit:
+        raise DeraError(f"a prompt and its text have up to {longest} tokens, the model takes {limit}")
     drawn = [dice.uniform(*ranges[branch]) for _, branch in at]
     lessons = _sampled(pair, exact, ids, [prompt for prompt, _ in at], drawn, max_new_tokens, tell)
-    unseen = set(dice.sample(range(len(ids)), max(1, round(HELD_OUT * len(ids))))) if len(ids) > 1 else set()
+    unseen = set(dice.sample(used, max(1, round(HELD_OUT * len(used)))))
     order = [lesson for lesson in lessons if lesson.text.prompt not in unseen]
     dice.shuffle(order)
     held_out = [lesson for lesson in lessons if lesson.text.prompt in unseen]
-    if not order or not held_out:
-        raise DeraError(f"{len(ids)} prompts are too few to hold one out; give more")
-
     teacher = _Teacher.of(exact, [*order, *held_out])
     student.requires_grad_(False)
     layers = _bend(student, names, rank if kind == "curve" else 0, device)
@@ -252,10 +262,7 @@ def calibrate(
             trainer.look("closed form", mine[1])
         trainer.run(*mine, passes, dice, tell)
         figures[BRANCHES[branch]] = {"texts": len(mine[1])} | trainer.keep_best()
-    parts: dict[str, dict[str, Part]] = {}
-    for name, layer in layers.items():
-        for branch in wanted:
-            parts.setdefault(name, {})[BRANCHES[branch]] = _part(layer, branch)
+    parts = _learned(pair, layers, wanted)
     recipe = {
         "ref": pair.ref.source.name, "aligned": pair.aligned.source.name, "kind": kind,
         "rank": rank if kind == "curve" else None, "texts": texts, "max_new_tokens": max_new_tokens, "passes": passes,
@@ -483,14 +490,23 @@ def _inputs(model: PreTrainedModel, modules: list[str], ids: torch.Tensor, mask:
     return [seen[name] for name in modules]
 
 
-def _part(layer: Bent, branch: int) -> Part:
+def _learned(pair: ModelPair, layers: dict[str, Bent], branches: Sequence[int]) -> dict[str, dict[str, Part]]:
+    """What the layers have learned, by tensor of θ(λ)."""
+    parts: dict[str, dict[str, Part]] = {}
+    for name, layer in layers.items():
+        transposed = layer.module in pair.architecture.transposed
+        parts[name] = {BRANCHES[branch]: _part(layer, branch, transposed) for branch in branches}
+        bias = pair.architecture.stored_name(f"{layer.module}.bias", pair.tensors)
+        if bias is not None and not pair.is_same(bias):  # the gain is that of the whole layer
+            parts[bias] = {branch: Part(part.gain) for branch, part in parts[name].items()}
+    return parts
+
+
+def _part(layer: Bent, branch: int, transposed: bool) -> Part:
     gain = layer.gain[branch].detach().float().cpu()
     if not len(layer.up):
         return Part(gain)
     up, down = layer.up[branch].detach().float().cpu(), layer.down[branch].detach().float().cpu()
-    transposed = isinstance(layer.inner, MixedRows) and isinstance(layer.inner.ref, Conv1D)
-    base = getattr(layer.inner, "base_layer", None)
-    transposed = transposed or isinstance(base, Conv1D)
     return Part(gain, down.T.contiguous(), up.T.contiguous()) if transposed else Part(gain, up, down)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load, save
 
-from .checkpoint import DTYPE_NAMES, TensorInfo, read_header, write_atomically
+from .checkpoint import DTYPE_NAMES, TensorInfo, as_bytes, read_header, write_atomically
 from .errors import DeraError
 
 if TYPE_CHECKING:
@@ -76,7 +76,6 @@ class Curve:
     parts: dict[str, dict[str, Part]]
     recipe: dict[str, Any] = field(default_factory=dict)
     name: str = "a path"
-    sha256: str | None = None
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Curve:
@@ -94,7 +93,7 @@ class Curve:
         parts: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
         try:
             span = json.loads(metadata["lambda"])
-            recipe = json.loads(metadata["recipe"])
+            recipe = dict(json.loads(metadata["recipe"]))
             for key, tensor in load(content).items():
                 branch, kind, name = key.split("/", 2)
                 if branch not in BRANCHES or kind not in ("gain", "left", "right") or tensor.dtype != torch.float32:
@@ -103,14 +102,16 @@ class Curve:
             curve = cls(
                 (float(span[0]), float(span[1])), metadata["fingerprint"],
                 {name: {b: Part(**kinds) for b, kinds in branches.items()} for name, branches in parts.items()},
-                recipe, str(path), hashlib.sha256(content).hexdigest(),
+                recipe, str(path),
             )  # fmt: skip
         except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
             raise DeraError(f"{path} is broken: {error}; calibrate again") from error
         for name, branches in curve.parts.items():
             for part in branches.values():
+                low_rank = [t for t in (part.left, part.right) if t is not None]
+                fits = not low_rank or ([t.ndim for t in low_rank] == [2, 2] and part.left.shape[1] == len(part.right))
                 finite = all(t.isfinite().all() for t in (part.gain, part.left, part.right) if t is not None)
-                if tuple(part.gain.shape) != (2,) or (part.left is None) != (part.right is None) or not finite:
+                if tuple(part.gain.shape) != (2,) or not fits or not finite:
                     raise DeraError(f"{path} is broken: what it says of {name} is no path; calibrate again")
         return curve
 
@@ -129,9 +130,21 @@ class Curve:
             "fingerprint": self.fingerprint, "recipe": json.dumps(self.recipe, ensure_ascii=False),
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.sha256 = write_atomically(path, save(tensors, metadata))
+        write_atomically(path, save(tensors, metadata))
         self.name = str(path)
         return path
+
+    @property
+    def sha256(self) -> str:
+        """Of all that a merge depends on: the pair, the range, and every number."""
+        digest = hashlib.sha256(json.dumps([self.span, self.fingerprint]).encode())
+        for name, branches in sorted(self.parts.items()):
+            for branch, part in sorted(branches.items()):
+                for kind, value in vars(part).items():
+                    if value is not None:
+                        digest.update(f"{name} {branch} {kind} {tuple(value.shape)}".encode())
+                        digest.update(as_bytes(value.contiguous()).tobytes())
+        return digest.hexdigest()
 
     @property
     def kind(self) -> str:
@@ -186,7 +199,7 @@ def fingerprint(pair: ModelPair) -> str:
 
     It reads three times 4 KiB of each tensor: enough to tell two training runs apart, at any size of model.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{pair.base_quantization or 'none'}\0".encode())
     for side in pair.sides:
         for label, content in _parts_of(side):
             digest.update(label.encode() + b"\0" + content + b"\0")

@@ -34,7 +34,7 @@ def predict(probes: dict[float, float], lams: Sequence[float], resolution: float
     nearest stretch within [0, 1].
 
     Args:
-        probes: λ → kl in nats per token; not 0 or 1.
+        probes: λ → kl in nats per token; two or more, not 0 or 1.
         lams: where to predict.
         resolution: nats below which kl is noise.
 
@@ -43,20 +43,16 @@ def predict(probes: dict[float, float], lams: Sequence[float], resolution: float
         [0, 1], not between probes whose r differ by more than a factor of 10, not where kl is within 100 times the
         resolution.
     """
-    points = sorted((lam, math.log(max(kl, 1e-300) / scale(lam))) for lam, kl in probes.items())
+    points = sorted((lam, math.log(max(kl, resolution) / scale(lam))) for lam, kl in probes.items())
     knots, values = zip(*points, strict=True)
     found = []
     for lam in lams:
         right = min(max(int(np.searchsorted(knots, lam)), 1), len(knots) - 1)
-        steps = [abs(values[right] - values[right - 1])] if len(knots) > 1 else [0.0]
-        if len(knots) == 1:
-            log_r = values[0]
-        else:
-            place = (lam - knots[right - 1]) / (knots[right] - knots[right - 1])
-            log_r = values[right - 1] + place * (values[right] - values[right - 1])
-        kl = scale(lam) * math.exp(log_r)
+        step = values[right] - values[right - 1]
+        place = (lam - knots[right - 1]) / (knots[right] - knots[right - 1])
+        kl = scale(lam) * math.exp(min(values[right - 1] + place * step, 700.0))
         inside = knots[0] <= lam <= knots[-1] or 0 <= lam <= 1
-        holds = inside and max(steps) <= math.log(ROUGH) and kl >= RESOLVED * resolution
+        holds = inside and abs(step) <= math.log(ROUGH) and kl >= RESOLVED * resolution
         found.append({"lambda": lam, "kl": kl, "holds": bool(holds)})
     return found
 

@@ -22,7 +22,7 @@ import torch
 
 from . import explain, lambdas, yardstick
 from . import prompts as prompt_files
-from .checkpoint import json_bytes, write_atomically
+from .checkpoint import json_bytes, load_json, write_atomically
 from .curve import Curve, fingerprint, opened
 from .divergence import MEASURES, bootstrap, divergences, summarise
 from .errors import DeraError
@@ -72,10 +72,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` holds; never NaN or infinity."""
-        return {
+        return _finite({
             "ref": self.ref, "aligned": self.aligned, "verdict": self.verdict(), "results": self.results,
             "prediction": self.prediction, "settings": self.settings, "texts": self.texts, "command": self.command,
-        }  # fmt: skip
+        })  # fmt: skip
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Report:
@@ -84,26 +84,32 @@ class Report:
         Raises:
             DeraError: there is none, or it is not one of ours.
         """
-        from .checkpoint import load_json
-
         place = Path(folder)
         place = place / "report.json" if place.is_dir() else place
+        if not place.is_file():
+            raise DeraError(f"there is no report {place}; dera-merge compare writes one")
         data = load_json(place)
-        if not isinstance(data, dict) or not isinstance(data.get("results"), list) or not isinstance(data.get("ref"), str):
+        shape = {"ref": str, "aligned": str, "results": list, "settings": dict}
+        if not isinstance(data, dict) or not all(isinstance(data.get(key), kind) for key, kind in shape.items()):
             raise DeraError(f"{place} is no report that dera-merge compare wrote")
+        if not all(isinstance(row, dict) and "verdict" in row for row in data["results"]):
+            raise DeraError(f"{place} was written by an older version, without verdicts; compare again")
         kept = ("ref", "aligned", "results", "settings", "prediction", "texts", "command")
         return cls(**{key: data[key] for key in kept if key in data})
 
     def safe_stretches(self) -> list[tuple[float, float]]:
         """From which λ to which all that were measured are safe."""
         stretches: list[tuple[float, float]] = []
-        before = False
+        before: float | None = None  # the λ before, if it is safe
         for result in sorted(self.results, key=lambda result: result["lambda"]):
-            safe = result.get("verdict") == "safe"
-            if safe:
-                start = stretches.pop()[0] if before else result["lambda"]
-                stretches.append((start, result["lambda"]))
-            before = safe
+            lam = result["lambda"]
+            if result.get("verdict") != "safe":
+                before = None
+                continue
+            # Both ends are exact whatever lies between, so they alone say nothing of it.
+            joined = before is not None and not (before == 0.0 and lam == 1.0)
+            stretches.append((stretches.pop()[0] if joined else lam, lam))
+            before = lam
         return stretches
 
     def verdict(self) -> dict[str, list[float]]:
@@ -119,10 +125,10 @@ class Report:
 
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "report.json", json_bytes(self.to_dict()))
         write_atomically(folder / "report.md", markdown(self).encode())
         write_atomically(folder / "report.html", html(self).encode())
         plot_fidelity(self.results, folder / "fidelity.png", prediction=self.prediction)
-        write_atomically(folder / "report.json", json_bytes(self.to_dict()))
         return folder
 
     def gate(self, max_kl: float | None, min_top1: float | None) -> dict[str, Any]:
@@ -176,13 +182,13 @@ def compare(
         extras: what to measure beside the divergences:
             `"floor"`: what bfloat16 alone costs exact DeRa;
             `"ladder"`: what quantisation to 8, 6, 5, 4, 3 bits costs it;
-            `"predict"`: kl over the whole range of λ, from merges at ½ and at the largest λ;
+            `"predict"`: kl over the whole range of λ, from merges at ¼, ¾ and the largest λ;
             `"layers"`: which tensors the error comes from, and where the features part;
             `"coupled"`: texts of both models under the same noise.
-        extra_prompts: all extras but the last look at the texts of this many prompts.
+        extra_prompts: floor, ladder and layers look at the texts of this many prompts.
         reward: a text's reward, for `"coupled"`.
         device, compute_dtype: where and in what the models run.
-        unfinished: a directory in which to keep finished steps until all are done.
+        unfinished: a directory in which to keep finished steps until all are done; with several processes nothing is kept.
         resume: go on with what an interrupted call with the same arguments left there.
         progress: called as work goes on.
 
@@ -207,14 +213,14 @@ def compare(
         raise DeraError(f"prompt {given.index(False) + 1} has no completion, others have; give all or none")
     if all(given) and (samples > 1 or texts == "merged"):
         raise DeraError("the prompts bring completions, so that nothing is sampled; leave out --texts and --samples")
-    _check_lengths(encoded, max_new_tokens, pair.context_length)
+    _check_lengths(encoded, max_new_tokens, pair.context_length, "coupled" in extras)
     layout, rounding = output_layout(pair, dtype, rounding)
     split = any(kind != torch.float32 for kind, _ in layout.values())
     curve = opened(path, pair, lams)
     approximations = {lam: _approximation(approx, lam, pair) for lam in lams} if approx is not None else {}
     process, processes = launched()
     ledger = Ledger(
-        None if unfinished is None else Path(unfinished),
+        None if unfinished is None or processes > 1 else Path(unfinished),
         {"pair": fingerprint(pair), "lams": lams, "prompts": [[p.ids, p.completion] for p in encoded],
          "approx": str(approx), "path": curve.sha256 if curve else None, "dtype": str(dtype), "rounding": rounding,
          "texts": texts, "samples": samples, "tokens": max_new_tokens, "seed": seed, "compute": str(compute_dtype),
@@ -231,15 +237,17 @@ def compare(
     except DeraError:  # what cannot be done leaves nothing; an interruption leaves its finished steps
         ledger.close()
         raise
+    merge_seed, along = seed, curve.describe() if curve else None
     for _, recipe in approximations.values():  # what was measured is what lies there
-        dtype, rounding, seed = recipe.get("dtype"), recipe.get("rounding"), recipe.get("seed")
+        dtype, rounding, merge_seed = recipe.get("dtype"), recipe.get("rounding"), recipe.get("seed")
+        along = None if recipe.get("path", "line") == "line" else recipe["path"]
     origin = "exact DeRa" if texts == "exact" else "the merged model"
     report.settings |= {
         "prompts": len(encoded), "texts": "given" if all(given) else f"sampled from {origin} at each λ",
         "samples": None if all(given) else samples, "max_new_tokens": None if all(given) else max_new_tokens,
         "dtype": str(dtype).removeprefix("torch."), "rounding": rounding, "seed": seed,
-        "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "approx": None if approx is None else os.fspath(approx), "path": curve.describe() if curve else None,
+        "merge_seed": merge_seed, "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "approx": None if approx is None else os.fspath(approx), "path": along,
         "extras": list(extras), "extra_prompts": min(extra_prompts, len(encoded)), "fingerprint": fingerprint(pair),
     }  # fmt: skip
     ledger.close()
@@ -276,7 +284,9 @@ def _compared(
             result["noise_floor"] = floors[lam]
         if rungs:
             result["ladder"] = {str(bits): kl[lam] for bits, kl in rungs.items()}
-            result["bits"] = yardstick.bits_like(result["kl"], {bits: kl[lam] for bits, kl in rungs.items()})
+            same = prompt_of < extra_prompts  # the texts that the rungs were measured on
+            result["ladder_kl"] = float(per_token["kl"][same].mean())
+            result["bits"] = yardstick.bits_like(result["ladder_kl"], {bits: kl[lam] for bits, kl in rungs.items()})
         result["verdict"], result["why"] = yardstick.verdict(result, floors.get(lam), resolution)
         result |= _where(per_token, texts_at[lam], tokenizer, encoded)
         report.results.append(result)
@@ -313,7 +323,11 @@ def _compared(
         for result in report.results:
             if result["lambda"] not in (0.0, 1.0):
                 result["layers"] = lab.layers(few[result["lambda"]], result["lambda"])
-    report.texts = _shown(lams, texts_at, report.per_token, merged_texts, tokenizer, encoded)
+    if all(given) or texts == "merged":  # the weights to the sequence-level mixture are those of exact DeRa's own texts
+        for result in report.results:
+            result["sequence"]["ess_share"] = None
+    whose = "given" if all(given) else "exact DeRa" if texts == "exact" else "merged"
+    report.texts = _shown(whose, lams, texts_at, report.per_token, merged_texts, tokenizer, encoded)
     report.settings = {"resolution": resolution}
     return report
 
@@ -323,9 +337,19 @@ def _each(values: Iterable[int], texts: Sequence[Text]) -> np.ndarray:
     return np.repeat(np.array(list(values)), [len(text.completion) for text in texts])
 
 
-def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None) -> None:
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None, sampled: bool) -> None:
     for number, prompt in enumerate(prompts, 1):
-        count = len(prompt.ids) + (max_new_tokens if prompt.completion is None else len(prompt.completion))
+        given = 0 if prompt.completion is None else len(prompt.completion)
+        count = len(prompt.ids) + max(given, max_new_tokens if sampled or prompt.completion is None else 0)
         if limit and count > limit:
             raise DeraError(f"prompt {number} and its completion have up to {count} tokens, the model takes {limit}")
 
@@ -378,6 +402,11 @@ class _Lab:
             self._exact = self.pair.exact(dtype=self.compute_dtype, device=self.device)
         return self._exact
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the vocabulary that both models have."""
+        return min(side.config["vocab_size"] for side in self.pair.sides if side.config.get("vocab_size"))
+
     def stored(self, lam: float) -> PreTrainedModel:
         """The model to measure at λ."""
         if lam in self.approximations:
@@ -422,7 +451,7 @@ class _Lab:
             model, options = (self.exact, {"lam": lam}) if whose == "exact" else (self.stored(lam), {})
             new = sample(
                 model, self.pair.tokenizer, [self.prompts[i].ids for i, _ in mine], max_new_tokens=self.max_new_tokens,
-                seed=self.seed, streams=[i + s * len(self.prompts) for i, s in mine],
+                seed=self.seed, streams=[i + s * len(self.prompts) for i, s in mine], vocab_size=self.vocab_size,
                 progress=lambda done: self.tell(what, done, len(mine)), **options,
             )  # fmt: skip
             every = dict(gathered(list(zip(mine, new, strict=True))))
@@ -541,7 +570,7 @@ class _Lab:
 
         def work() -> dict[str, np.ndarray]:
             what = f"looking into the layers at λ={lam:g}"
-            shares = explain.attribute(self.pair, texts, lam, self.device, lambda done, all: self.tell(what, done, all))
+            shares = explain.attribute(self.pair, texts, lam, self.device, lambda done, total: self.tell(what, done, total))
             gaps = explain.feature_gaps(self.exact.ref, self.exact.aligned, self.line(lam), texts, lam)
             return {"names": np.array(list(shares)), "shares": np.array(list(shares.values())), "gaps": np.array(gaps)}
 
@@ -654,7 +683,7 @@ def _coupled(
 
 
 def _shown(
-    lams: Sequence[float], texts_at: dict[float, list[Text]], per_token: dict[float, dict[str, np.ndarray]],
+    whose: str, lams: Sequence[float], texts_at: dict[float, list[Text]], per_token: dict[float, dict[str, np.ndarray]],
     merged: dict[float, tuple[list[Text], dict[str, np.ndarray]]], tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -668,7 +697,7 @@ def _shown(
     for lam in lams:
         texts = texts_at[lam]
         for index in range(min(SHOWN, len(texts))):
-            entry = {"lambda": lam, "prompt": prompts[texts[index].prompt].text,
+            entry = {"lambda": lam, "prompt": prompts[texts[index].prompt].text, "of": whose,
                      "scored": pieces(texts, per_token[lam]["kl"], index)}  # fmt: skip
             if lam in merged:
                 entry["merged"] = pieces(merged[lam][0], merged[lam][1]["kl"], index)

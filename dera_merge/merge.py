@@ -125,7 +125,7 @@ def warn_of_unsafe(pair: ModelPair, lams: Sequence[float], report: str | os.Path
         raise DeraError(f"{report} measured {'another' if measured else 'no'} path; compare with the --path that you merge")
     stretches = found.safe_stretches()
     for lam in lams:
-        if not any(low <= lam <= high for low, high in stretches):
+        if lam not in (0.0, 1.0) and not any(low <= lam <= high for low, high in stretches):
             safe = ", ".join(f"{low:g} to {high:g}" if low < high else f"{low:g}" for low, high in stretches) or "nowhere"
             warn(f"λ={lam:g} lies outside of what {report} calls safe ({safe})")
 

@@ -70,9 +70,9 @@ def headline(report: Report) -> str:
 def sentences(result: dict[str, Any]) -> list[str]:
     """What one λ's figures say, in words."""
     said = [f"λ = {result['lambda']:g}: {result['verdict']}; {result['why']}."]
-    if result.get("ladder") and result["kl"] and result["lambda"] not in (0.0, 1.0):
+    if result.get("ladder") and result["lambda"] not in (0.0, 1.0):
         rungs = {int(bits): kl for bits, kl in result["ladder"].items()}
-        said.append(f"The merge is {in_bits(result['kl'], rungs)} of the same two models is from themselves.")
+        said.append(f"The merge is {in_bits(result['ladder_kl'], rungs)} of the same two models is from themselves.")
     if (line := result.get("line")) and result["lambda"] not in (0.0, 1.0) and result["kl"]:
         low, high = line["difference_ci"] or (math.nan, math.nan)
         said.append(

@@ -26,17 +26,21 @@ class GumbelNoise(LogitsProcessor):
     Args:
         streams: one integer per row of the batch; rows with the same stream get the same noise.
         seed: of all streams.
+        vocab_size: rows of the vocabulary that may be sampled, and get noise; default all. Models that are to be coupled
+            must have the same number of them.
     """
 
-    def __init__(self, streams: Sequence[int], seed: int = 0) -> None:
+    def __init__(self, streams: Sequence[int], seed: int = 0, vocab_size: int | None = None) -> None:
+        self._vocab_size = vocab_size
         self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + stream) for stream in streams]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) with noise; the next call gets fresh noise."""
-        uniform = torch.stack(
-            [torch.rand(scores.shape[1], generator=generator, dtype=torch.float64) for generator in self._generators]
-        )
-        return scores + -torch.log(-torch.log(uniform)).to(scores)
+        count = self._vocab_size or scores.shape[1]
+        uniform = torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in self._generators])
+        noisy = torch.full_like(scores, -torch.inf)
+        noisy[:, :count] = scores[:, :count] - torch.log(-torch.log(uniform)).to(scores)
+        return noisy
 
 
 @torch.no_grad()
@@ -48,6 +52,7 @@ def sample(
     max_new_tokens: int,
     seed: int = 0,
     streams: Sequence[int] | None = None,
+    vocab_size: int | None = None,
     progress: Callable[[int], None] | None = None,
     **kwargs: object,
 ) -> list[list[int]]:
@@ -60,6 +65,7 @@ def sample(
         max_new_tokens: length limit, in tokens.
         seed: the same seed gives the same texts, whatever the batches.
         streams: which noise each prompt gets; default: its number.
+        vocab_size: as for `GumbelNoise`.
         progress: called with the number of prompts done.
         kwargs: passed to `generate` (λ, say).
 
@@ -85,7 +91,7 @@ def sample(
         mask = [[0] * pad + [1] * (width - pad) for pad in padding]
         output = model.generate(
             input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
-            logits_processor=LogitsProcessorList([GumbelNoise([streams[i] for i in batch], seed)]), **kwargs,
+            logits_processor=LogitsProcessorList([GumbelNoise([streams[i] for i in batch], seed, vocab_size)]), **kwargs,
         )  # fmt: skip
         for index, row in zip(batch, output[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)

@@ -76,7 +76,7 @@ def ladder(
             tell()
         sides.append(traces)
     (ref, *refs), (aligned, *aligneds) = sides
-    vocab_size = min(side.config.get("vocab_size", math.inf) for side in pair.sides)
+    vocab_size = min(side.config["vocab_size"] for side in pair.sides if side.config.get("vocab_size"))
     return {
         bits: between_mixtures(ref, aligned, one, other, lams, vocab_size)
         for bits, one, other in zip(BITS, refs, aligneds, strict=True)
@@ -112,18 +112,21 @@ def verdict(result: dict[str, Any], floor: float | None, resolution: float) -> t
     shift is captured. `usable`: at least half is captured, or kl is below ten times that cost. Else `not DeRa any more`.
     """
     kl = result["kl_ci"][1] if result["kl_ci"] else result["kl"]
-    floor = max(floor or 0.0, resolution)
+    surely = "at least " if result["kl_ci"] else ""
+    known = floor is not None and floor >= resolution
+    what = "what bfloat16 alone costs exact DeRa" if known else "the resolution of the measurement"
+    floor = floor if known else resolution
     if kl is None or not math.isfinite(kl):
         return "not DeRa any more", "kl is not finite"
     if kl <= floor:
-        return "safe", "kl is below what bfloat16 alone costs exact DeRa"
+        return "safe", f"kl is below {what}"
     bound = min(result["kl_ref"], result["kl_aligned"])
     captured = 1 - kl / bound if bound > resolution else None
     if captured is not None and captured >= USABLE_CAPTURED:
         word: Verdict = "safe" if captured >= SAFE_CAPTURED else "usable"
-        return word, f"at least {captured:.0%} of the shift is captured"
+        return word, f"{surely}{captured:.0%} of the shift is captured"
     if kl <= USABLE_FLOORS * floor:
-        return "usable", f"kl is {kl / floor:.1f} times what bfloat16 alone costs exact DeRa"
+        return "usable", f"kl is {kl / floor:.1f} times {what}"
     if captured is None:
         return "not DeRa any more", "exact DeRa is at one of the two models, and the merge is not"
     nearer = "reference" if result["kl_ref"] <= result["kl_aligned"] else "aligned model"

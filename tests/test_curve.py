@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from dera_merge import Curve, DeraError, ModelPair, calibrate
+from dera_merge import Curve, DeraError, ModelPair, calibrate, compare, demo
 from dera_merge import calibration as learning
 from dera_merge.calibration import _bendable
 from dera_merge.curve import Part, fingerprint
@@ -59,7 +59,11 @@ def gpt2(tmp_path_factory):
         torch.manual_seed(seed)
         folders.append(tmp_path_factory.mktemp("gpt2"))
         config = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)
-        GPT2LMHeadModel(config).save_pretrained(folders[-1])
+        model = GPT2LMHeadModel(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folders[-1])
         save_tokenizer(folders[-1])
     return ModelPair.from_pretrained(*folders)
 
@@ -200,8 +204,7 @@ def test_what_is_trained_is_what_is_merged(pair):
     torch.manual_seed(0)
     for parameter in (p for layer in layers.values() for kind in (layer.gain, layer.up, layer.down) for p in kind):
         parameter.copy_(0.1 * torch.randn_like(parameter))
-    parts = {name: {b: learning._part(layer, n) for n, b in enumerate(("inner", "outer"))} for name, layer in layers.items()}
-    path = Curve((0.0, 2.0), fingerprint(pair), parts)
+    path = Curve((0.0, 2.0), fingerprint(pair), learning._learned(pair, layers, (0, 1)))
     lams = torch.tensor([0.3, 0.8]), torch.tensor([1.2, 1.7])
     ids = torch.tensor([[5, 6, 7, 8, 9]] * 2)
     for branch, chosen in enumerate(lams):
@@ -248,10 +251,24 @@ def test_the_closed_form_is_the_ridge_regression_of_what_the_line_misses(llama, 
     torch.testing.assert_close((layer.up[0] @ layer.down[0]).double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_a_path_is_nearer_than_the_line_on_texts_that_calibration_has_not_seen():
+    pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA)
+    path = calibrate(pair, [1.0, 2.0], demo.prompts("validation"), texts=96, max_new_tokens=32)
+    for result in compare(pair, [1.5, 2.0], demo.prompts(), path=path, dtype="float32", max_new_tokens=32, extras=(), seed=7).results:
+        assert result["kl"] < result["line"]["kl"] / 1.3
+        assert result["line"]["difference_ci"][1] < 0
+
+
+def test_calibration_in_bfloat16_runs(llama, lora):
+    base = llama(0)
+    pair = ModelPair.from_pretrained(base, lora(base))
+    assert calibrate(pair, [0.0, 1.0], PROMPTS, texts=20, max_new_tokens=4, rank=2, compute_dtype=torch.bfloat16).parts
+
+
 def test_gains_alone_are_two_numbers_a_layer(pair):
     path = calibrate(pair, [0.0, 1.0], PROMPTS, kind="gains", texts=40, max_new_tokens=8)
     assert path.kind == "gains"
-    assert path.parts.keys() == set(_bendable(pair).values())
+    assert {name for name in path.parts if name.endswith("weight")} == set(_bendable(pair).values())
     assert all(part.keys() == {"inner"} for part in path.parts.values())
 
 
@@ -267,7 +284,7 @@ def test_the_same_calibration_gives_the_same_path(llama, lora):
     ("arguments", "message"),
     [
         (([-1.0, 1.0],), "from 0 on"),
-        (([0.0, 1.0], PROMPTS[:1]), "too few"),
+        (([0.0, 1.0], PROMPTS[:1]), "too few to hold one out"),
         (([1.0],), "nothing to learn"),
         (([0.0, 2.0], PROMPTS, "texts"), "too few"),
     ],

@@ -456,6 +456,24 @@ def test_the_page_needs_nothing_else_and_holds_everything(whole_report):
     assert "url(http" not in content
 
 
+@pytest.mark.parametrize("extra", ["floor", "ladder", "predict", "layers", "coupled"])
+def test_each_extra_alone_makes_a_whole_report(llama, lora, extra, tmp_path):
+    base = llama(0)
+    pair = ModelPair.from_pretrained(base, lora(base))
+    report = compare(pair, [-0.5, 0.5], PROMPTS[:3], max_new_tokens=4, extras=(extra,))
+    assert json.loads((report.save(tmp_path) / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_one_prompt_and_one_lambda_make_a_whole_report(pair, tmp_path):
+    report = compare(pair, [1.0], PROMPTS[:1], max_new_tokens=2, extras=("floor", "ladder", "coupled"))
+    assert "nan" not in report.save(tmp_path).joinpath("report.md").read_text()
+
+
+def test_ends_alone_say_nothing_of_what_lies_between():
+    rows = [{"lambda": lam, "verdict": "safe"} for lam in (0.0, 1.0)]
+    assert Report("a", "b", rows, {}).safe_stretches() == [(0.0, 0.0), (1.0, 1.0)]
+
+
 def test_a_report_comes_back_from_its_folder(whole_report):
     folder, report = whole_report
     assert Report.load(folder).to_dict() == report.to_dict()
