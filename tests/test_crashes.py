@@ -211,7 +211,7 @@ def test_files_have_the_modes_of_the_umask(llama, tmp_path):
 # Several processes
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_that_share_one_output_write_the_bytes_of_one(pair, whole, tmp_path, count):
     out = tmp_path / "out"
     code = MERGE + "i, n = map(int, sys.argv[4:]); merge(*sys.argv[1:4], shard=(i, n))"

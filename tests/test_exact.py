@@ -332,7 +332,7 @@ def test_a_lora_pair_shares_its_base_weights(llama, lora):
 
 
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("form", ["two models", "one pass"])
 def test_every_kind_of_cache_gives_the_plain_loop(tmp_path, llama, lora, implementation, window, form):
     """Caches that grow, caches of fixed size, and windows that slide past the prompt."""
