@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import GenerationConfig, set_seed
+from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
 from . import lambdas
@@ -34,6 +34,7 @@ from .errors import DeraError
 from .exact import mix
 from .pair import ModelPair
 from .rows import LowRankRows, MixedRows, Strength, in_rows
+from .sampling import decode_batch
 from .traces import Head, Text, Trace, batches, head_of, padded, scored, trace_of
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ RIDGE = 0.01  # of the mean square of a layer's inputs
 SINKS = 4  # first tokens of a text, whose huge activations would rule a regression
 MOMENTS = 4 << 30  # bytes of second moments of inputs that are held at a time
 HELD_OUT = 0.1  # share of the prompts
+PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # sampling without a warper
 PROMPT_TOKENS = 32  # of a prompt that the pair writes itself
 
 
@@ -294,7 +296,7 @@ def own_prompts(
     found: dict[str, None] = {}
     for done in range(0, count, SAMPLED_TOGETHER):
         rows = [opening] * min(SAMPLED_TOGETHER, count - done)
-        for new in _draw(ref, pair, rows, PROMPT_TOKENS):
+        for new in decode_batch(ref, tokenizer, rows, max_new_tokens=PROMPT_TOKENS, **PLAIN):
             if text := tokenizer.decode(new, skip_special_tokens=True).strip():
                 found[text] = None
         tell("writing prompts", done + len(rows), count)
@@ -314,7 +316,8 @@ def _sampled(
         batch = order[start : start + SAMPLED_TOGETHER]
         rows = [prompts[chosen[i]] for i in batch]
         with _recording(exact) as states:
-            drawn = _draw(exact, pair, rows, max_new_tokens, [lams[i] for i in batch])
+            how = {"max_new_tokens": max_new_tokens, "lam": [lams[i] for i in batch], **PLAIN}
+            drawn = decode_batch(exact, pair.tokenizer, rows, **how)
         for i, ids, new, ref, aligned in zip(batch, rows, drawn, *states(), strict=True):
             text = Text(chosen[i], [*ids, *new], len(ids))
             lessons.append(Lesson(text, lams[i], ref[: len(new)].clone(), aligned[: len(new)].clone()))
@@ -344,30 +347,6 @@ def _recording(exact: DeraForCausalLM) -> Iterator[Callable[[], tuple[torch.Tens
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@torch.no_grad()
-def _draw(
-    model: PreTrainedModel, pair: ModelPair, rows: list[list[int]], length: int, lams: list[float] | None = None
-) -> list[list[int]]:
-    """New tokens for each row at temperature 1, an end token included, nothing after it."""
-    pad, width = pair.tokenizer.pad_token_id, max(map(len, rows))
-    device = model.device
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    kept, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
-    try:
-        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": length}
-        output = model.generate(input_ids=ids, attention_mask=mask, **how, **({"lam": lams} if lams else {}))
-    finally:
-        model.generation_config = kept
-    new = []
-    for row in output[:, width:].tolist():
-        end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
-        new.append(row[: end + 1])
-    return new
 
 
 @dataclass

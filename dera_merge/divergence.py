@@ -167,14 +167,19 @@ def summarise(
     change = np.exp(per_token["logp_merged"]) - np.exp(per_token["logp"])
     figures["rms_dp"] = float(np.sqrt((change**2).mean()))
     figures["perplexity"] = {
-        name: _finite(float(np.exp(-per_token[key].mean())))
+        name: float(np.exp(-per_token[key].mean()))
         for name, key in zip(("exact", "merged", "ref", "aligned"), CHOSEN, strict=True)
     }
     figures["sequence"] = _sequences(per_token, prompt_of, text_of, seed)
-    return {key: _finite(value) for key, value in figures.items()}
+    return finite(figures)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not know, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -203,7 +208,7 @@ def _sequences(per_token: dict[str, np.ndarray], prompt_of: np.ndarray, text_of:
         "log_normaliser": float(sums["log_z"].mean()), "log_normaliser_per_token": float(per_token["log_z"].mean()),
         "ess_share": float(np.mean(shares)) if shares else None, "ess_within_prompts": bool(several),
     }  # fmt: skip
-    return {key: _finite(value) for key, value in figures.items()}
+    return figures
 
 
 def bootstrap(values: np.ndarray, prompt_of: np.ndarray, seed: int = 0, samples: int = 2000) -> list[float] | None:

@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,7 @@ from . import explain, lambdas, yardstick
 from . import prompts as prompt_files
 from .checkpoint import json_bytes, load_json, write_atomically
 from .curve import Curve, fingerprint, opened
-from .divergence import MEASURES, bootstrap, divergences, summarise
+from .divergence import MEASURES, bootstrap, divergences, finite, summarise
 from .errors import DeraError
 from .ledger import Ledger, gathered, launched
 from .merge import output_layout
@@ -72,7 +73,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` holds; never NaN or infinity."""
-        return _finite({
+        return finite({
             "ref": self.ref, "aligned": self.aligned, "verdict": self.verdict(), "results": self.results,
             "prediction": self.prediction, "settings": self.settings, "texts": self.texts, "command": self.command,
         })  # fmt: skip
@@ -288,7 +289,7 @@ def _compared(
             result["ladder_kl"] = float(per_token["kl"][same].mean())
             result["bits"] = yardstick.bits_like(result["ladder_kl"], {bits: kl[lam] for bits, kl in rungs.items()})
         result["verdict"], result["why"] = yardstick.verdict(result, floors.get(lam), resolution)
-        result |= _where(per_token, texts_at[lam], tokenizer, encoded)
+        result |= _where(per_token, texts_at[lam], tokenizer)
         report.results.append(result)
     merged_texts: dict[float, tuple[list[Text], dict[str, np.ndarray]]] = {}
     if "coupled" in extras:
@@ -337,15 +338,6 @@ def _each(values: Iterable[int], texts: Sequence[Text]) -> np.ndarray:
     return np.repeat(np.array(list(values)), [len(text.completion) for text in texts])
 
 
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None, sampled: bool) -> None:
     for number, prompt in enumerate(prompts, 1):
         given = 0 if prompt.completion is None else len(prompt.completion)
@@ -391,51 +383,37 @@ class _Lab:
     tell: Progress
 
     def __post_init__(self) -> None:
-        self._exact: Any = None
-        self._stored: Any = None
-        self._smooth: Any = None
-        self._line: Any = None
+        self._live: dict[str, Any] = {}  # models whose λ turns in place
 
-    @property
+    @cached_property
     def exact(self) -> Any:
-        if self._exact is None:
-            self._exact = self.pair.exact(dtype=self.compute_dtype, device=self.device)
-        return self._exact
+        return self.pair.exact(dtype=self.compute_dtype, device=self.device)
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the vocabulary that both models have."""
-        return min(side.config["vocab_size"] for side in self.pair.sides if side.config.get("vocab_size"))
+    def _turned(self, what: str, lam: float, **how: Any) -> PreTrainedModel:
+        """One live model for each kind of merge, at λ."""
+        if what in self._live:
+            self._live[what].set_lam(lam)
+        else:
+            self._live[what] = self.pair.merged(lam, device=self.device, compute_dtype=self.compute_dtype, **how)
+        return self._live[what]
 
     def stored(self, lam: float) -> PreTrainedModel:
         """The model to measure at λ."""
         if lam in self.approximations:
             return load_model(self.approximations[lam][0], self.compute_dtype, self.device)
-        if self._stored is None:
-            how = {"dtype": self.dtype, "rounding": self.rounding, "seed": self.seed, "path": self.curve}
-            self._stored = self.pair.merged(lam, **how, device=self.device, compute_dtype=self.compute_dtype)
-        self._stored.set_lam(lam)
-        return self._stored
+        return self._turned("stored", lam, dtype=self.dtype, rounding=self.rounding, seed=self.seed, path=self.curve)
 
     def smooth(self, lam: float) -> PreTrainedModel:
         """The same, not rounded."""
-        if self._smooth is None:
-            self._smooth = self.pair.merged(lam, device=self.device, compute_dtype=self.compute_dtype, path=self.curve)
-        self._smooth.set_lam(lam)
-        return self._smooth
+        return self._turned("smooth", lam, path=self.curve)
+
+    def line(self, lam: float) -> PreTrainedModel:
+        """θ_ref + λΔ, not rounded, whatever path is measured."""
+        return self.smooth(lam) if self.curve is None else self._turned("line", lam)
 
     def knows_path(self, lam: float) -> bool:
         """Whether what is measured lies on the path that we have, so that rounding can be told apart."""
         return lam not in self.approximations or self.approximations[lam][1].get("path", "line") == "line"
-
-    def line(self, lam: float) -> PreTrainedModel:
-        """θ_ref + λΔ, not rounded, whatever path is measured."""
-        if self.curve is None:
-            return self.smooth(lam)
-        if self._line is None:
-            self._line = self.pair.merged(lam, device=self.device, compute_dtype=self.compute_dtype)
-        self._line.set_lam(lam)
-        return self._line
 
     def given(self) -> list[Text]:
         """The prompts with their completions."""
@@ -451,7 +429,7 @@ class _Lab:
             model, options = (self.exact, {"lam": lam}) if whose == "exact" else (self.stored(lam), {})
             new = sample(
                 model, self.pair.tokenizer, [self.prompts[i].ids for i, _ in mine], max_new_tokens=self.max_new_tokens,
-                seed=self.seed, streams=[i + s * len(self.prompts) for i, s in mine], vocab_size=self.vocab_size,
+                seed=self.seed, streams=[i + s * len(self.prompts) for i, s in mine], vocab_size=self.pair.vocab_size,
                 progress=lambda done: self.tell(what, done, len(mine)), **options,
             )  # fmt: skip
             every = dict(gathered(list(zip(mine, new, strict=True))))
@@ -523,16 +501,16 @@ class _Lab:
 
     def _pooled(self, few: dict[float, list[Text]]) -> tuple[list[Text], dict[float, slice]]:
         """The texts of all λ in one list, given texts once, and which tokens of it belong to each λ."""
-        distinct: dict[int, tuple[int, slice]] = {}
+        distinct: dict[int, slice] = {}
         texts: list[Text] = []
         places, start = {}, 0
         for lam, chosen in few.items():
             if id(chosen[0]) not in distinct:
                 size = sum(len(text.completion) for text in chosen)
-                distinct[id(chosen[0])] = (len(texts), slice(start, start + size))
+                distinct[id(chosen[0])] = slice(start, start + size)
                 texts += chosen
                 start += size
-            places[lam] = distinct[id(chosen[0])][1]
+            places[lam] = distinct[id(chosen[0])]
         return texts, places
 
     def floor(self, few: dict[float, list[Text]]) -> dict[float, float]:
@@ -610,7 +588,7 @@ def token_class(text: str, special: bool) -> str:
 
 
 def _where(
-    per_token: dict[str, np.ndarray], texts: list[Text], tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+    per_token: dict[str, np.ndarray], texts: list[Text], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """kl by position, by class of token and by prompt, and the worst tokens with what came before them."""
     kl = per_token["kl"]
@@ -656,7 +634,7 @@ def _coupled(
 ) -> dict[str, Any]:  # fmt: skip
     """Texts of both models under the same noise: how many are the same, and where the others part.
 
-    With the noise shared, two texts part where the distributions do, and only there.
+    With the noise shared, two texts part only where the distributions differ.
     """
     first = []
     for one, other in zip(exact, merged, strict=True):

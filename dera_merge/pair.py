@@ -501,6 +501,11 @@ class ModelPair:
         return GenerationConfig.from_pretrained(folder) if folder else None
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of the vocabulary that both models have."""
+        return min(side.config["vocab_size"] for side in self.sides if side.config.get("vocab_size"))
+
+    @property
     def context_length(self) -> int | None:
         """How many tokens both models take; None where their configs do not say."""
         return min((side.config[key] for side in self.sides for key in _CONTEXT if side.config.get(key)), default=None)

@@ -251,39 +251,45 @@ def draw_rewards(axis: Any, results: Sequence[dict[str, Any]], rewards: dict[str
 
 def draw_positions(axis: Any, results: Sequence[dict[str, Any]]) -> None:
     """kl over the position in the text, a line for each λ."""
-    for result in _inner(results):
-        rows = result["per_position"]
-        kl = [max(row["kl"], FLOOR) for row in rows]
-        axis.plot([row["from"] for row in rows], kl, lw=1, label=f"λ = {result['lambda']:g}")
+
+    def points(result: dict[str, Any]) -> list[tuple[float, float]]:
+        return [(row["from"], max(row["kl"], FLOOR)) for row in result["per_position"]]
+
+    _lines(axis, results, points, xlabel="tokens into the text", ylabel="kl, nats", title="Along the text")
     axis.set_yscale("log")
-    axis.set_xlabel("tokens into the text")
-    axis.set_ylabel("kl, nats")
-    axis.set_title("Along the text")
-    axis.legend(frameon=False, fontsize=7, ncols=2)
 
 
 def draw_layers(axis: Any, results: Sequence[dict[str, Any]]) -> None:
     """Which layers' Δ the error comes from, as shares."""
-    for result in _inner(results):
-        if layers := result.get("layers", {}).get("layers"):
-            total = result["layers"]["kl_leading_order"] or 1.0
-            at, shares = [row["layer"] for row in layers], [row["kl"] / total for row in layers]
-            axis.plot(at, shares, marker="o", markersize=3, lw=1, label=f"λ = {result['lambda']:g}")
+
+    def points(result: dict[str, Any]) -> list[tuple[float, float]]:
+        found = result.get("layers", {})
+        return [(row["layer"], row["kl"] / (found["kl_leading_order"] or 1.0)) for row in found.get("layers", ())]
+
+    title = "Whose Δ the error comes from"
+    _lines(axis, results, points, xlabel="layer", ylabel="share of the error", title=title, marker="o")
     axis.axhline(0, color="0.6", linewidth=0.8)
-    axis.set_xlabel("layer")
-    axis.set_ylabel("share of the error")
-    axis.set_title("Whose Δ the error comes from")
-    axis.legend(frameon=False, fontsize=7, ncols=2)
 
 
 def draw_features(axis: Any, results: Sequence[dict[str, Any]]) -> None:
     """Where the merged features leave the interpolated ones."""
+
+    def points(result: dict[str, Any]) -> list[tuple[float, float]]:
+        return list(enumerate(result.get("layers", {}).get("feature_gaps", ())))
+
+    at, what = "after layer (0: embeddings)", "distance / shift of the features"
+    _lines(axis, results, points, xlabel=at, ylabel=what, title="Where features leave the interpolated ones", marker="o")
+
+
+def _lines(
+    axis: Any, results: Sequence[dict[str, Any]], points: Callable[[dict[str, Any]], list[tuple[float, float]]],
+    *, xlabel: str, ylabel: str, title: str, marker: str | None = None,
+) -> None:  # fmt: skip
+    """A line for each λ away from the ends that has points."""
     for result in _inner(results):
-        if gaps := result.get("layers", {}).get("feature_gaps"):
-            axis.plot(range(len(gaps)), gaps, marker="o", markersize=3, lw=1, label=f"λ = {result['lambda']:g}")
-    axis.set_xlabel("after layer (0: embeddings)")
-    axis.set_ylabel("distance / shift of the features")
-    axis.set_title("Where features leave the interpolated ones")
+        if found := points(result):
+            axis.plot(*zip(*found, strict=True), marker=marker, markersize=3, lw=1, label=f"λ = {result['lambda']:g}")
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.legend(frameon=False, fontsize=7, ncols=2)
 
 

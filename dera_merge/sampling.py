@@ -44,6 +44,35 @@ class GumbelNoise(LogitsProcessor):
 
 
 @torch.no_grad()
+def decode_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], **kwargs: object
+) -> list[list[int]]:
+    """New tokens for each row of ids, an end token included, nothing after it; with no other setting than those given.
+
+    Args:
+        model: any causal model; its end tokens count, its warpers do not.
+        tokenizer: for its padding token.
+        rows: token ids of any lengths.
+        kwargs: passed to `generate`.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    # `generate` fills what a config leaves open from the checkpoint's own, whose warpers would make this another
+    # distribution; so it gets a shallow copy of the model (the same modules) with a bare one.
+    model, pad = copy.copy(model), tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    output = model.generate(input_ids=ids, attention_mask=mask, **kwargs)
+    new = []
+    for row in output[:, width:].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
+        new.append(row[: end + 1])
+    return new
+
+
+@torch.no_grad()
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -72,30 +101,16 @@ def sample(
     Returns:
         The new tokens of each prompt, an end token included, nothing after it.
     """
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    # `generate` fills what a config leaves open from the checkpoint's own, whose warpers would make this another
-    # distribution; so it gets a shallow copy of the model (the same modules) with a bare one.
-    model = copy.copy(model)
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
-    )
     streams = range(len(prompts)) if streams is None else streams
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts: dict[int, list[int]] = {}
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
-        width = max(len(prompts[index]) for index in batch)
-        padding = [width - len(prompts[index]) for index in batch]
-        ids = [[tokenizer.pad_token_id] * pad + prompts[index] for pad, index in zip(padding, batch, strict=True)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-        output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
+        new = decode_batch(
+            model, tokenizer, [prompts[index] for index in batch], do_sample=False, max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([GumbelNoise([streams[i] for i in batch], seed, vocab_size)]), **kwargs,
         )  # fmt: skip
-        for index, row in zip(batch, output[:, width:].tolist(), strict=True):
-            end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
-            texts[index] = row[: end + 1]
+        texts |= dict(zip(batch, new, strict=True))
         if progress:
             progress(len(texts))
     return [texts[index] for index in range(len(prompts))]

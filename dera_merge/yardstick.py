@@ -76,9 +76,8 @@ def ladder(
             tell()
         sides.append(traces)
     (ref, *refs), (aligned, *aligneds) = sides
-    vocab_size = min(side.config["vocab_size"] for side in pair.sides if side.config.get("vocab_size"))
     return {
-        bits: between_mixtures(ref, aligned, one, other, lams, vocab_size)
+        bits: between_mixtures(ref, aligned, one, other, lams, pair.vocab_size)
         for bits, one, other in zip(BITS, refs, aligneds, strict=True)
     }
 
