@@ -135,6 +135,7 @@ def test_inspect_says_what_things_are_and_how_far_apart(tmp_path):
     assert "merged by dera-merge: λ=0.5" in run("inspect", tmp_path / "m").stdout
 
 
+@pytest.mark.slow
 def test_a_path_is_learned_measured_decoded_and_merged(tmp_path):
     pair, path = (demo.REF, demo.ALIGNED_LORA), tmp_path / "path.safetensors"
     learn = ["calibrate", *pair, "-l", "0,1", "--texts", 32, "--max-new-tokens", 16, "-o", path]
