@@ -10,15 +10,11 @@ import time
 
 import pytest
 from builders import weights
+from commands import run
 from transformers import AutoModelForCausalLM
 
 from dera_merge import ModelPair, demo
 from dera_merge.output import PARTIAL
-
-
-def run(*arguments, **options):
-    command = [sys.executable, "-m", "dera_merge", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options)
 
 
 def assert_one_line(done, code, *words):
@@ -32,7 +28,7 @@ def assert_one_line(done, code, *words):
 
 
 def test_every_command_has_help_with_an_example():
-    for command in ("merge", "generate", "compare", "calibrate", "inspect", "demo"):
+    for command in ("merge", "generate", "compare", "calibrate", "push", "inspect", "demo"):
         done = run(command, "--help")
         assert done.returncode == 0
         assert f"Example: dera-merge {command}" in " ".join(done.stdout.split())

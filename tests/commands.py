@@ -1,0 +1,47 @@
+"""The command line as processes of its own that start quickly: each is forked off one that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+if FORKS:
+    _forkserver = multiprocessing.get_context("forkserver")
+    _forkserver.set_forkserver_preload(
+        ["dera_merge.cli", "dera_merge.fidelity", "dera_merge.calibration", "dera_merge.decode", "dera_merge.demo.run", "peft",
+         "transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg"]
+    )  # fmt: skip
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`dera-merge` with these arguments, its exit status and what it wrote to stdout and stderr."""
+    words = list(map(str, arguments))
+    if not FORKS:
+        command = [sys.executable, "-m", "dera_merge", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=cwd)
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [str(Path(folder) / name) for name in ("stdout", "stderr")]
+        process = _forkserver.Process(target=_main, args=(words, streams, cwd))
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(words, 300)
+        written = [Path(stream).read_text() for stream in streams]
+    return subprocess.CompletedProcess(words, process.exitcode, *written)
+
+
+def _main(arguments: list[str], streams: list[str], cwd: Path | None) -> None:
+    for number, stream in enumerate(streams, 1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
+    if cwd:
+        os.chdir(cwd)
+    sys.argv = ["dera-merge", *arguments]
+    from dera_merge.cli import main
+
+    main()
