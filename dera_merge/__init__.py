@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import DeraError, DeraWarning
     from .exact import DeraConfig, DeraForCausalLM, DialForCausalLM
     from .fidelity import Report, compare
+    from .hub import push_to_hub
     from .pair import ModelPair
     from .plausibility import PlausibilityMask
     from .speculation import Speculation
@@ -27,11 +28,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "ModelPair": "pair", "DeraForCausalLM": "exact", "DialForCausalLM": "exact", "DeraConfig": "exact",
     "Speculation": "speculation", "PlausibilityMask": "plausibility", "compare": "fidelity", "Report": "fidelity",
-    "calibrate": "calibration", "Curve": "curve", "DeraError": "errors", "DeraWarning": "errors",
+    "calibrate": "calibration", "push_to_hub": "hub", "Curve": "curve", "DeraError": "errors", "DeraWarning": "errors",
 }  # fmt: skip
 __all__ = [
     "Curve", "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair", "PlausibilityMask",
-    "Report", "Speculation", "calibrate", "compare",
+    "Report", "Speculation", "calibrate", "compare", "push_to_hub",
 ]  # fmt: skip
 
 

@@ -257,11 +257,8 @@ def compare(
     if launched()[0]:  # another process writes and prints
         raise typer.Exit(3 if gate and not gate["passed"] else 0)
     report.save(output)
-    result = report.to_dict()
-    if gate:
-        result["gate"] = gate
     if as_json:
-        _print_json(result)
+        _print_json(report.to_dict())
     else:
         out.print(_fidelity_table(report.results))
         from .report import LEGEND, sentences
@@ -376,6 +373,63 @@ def inspect(
             out.print(_kept_line(delta, merged or "a merge at λ=1"), markup=False, highlight=False)
     if failed:
         raise failed
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What merge wrote: one λ, or the parent of lambda-*.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Model repository, user/name; made if it is not there.")],
+    revision: Annotated[str | None, typer.Option(help="Branch for the one λ; default: main.")] = None,
+    main: Annotated[str | None, typer.Option(help="With several λ: the one on main; none: a card alone.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Of compare on these weights, for the card.")] = None,
+    license: Annotated[str | None, typer.Option(help="Where the parents' differ, or say nothing.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Publish what failed the report's gate.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files, commits and cards; send nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish merged checkpoints or adapters on the Hub, each λ a branch, with a card that says what they are.
+
+    Example: dera-merge push merged me/my-model --main 0.5 --report report
+    """
+    from .hub import push_to_hub
+
+    chosen: Any = main if main in (None, "none") else _lams([main], one=True)[0]
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    if not err.is_terminal:
+        disable_progress_bars()
+
+    def tell(what: str, done: int, total: int) -> None:
+        if err.is_terminal:  # huggingface_hub draws the bars of uploads itself
+            err.print(f"{what} ({done}/{total})", markup=False, highlight=False)
+
+    plan = push_to_hub(
+        folder, repo_id, revision=revision, main=chosen, report=report, license=license, private=private or None,
+        create_pr=create_pr, force=force, dry_run=dry_run, progress=tell,
+    )  # fmt: skip
+    if as_json:
+        return _print_json(plan.to_dict())
+    for note in plan.notes:
+        err.print(f"note: {note}", markup=False, highlight=False)
+    if dry_run:
+        where = plan.repo_id if plan.exists else f"{plan.repo_id} (new{', private' if private else ''})"
+        out.print(f"Nothing was sent. {len(plan.targets)} commits to {where}, main last:", markup=False, highlight=False)
+    for target in plan.targets:
+        sizes = sum(map(target.size, target.files))
+        done = plan.commits.get(target.revision, "new branch" if not target.exists else "")
+        what = f"{target.revision}  {len(target.files)} files, {sizes / 1e6:.1f} MB  {done}"
+        out.print(what, markup=False, highlight=False)
+        if dry_run:
+            for name in target.files:
+                out.print(f"  + {name}  {target.size(name):,} bytes", markup=False, highlight=False)
+            for name in target.delete:
+                out.print(f"  - {name}", markup=False, highlight=False)
+    if dry_run:
+        card = plan.targets[-1]
+        out.print(f"\nThe card of {card.revision}:\n\n{card.card}", markup=False, highlight=False)
 
 
 @app.command()
@@ -570,6 +624,13 @@ def _model_line(model: dict[str, Any]) -> str:
     if merged := model.get("merged"):
         names = f"{merged['ref']['name']} and {merged['aligned']['name']}"
         parts.append(f"merged by dera-merge: λ={merged['lambda']:g} of {names}")
+        again = [side["name"] for side in (merged["ref"], merged["aligned"]) if side.get("merge")]
+        parts += [f"{name} is a merge itself" for name in again]
+    if fidelity := model.get("fidelity"):
+        from .report import number
+
+        figures = [f"{key} {number(fidelity[key])}" for key in ("kl", "tv", "top1") if fidelity[key] is not None]
+        parts.append(f"{fidelity['verdict']} ({', '.join(figures)})")
     return f"{model['name']}: " + ", ".join(parts)
 
 

@@ -29,7 +29,7 @@ from .divergence import MEASURES, bootstrap, divergences, finite, summarise
 from .errors import DeraError
 from .ledger import Ledger, gathered, launched
 from .merge import output_layout
-from .output import verify
+from .output import verify, weights_digest
 from .pair import ModelPair, load_model, warn
 from .prompts import Prompt
 from .sampling import sample
@@ -57,6 +57,7 @@ class Report:
         settings: how it was measured.
         prediction: kl predicted over the whole range, where that was asked for.
         texts: a few texts, each with the kl of its tokens.
+        gated: what `gate` found, if it was asked.
         per_token: λ → measure → float64 array (tokens,), in nats where it is a divergence.
         prompt_of: λ → the prompt that each of these tokens belongs to.
     """
@@ -68,6 +69,7 @@ class Report:
     prediction: list[dict[str, Any]] = field(default_factory=list)
     texts: list[dict[str, Any]] = field(default_factory=list)
     command: str | None = None
+    gated: dict[str, Any] | None = None
     per_token: dict[float, dict[str, np.ndarray]] = field(default_factory=dict)
     prompt_of: dict[float, np.ndarray] = field(default_factory=dict)
 
@@ -76,6 +78,7 @@ class Report:
         return finite({
             "ref": self.ref, "aligned": self.aligned, "verdict": self.verdict(), "results": self.results,
             "prediction": self.prediction, "settings": self.settings, "texts": self.texts, "command": self.command,
+            **({"gate": self.gated} if self.gated else {}),
         })  # fmt: skip
 
     @classmethod
@@ -96,7 +99,14 @@ class Report:
         if not all(isinstance(row, dict) and "verdict" in row for row in data["results"]):
             raise DeraError(f"{place} was written by an older version, without verdicts; compare again")
         kept = ("ref", "aligned", "results", "settings", "prediction", "texts", "command")
-        return cls(**{key: data[key] for key in kept if key in data})
+        return cls(**{key: data[key] for key in kept if key in data}, gated=data.get("gate"))
+
+    def at(self, lam: float) -> dict[str, Any]:
+        """The result at one λ. Raises DeraError where it was not measured."""
+        for result in self.results:
+            if result["lambda"] == lam:
+                return result
+        raise DeraError(f"the report has no λ={lam:g}; compare there too")
 
     def safe_stretches(self) -> list[tuple[float, float]]:
         """From which λ to which all that were measured are safe."""
@@ -133,14 +143,15 @@ class Report:
         return folder
 
     def gate(self, max_kl: float | None, min_top1: float | None) -> dict[str, Any]:
-        """Whether every λ stays within the limits: kl at most `max_kl` nats, top1 at least `min_top1`."""
+        """Whether every λ stays within the limits: kl at most `max_kl` nats, top1 at least `min_top1`. `save` keeps it."""
         failed = [
             result["lambda"]
             for result in self.results
             if (max_kl is not None and not (result["kl"] is not None and result["kl"] <= max_kl))
             or (min_top1 is not None and not (result["top1"] is not None and result["top1"] >= min_top1))
         ]
-        return {"passed": not failed, "max_kl": max_kl, "min_top1": min_top1, "failed": failed}
+        self.gated = {"passed": not failed, "max_kl": max_kl, "min_top1": min_top1, "failed": failed}
+        return self.gated
 
 
 def compare(
@@ -239,6 +250,9 @@ def compare(
         ledger.close()
         raise
     merge_seed, along = seed, curve.describe() if curve else None
+    for result in report.results:
+        if result["lambda"] in approximations:
+            result["weights"] = weights_digest(approximations[result["lambda"]][1])
     for _, recipe in approximations.values():  # what was measured is what lies there
         dtype, rounding, merge_seed = recipe.get("dtype"), recipe.get("rounding"), recipe.get("seed")
         along = None if recipe.get("path", "line") == "line" else recipe["path"]

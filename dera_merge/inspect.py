@@ -12,7 +12,7 @@ from .checkpoint import REAL, Buffers, Checkpoint, TensorInfo, slices, total_byt
 from .delta import Adapter
 from .errors import DeraError
 from .merge import output_layout
-from .output import PARTIAL, RECIPE, read_recipe
+from .output import FIGURES, PARTIAL, RECIPE, read_recipe
 from .pair import ModelPair, Source, load_config
 from .path import Slice, Sums, layer_kind
 
@@ -23,11 +23,13 @@ _MANTISSA = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.floa
 
 
 def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What one argument is: a full checkpoint or an adapter, its size, dtypes, tokenizer, and where it was merged.
+    """What one argument is: a full checkpoint or an adapter, its size, dtypes, tokenizer, how it was merged and measured.
 
     Raises:
         DeraError: it cannot be found or read.
     """
+    from .fidelity import Report
+
     source = Source.locate(name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     found: dict[str, Any] = {"name": name, "revision": source.revision}
     if (source.folder / PARTIAL).is_file():
@@ -52,6 +54,9 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
     if (source.folder / RECIPE).is_file():
         written = read_recipe(source.folder)
         found["merged"] = {key: written.get(key) for key in ("ref", "aligned", "lambda", "rounding", "seed")}
+        if (source.folder / FIGURES).is_file():  # published with a report
+            row = Report.load(source.folder / FIGURES).at(written["lambda"])
+            found["fidelity"] = {key: row.get(key) for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict")}
     return found
 
 

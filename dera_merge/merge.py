@@ -18,7 +18,7 @@ from . import lambdas
 from .checkpoint import REAL, Buffers, ShardWriter, file_order, slices
 from .curve import Curve, fingerprint, opened
 from .errors import DeraError
-from .output import Layout, Output, Tally, open_outputs, total_bytes, writing
+from .output import RECIPE, Layout, Output, Tally, open_outputs, read_recipe, total_bytes, writing
 from .pair import TOKENIZER_FILES, ModelPair, Side, warn
 from .path import Sums, output_dtype, stored_rows
 from .pipeline import in_order
@@ -253,6 +253,9 @@ def describe_pair(pair: ModelPair, curve: Curve | None = None) -> dict[str, Any]
 
     def describe(side: Side) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": side.source.name, "revision": side.source.revision}
+        if (side.source.folder / RECIPE).is_file():  # a merge of a merge
+            made = read_recipe(side.source.folder)
+            entry["merge"] = {"lambda": made["lambda"], **{key: made[key].get("name") for key in ("ref", "aligned")}}
         if side.adapter:
             entry |= {"adapter": side.adapter.kind, "base": side.base.name, "base_revision": side.base.revision}
         return entry
@@ -261,6 +264,7 @@ def describe_pair(pair: ModelPair, curve: Curve | None = None) -> dict[str, Any]
         "schema_version": SCHEMA,
         "ref": describe(pair.ref),
         "aligned": describe(pair.aligned),
+        "fingerprint": fingerprint(pair),
         "base_quantization": None if pair.base_quantization == "none" else pair.base_quantization,
         "path": curve.describe() if curve else "line",
         "versions": {name: _version(name) for name in ("dera-merge", "torch", "numpy", "numba")},

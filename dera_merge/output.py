@@ -26,6 +26,7 @@ from .pair import TOKENIZER_FILES, ModelPair
 from .path import Sums, layer_kind
 
 RECIPE = "dera_merge.json"
+FIGURES = "fidelity.json"  # of a published merge: what compare measured
 PARTIAL = "dera_merge.partial.json"
 LOCK = "dera_merge.finishing"
 CONFIGS = ("config.json", "adapter_config.json")
@@ -368,9 +369,17 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise DeraError(f"{place} is a partial merge; finish it with --resume")
     recipe = read_recipe(place)
     for name, digest in recipe["files"].items():
+        if Path(name).name != name:
+            raise DeraError(f"{place / RECIPE} names {name!r}, which lies outside of its directory")
         if not (place / name).is_file() or sha256_of(place / name) != digest:
             raise DeraError(f"{place / name} is missing or has changed since it was merged; merge again")
     return recipe
 
 
-__all__ = ["LOCK", "PARTIAL", "RECIPE", "Layout", "Output", "Tally", "read_recipe", "verify"]
+def weights_digest(recipe: dict[str, Any]) -> str:
+    """SHA-256 over the weight files that a recipe lists: the same for two directories with the same weights."""
+    files = sorted((name, digest) for name, digest in recipe["files"].items() if name.endswith(".safetensors"))
+    return hashlib.sha256(json_bytes(files)).hexdigest()
+
+
+__all__ = ["FIGURES", "LOCK", "PARTIAL", "RECIPE", "Layout", "Output", "Tally", "read_recipe", "verify", "weights_digest"]
