@@ -2,11 +2,11 @@
 
 Texts are sampled from exact DeRa at λ all over the range. Then, in two steps:
 
-1. In closed form (`_solve`). Let a layer's inputs be x_ref and x_aligned in the two models, and x = (1-λ)x_ref + λ·x_aligned
-   in one that follows exact DeRa. Its output should be (1-λ)·W·x_ref + λ(W+D)·x_aligned for D the layer's Δ. With W + λD it
-   is off by λ(1-λ)·D·(x_aligned - x_ref). What of that is linear in x, a ridge regression says:
-   C = D·E[(x_aligned - x_ref)xᵀ]·E[xxᵀ]⁻¹, of D's rank, and λ(1-λ)·C is the bend. That needs both models' inputs on some
-   texts and no gradient.
+1. In closed form (`_solve`). Hidden states of a model that follows exact DeRa are close to (1-λ) times the reference's and
+   λ times the aligned one's. So let the straight line read the texts with every layer's output replaced by that
+   interpolation: what a layer makes of its input x then is off by an error e that is its own, from Δ acting on states that
+   moved, and from the softmax, activation or norm before it. What of e is linear in x, a ridge regression says, for all
+   layers in one pass: the C of low rank that minimises Σ w·|e - λ(1-λ)·C·x|², and λ(1-λ)·C is the bend. No gradient.
 2. By gradient (`_Trainer`), for what is not linear: one model whose λ differs from row to row of the batch, the tree of
    `rows.py` with a bend on each linear layer that Δ changes, is trained on KL(exact‖path) over the whole range at once.
 
@@ -54,6 +54,8 @@ SINKS = 4  # first tokens of a text, whose huge activations would rule a regress
 MOMENTS = 4 << 30  # bytes of second moments of inputs that are held at a time
 HELD_OUT = 0.1  # share of the prompts
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # sampling without a warper
+GAIN, UP = 0.1, 1e-3  # how large gains, and factors that begin at zero, are expected to become
+_POWER = 1.5  # kl is weighted with |λ(1-λ)| to minus this, so that no part of the range drowns the others
 PROMPT_TOKENS = 32  # of a prompt that the pair writes itself
 
 
@@ -93,40 +95,26 @@ class Bent(torch.nn.Module):
 
     @torch.no_grad()
     def solve(self, branch: int, across: torch.Tensor, square: torch.Tensor) -> None:
-        """Set up·down = D·across·(square + ridge)⁻¹, or the best approximation of this rank on such inputs.
+        """Set up·down to the matrix C of this rank that minimises Σ|y - C·x|² + a ridge: reduced-rank regression.
 
         Args:
-            across, square: Σ (x_aligned - x_ref)xᵀ and Σ xxᵀ, (in, in).
+            across, square: Σ y·xᵀ (out, in) and Σ x·xᵀ (in, in), weights included.
         """
-        if (delta := self.delta()) is None or not bool(square.any()):
+        if not bool(square.any()):
             return
         square = square.double()
-        square += RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype, device=square.device)
+        square.diagonal().add_(RIDGE * square.diagonal().mean())
         root = torch.linalg.cholesky(square)
-        left, right = delta
-        # The rows of right·across·square⁻¹, from the left of a symmetric system.
-        right = torch.cholesky_solve((right.double() @ across.double()).T, root).T
+        # In coordinates where inputs are white, the best of a rank are the first singular vectors of across·root⁻ᵀ.
+        white = torch.linalg.solve_triangular(root, across.double().T, upper=False).T
         rank = self.up[branch].shape[1]
-        if left.shape[1] > rank:
-            q, r = torch.linalg.qr(left.double())
-            u, sigma, vt = torch.linalg.svd(r @ right @ root, full_matrices=False)
-            left = q @ u[:, :rank] * sigma[:rank]
-            right = torch.linalg.solve_triangular(root, vt[:rank], upper=False, left=False)
-        used = left.shape[1]
-        self.up[branch][:, :used] = left.to(self.up[branch])
-        self.down[branch][:used] = right.to(self.down[branch])
-
-    def delta(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """D = left·right, (out, k) and (k, in); None for PEFT's other kinds of layers, which are left to the gradient."""
-        if isinstance(self.inner, LowRankRows):
-            left = self.inner.up.T if self.inner.slope is None else self.inner.up.T * self.inner.slope
-            return left, self.inner.down
-        kinds = {type(self.inner.ref), type(self.inner.aligned)}
-        if len(kinds) > 1 or not kinds <= {torch.nn.Linear, Conv1D}:
-            return None
-        change = self.inner.aligned.weight.float() - self.inner.ref.weight.float()
-        change = change.T if isinstance(self.inner.ref, Conv1D) else change
-        return change, torch.eye(change.shape[1], device=change.device)
+        u, sigma, v = torch.svd_lowrank(white, q=min(2 * rank + 8, *white.shape), niter=4)
+        used = min(rank, len(sigma))
+        left = u[:, :used] * sigma[:used]
+        right = torch.linalg.solve_triangular(root.T, v[:, :used], upper=True).T
+        balance = (left.norm(dim=0) / right.norm(dim=1)).sqrt().clamp(min=1e-30)  # a step is to move both alike
+        self.up[branch][:, :used] = (left / balance).to(self.up[branch])
+        self.down[branch][:used] = (right * balance[:, None]).to(self.down[branch])
 
     def gains(self) -> torch.Tensor:
         """g(λ) of the rows, (rows,)."""
@@ -175,7 +163,7 @@ def calibrate(
     texts: int = 512,
     max_new_tokens: int = 48,
     passes: int = 1,
-    learning_rate: float = 3e-4,
+    learning_rate: float = 0.01,
     seed: int = 0,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str = torch.float32,
@@ -193,7 +181,7 @@ def calibrate(
         texts: how many to sample from exact DeRa, in all.
         max_new_tokens: their length, in tokens.
         passes: how often to go over the texts by gradient; 0 leaves the closed form as it is.
-        learning_rate: Adam's, at its peak; ten times that for gains.
+        learning_rate: Adam's, at its peak, relative to the size of what it changes.
         seed: of everything random.
         device, compute_dtype: where and in what the models run.
         progress: called as work goes on.
@@ -260,7 +248,7 @@ def calibrate(
         trainer = _Trainer(student, layers, teacher, branch, learning_rate)
         trainer.look("line", mine[1])
         if kind == "curve":
-            _solve(exact, layers, [teacher.lessons[i] for i in mine[0]], branch, tell)
+            _solve(exact, student, layers, [teacher.lessons[i] for i in mine[0]], branch, tell)
             trainer.look("closed form", mine[1])
         trainer.run(*mine, passes, dice, tell)
         figures[BRANCHES[branch]] = {"texts": len(mine[1])} | trainer.keep_best()
@@ -411,62 +399,101 @@ def _bend(
 
 
 @torch.no_grad()
-def _solve(exact: DeraForCausalLM, layers: dict[str, Bent], lessons: list[Lesson], branch: int, tell: Progress) -> None:
-    """Set each layer's low-rank curve in closed form: the ridge regression of D·(x_aligned - x_ref) on x."""
-    aligned = exact.aligned if exact.rows is None else exact.rows
+def _solve(
+    exact: DeraForCausalLM, student: PreTrainedModel, layers: dict[str, Bent], lessons: list[Lesson], branch: int,
+    tell: Progress,
+) -> None:  # fmt: skip
+    """Set each layer's low-rank curve in closed form: the ridge regression of its own error on its input."""
     waiting = list(layers.values())
-    chunk: list[Bent] = []
-    while waiting or chunk:
-        if (waiting and sum(layer.down[branch].shape[1] ** 2 for layer in [*chunk, waiting[0]]) * 8 <= MOMENTS) or not chunk:
+    while waiting:
+        chunk = [waiting.pop(0)]
+        while waiting and sum(map(_moment_bytes, [*chunk, waiting[0]])) <= MOMENTS:
             chunk.append(waiting.pop(0))
-            if waiting:
-                continue
-        for layer, (across, square) in zip(chunk, _moments(exact.ref, aligned, chunk, lessons, tell), strict=True):
-            layer.solve(branch, across, square)
-        chunk = []
+        for layer, sums in zip(chunk, _moments(exact, student, layers, chunk, lessons, tell), strict=True):
+            layer.solve(branch, *sums)
+
+
+def _moment_bytes(layer: Bent) -> int:
+    into, out = _sizes(layer.inner)
+    return 4 * into * (into + out)
 
 
 def _moments(
-    ref: PreTrainedModel, aligned: PreTrainedModel, layers: list[Bent], lessons: list[Lesson], tell: Progress
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Σ (x_aligned - x_ref)xᵀ and Σ xxᵀ over tokens for the inputs of each layer, (in, in) both; λ is each text's own."""
+    exact: DeraForCausalLM, student: PreTrainedModel, layers: dict[str, Bent], chunk: list[Bent], lessons: list[Lesson],
+    tell: Progress,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Σ w·u·e·xᵀ (out, in) and Σ w·u²·x·xᵀ (in, in) over tokens for these layers, u = λ(1-λ); λ is each text's own.
+
+    The outputs of all layers are interpolated between the two models', so that x has no error of the layers before.
+    """
+    sums = {layer.module: [torch.zeros(()), torch.zeros(())] for layer in chunk}
     texts = [lesson.text for lesson in lessons]
-    sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    owner: list[int] = [0] * len(layers)
     order = list(batches(texts, STEP_TOKENS))
     for number, batch in enumerate(order, 1):
-        ids, mask = padded([texts[i] for i in batch], ref.device)
-        lam = torch.tensor([lessons[i].lam for i in batch], device=ref.device)[:, None, None]
-        ours = _inputs(ref, [layer.module for layer in layers], ids, mask)
-        theirs = _inputs(aligned, [layer.module for layer in layers], ids, mask)
+        ids, mask = padded([texts[i] for i in batch], student.device)
+        lam = torch.tensor([lessons[i].lam for i in batch], device=student.device)
         kept = mask.bool()
         kept[:, :SINKS] = False
-        done: dict[int, int] = {}
-        for index in range(len(layers)):
-            owner[index] = done.setdefault(id(ours[index]), index)  # queries, keys and values have one input
-            if owner[index] != index:
-                continue
-            step = theirs[index] - ours[index]
-            x, step = (ours[index] + lam * step)[kept].float(), step[kept].float()
-            before = sums.get(index, (0.0, 0.0))
-            sums[index] = (before[0] + step.T @ x, before[1] + x.T @ x)
+        regression = _Regression(sums, _interpolated(exact, layers, ids, mask, lam), kept, lam)
+        with _watched(student, layers, regression), student.dera_strength.of(lam, ids.shape[1]):
+            student.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         tell("solving the layers", number, len(order))
-    return [sums[index] for index in owner]
+    return [tuple(sums[layer.module]) for layer in chunk]
 
 
-def _inputs(model: PreTrainedModel, modules: list[str], ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """What each of these modules gets in one pass over the texts, (texts, tokens, in)."""
-    seen: dict[str, torch.Tensor] = {}
+def _interpolated(
+    exact: DeraForCausalLM, layers: dict[str, Bent], ids: torch.Tensor, mask: torch.Tensor, lam: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Outputs of these layers, (1-λ) times the reference's and λ times the aligned model's, (texts, tokens, out)."""
+    found: dict[str, torch.Tensor] = {}
+    aligned = exact.aligned if exact.rows is None else exact.rows
+    for model, share in ((exact.ref, 1 - lam), (aligned, lam)):
+
+        def add(name: str, x: torch.Tensor, y: torch.Tensor, share: torch.Tensor = share[:, None, None]) -> None:
+            found[name] = share * y.float() + found.get(name, 0.0)
+
+        with _watched(model, layers, add):
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return found
+
+
+class _Regression:
+    """Adds each layer's error and input to the sums, and puts the interpolated output in the place of its own."""
+
+    def __init__(
+        self, sums: dict[str, list[torch.Tensor]], wanted: dict[str, torch.Tensor], kept: torch.Tensor, lam: torch.Tensor
+    ) -> None:
+        self.sums, self.wanted, self.kept = sums, wanted, kept
+        self.u = (lam * (1 - lam))[:, None].expand(kept.shape)[kept][:, None]
+        self.weight = self.u.abs() ** -_POWER
+        self.last = self.square = torch.empty(0)  # queries, keys and values have one input, and its square is as dear
+
+    def __call__(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if name in self.sums:
+            states, error = x[self.kept].float(), (self.wanted[name] - y)[self.kept]
+            if self.last is not x:
+                self.last, self.square = x, states.T @ (states * (self.weight * self.u**2))
+            across, square = self.sums[name]
+            self.sums[name] = [across + (error * (self.weight * self.u)).T @ states, square + self.square]
+        return self.wanted[name].to(y.dtype)
+
+
+@contextmanager
+def _watched(
+    model: PreTrainedModel, layers: dict[str, Bent], seen: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]
+) -> Iterator[None]:
+    """Call `seen(module, input, output)` for each of these layers in a pass; what it returns replaces the output."""
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0]))
-        for name in modules
+        model.get_submodule(layer.module).register_forward_hook(
+            lambda module, args, output, name=layer.module: seen(name, args[0], output)
+        )
+        for layer in layers.values()
     ]
     try:
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return [seen[name] for name in modules]
 
 
 def _learned(pair: ModelPair, layers: dict[str, Bent], branches: Sequence[int]) -> dict[str, dict[str, Part]]:
@@ -490,7 +517,7 @@ def _part(layer: Bent, branch: int, transposed: bool) -> Part:
 
 
 class _Trainer:
-    """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5, so that no part of the range drowns the others."""
+    """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5 over scored tokens."""
 
     def __init__(
         self, student: PreTrainedModel, layers: dict[str, Bent], teacher: _Teacher, branch: int, learning_rate: float
@@ -500,11 +527,10 @@ class _Trainer:
         self.best: list[torch.Tensor] = []
         self.head: Head = head_of(student)
         self.strength: Strength = student.dera_strength
-        gains = [layer.gain[branch] for layer in layers.values()]
-        factors = [kind[branch] for layer in layers.values() for kind in (layer.down, layer.up) if len(kind)]
-        self.parameters = [*gains, *factors]
-        groups = [{"params": gains, "lr": 10 * learning_rate}, {"params": factors, "lr": learning_rate}]
-        self.optimiser = torch.optim.Adam([group for group in groups if group["params"]])
+        self.learning_rate = learning_rate
+        self.gains = [layer.gain[branch] for layer in layers.values()]
+        self.factors = [kind[branch] for layer in layers.values() for kind in (layer.down, layer.up) if len(kind)]
+        self.parameters = [*self.gains, *self.factors]
 
     def kl(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """KL(exact‖path) of the lessons' scored tokens (tokens,) in nats, and the λ of each."""
@@ -564,8 +590,11 @@ class _Trainer:
         if not steps:
             return
         warm = max(1, len(steps) // 20)
+        # A step of Adam moves every number by about the rate, and some layers need far smaller factors than others.
+        sizes = [(gain, GAIN) for gain in self.gains] + [(f, float(f.square().mean().sqrt()) or UP) for f in self.factors]
+        optimiser = torch.optim.Adam([{"params": [p], "lr": self.learning_rate * size} for p, size in sizes])
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimiser, lambda step: min((step + 1) / warm, max(0.02, (len(steps) - step) / (len(steps) - warm + 1)))
+            optimiser, lambda step: min((step + 1) / warm, max(0.02, (len(steps) - step) / (len(steps) - warm + 1)))
         )
         looks = {max(1, round(len(steps) * share)) for share in (0.5, 0.8, 1.0)}
         what = f"learning, λ {'above' if self.branch else 'below'} 1"
@@ -576,8 +605,8 @@ class _Trainer:
                 kl, lams = self.kl(chosen)
                 (kl * _weight(lams)).mean().backward()
                 torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-                self.optimiser.step()
-                self.optimiser.zero_grad(set_to_none=True)
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
                 schedule.step()
                 if number in looks:
                     self.look(f"step {number}", held_out)
@@ -585,7 +614,7 @@ class _Trainer:
 
 
 def _weight(lams: torch.Tensor) -> torch.Tensor:
-    return (lams * (1 - lams)).abs() ** -1.5
+    return (lams * (1 - lams)).abs() ** -_POWER
 
 
 @contextmanager

@@ -217,38 +217,56 @@ def test_what_is_trained_is_what_is_merged(pair):
 
 
 @torch.no_grad()
-def test_the_closed_form_is_the_ridge_regression_of_what_the_line_misses(llama, lora):
-    """For a layer: the best C of D's rank for λ(1-λ)·C·x ≈ the output that exact DeRa would have, less the line's."""
+@pytest.mark.parametrize("rank", [32, 2])
+def test_the_closed_form_is_the_ridge_regression_of_each_layers_own_error(llama, lora, rank):
+    """For a layer: the best C of a rank for λ(1-λ)·C·x ≈ the interpolated output, less what the line makes of x there."""
     base = llama(0, dtype=torch.float32)
     pair = ModelPair.from_pretrained(base, lora(base, target_modules=["q_proj", "down_proj"], r=2))
     exact = pair.exact()
-    layers = learning._bend(exact.rows, _bendable(pair), 2, "cpu")
+    layers = learning._bend(exact.rows, _bendable(pair), rank, "cpu")
     lessons = [
         learning.Lesson(Text(n, torch.randint(3, VOCAB, (20,), generator=torch.Generator().manual_seed(n)).tolist(), 4), lam, None, None)
         for n, lam in enumerate(np.linspace(0.1, 0.9, 40).tolist())
     ]
-    learning._solve(exact, layers, lessons, 0, lambda *_: None)
+    learning._solve(exact, exact.rows, layers, lessons, 0, lambda *_: None)
     name = "model.layers.1.mlp.down_proj"
-    module, layer = exact.ref.get_submodule(name), layers[f"{name}.weight"]
-    inputs, targets = [], []
-    for lesson in lessons:
-        seen = []
-        ids = torch.tensor([lesson.text.ids])
-        for model in (exact.ref, exact.aligned):
-            hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0, 4:].double()))
-            model(ids)
+    modules = [layer.module for layer in layers.values()]
+    ends, line = (pair.merged(0.0), pair.merged(1.0)), pair.merged(0.5)
+
+    def hooked(model, ids, seen):
+        """Run with `seen(module, input, output)` on each of the layers; what it returns replaces the output."""
+        hooks = [model.get_submodule(m).register_forward_hook(lambda _, args, y, m=m: seen(m, args[0], y)) for m in modules]
+        model(ids)
+        for hook in hooks:
             hook.remove()
-        ref, aligned = seen[0], seen[-1]
-        lam, delta = lesson.lam, (layer.inner.up.T @ layer.inner.down).double()
-        weight = module.weight.double()
-        wanted = (1 - lam) * ref @ weight.T + lam * aligned @ (weight + delta).T
-        x = (1 - lam) * ref + lam * aligned
-        inputs.append(x)
-        targets.append((wanted - x @ (weight + lam * delta).T) / (lam * (1 - lam)))
-    x, y = torch.cat(inputs), torch.cat(targets)
-    ridge = learning.RIDGE * (x**2).sum(0).mean() * torch.eye(x.shape[1], dtype=x.dtype)
-    expected = torch.linalg.solve(x.T @ x + ridge, x.T @ y).T
-    torch.testing.assert_close((layer.up[0] @ layer.down[0]).double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+    across, square = 0.0, 0.0
+    for lesson in lessons:
+        ids, lam = torch.tensor([lesson.text.ids]), lesson.lam
+        u = lam * (1 - lam)
+        line.set_lam(lam)
+        outputs = {}, {}
+        for model, kept in zip(ends, outputs, strict=True):
+            hooked(model, ids, lambda m, x, y, kept=kept: kept.__setitem__(m, y))
+        wanted = {m: (1 - lam) * outputs[0][m] + lam * outputs[1][m] for m in modules}
+        seen = {}
+
+        def replaced(m, x, y, seen=seen, wanted=wanted):
+            seen[m] = x[0, 4:].double(), (wanted[m] - y)[0, 4:].double()
+            return wanted[m]
+
+        hooked(line, ids, replaced)
+        x, error = seen[name]
+        weight = abs(u) ** -1.5
+        across, square = across + weight * u * error.T @ x, square + weight * u**2 * x.T @ x
+    square += learning.RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+    values, vectors = torch.linalg.eigh(square)
+    root = vectors * values.sqrt()  # root·rootᵀ = square; in x' = root⁻¹·x inputs are white
+    left, sigma, right = torch.linalg.svd(across @ torch.linalg.inv(root).T)
+    kept = min(rank, len(sigma))
+    expected = (left[:, :kept] * sigma[:kept]) @ right[:kept] @ torch.linalg.inv(root)
+    found = (layers[f"{name}.weight"].up[0] @ layers[f"{name}.weight"].down[0]).double()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_a_path_is_nearer_than_the_line_on_texts_that_calibration_has_not_seen():
