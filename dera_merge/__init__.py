@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .hub import push_to_hub
     from .pair import ModelPair
     from .plausibility import PlausibilityMask
+    from .rewards import Reward, load_reward
+    from .selection import Sweep, sweep
     from .speculation import Speculation
 
 __version__ = "0.1.0"
@@ -28,11 +30,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "ModelPair": "pair", "DeraForCausalLM": "exact", "DialForCausalLM": "exact", "DeraConfig": "exact",
     "Speculation": "speculation", "PlausibilityMask": "plausibility", "compare": "fidelity", "Report": "fidelity",
-    "calibrate": "calibration", "push_to_hub": "hub", "Curve": "curve", "DeraError": "errors", "DeraWarning": "errors",
+    "calibrate": "calibration", "Curve": "curve", "push_to_hub": "hub", "Reward": "rewards", "load_reward": "rewards",
+    "Sweep": "selection", "sweep": "selection", "DeraError": "errors", "DeraWarning": "errors",
 }  # fmt: skip
 __all__ = [
     "Curve", "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair", "PlausibilityMask",
-    "Report", "Speculation", "calibrate", "compare", "push_to_hub",
+    "Report", "Reward", "Speculation", "Sweep", "calibrate", "compare", "load_reward", "push_to_hub", "sweep",
 ]  # fmt: skip
 
 

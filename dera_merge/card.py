@@ -114,7 +114,7 @@ def base_of(recipe: dict[str, Any]) -> Parent:
 
 def section(
     recipe: dict[str, Any], report: Report | None, repo_id: str, revision: str,
-    siblings: Sequence[tuple[str, float]] = (), alone: bool = False,
+    siblings: Sequence[tuple[str, float]] = (), alone: bool = False, plot: str | None = None,
 ) -> str:  # fmt: skip
     """Our section of the card of one λ, marks included.
 
@@ -124,6 +124,7 @@ def section(
         repo_id, revision: where the weights will be.
         siblings: branch and λ of all that is published together.
         alone: the card is of the repository, and has no weights beside it; `recipe` and `report` are of one of the λ.
+        plot: the report's plot, a file beside the card.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -143,8 +144,8 @@ def section(
     at, option = (f', revision="{revision}"', f" --revision {revision}") if revision != "main" else ("", "")
     text = environment.get_template("card.md").render(
         lam=f"{lam:g}", adapter=adapter, parents=parents(recipe), base=base_of(recipe), repo_id=repo_id, at=at,
-        option=option, command=command(recipe), recipe=recipe, siblings=siblings, alone=alone, result=result, legend=LEGEND,
-        table=rows and "\n".join(f"| {' | '.join(row)} |" for row in rows), said=result and sentences(result),
+        option=option, command=command(recipe), recipe=recipe, siblings=siblings, alone=alone, plot=plot, result=result,
+        legend=LEGEND, table=rows and "\n".join(f"| {' | '.join(row)} |" for row in rows), said=result and sentences(result),
     )  # fmt: skip
     return f"{BEGIN}\n{text.strip()}\n{END}"
 

@@ -243,13 +243,13 @@ def compare(
     from . import fidelity
     from .ledger import launched
     from .prompts import read
-    from .rewards import load_reward
+    from .rewards import function
 
     with _progress("comparing") as tell:
         report = fidelity.compare(
             pair, lams, None if prompts is None else read(prompts), approx=approx, path=path, dtype=dtype, rounding=rounding,
             texts=texts, samples=samples, max_new_tokens=max_new_tokens, extras=wanted, extra_prompts=extra_prompts,
-            reward=load_reward(reward) if reward else None, seed=seed, device=place, progress=tell,
+            reward=function(reward) if reward else None, seed=seed, device=place, progress=tell,
             compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, unfinished=output, resume=resume,
         )  # fmt: skip
     report.command = shlex.join(["dera-merge", *sys.argv[1:]])
@@ -286,7 +286,7 @@ def calibrate(
     texts: Annotated[int, typer.Option(min=1, help="How many to sample from exact DeRa.")] = 512,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of these texts.")] = 48,
     passes: Annotated[int, typer.Option(min=0, help="How often to go over them by gradient; 0: the closed form.")] = 1,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of the gradient steps.")] = 3e-4,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of gradient steps, relative to what they change.")] = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a path file.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -373,6 +373,87 @@ def inspect(
             out.print(_kept_line(delta, merged or "a merge at λ=1"), markup=False, highlight=False)
     if failed:
         raise failed
+
+
+@app.command()
+def sweep(
+    ref: Ref,
+    aligned: Aligned,
+    prompts: Annotated[Path, typer.Option(help="The validation set: JSON Lines or text lines.")],
+    reward: Annotated[
+        list[str], typer.Option(help="module:function, command:…, model:ID[#LABEL], length or lexicon; repeatable.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report, and of texts as they come.")],
+    lam: Annotated[
+        list[str] | None, typer.Option("-l", "--lambda", help="λ of interest (default 0,2): the curve spans them.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Of several rewards: 1,0.5. Default: 1 each.")] = None,
+    anchors: Annotated[str | None, typer.Option(help="λ to sample at. Default: 0,0.5,1,2 and the ends.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt at each anchor.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of sampled texts.")] = 64,
+    reweight: Annotated[bool, typer.Option("--reweight/--no-reweight", help="Curves from the texts of a few λ.")] = True,
+    merged: Annotated[bool, typer.Option("--merged/--no-merged", help="Sample the merged model at the anchors too.")] = True,
+    budget: Annotated[int | None, typer.Option(min=1, help="Texts of exact DeRa in all; default: 3 more anchors.")] = None,
+    from_scored: Annotated[Path | None, typer.Option(help="Texts sampled and scored before; nothing is sampled.")] = None,
+    beta: Annotated[float | None, typer.Option(help="KL coefficient of ALIGNED's training, for β/λ.")] = None,
+    path: PathFile = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    compute_dtype: Annotated[Dtype, typer.Option(help="auto: float32.")] = "auto",
+    base: Base = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose λ: reward against KL on a validation set.
+
+    Example: dera-merge sweep my-sft my-dpo-lora --prompts validation.jsonl --reward mymodule:reward -o sweep
+    """
+    lams = _lams(lam) if lam else None
+    places = _lams([anchors]) if anchors else None
+    try:
+        shares = [float(part) for part in weights.split(",")] if weights else None
+    except ValueError:
+        raise typer.BadParameter(f"{weights!r} is no list of numbers", param_hint="--weights") from None
+    if beta is not None and not 0 < beta < math.inf:
+        raise typer.BadParameter("must be above 0", param_hint="--beta")
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
+    place = _device(device)
+    _check_report_folder(output, pair)
+    from .prompts import read
+    from .rewards import load_reward
+    from .selection import read_scored
+    from .selection import sweep as choose
+
+    rewards = [load_reward(spec, place) for spec in reward]
+    scored = read_scored(from_scored) if from_scored else None
+    with _progress("sweeping") as tell:
+        result = choose(
+            pair, read(prompts), rewards, lams, weights=shares, anchors=places, samples=samples,
+            max_new_tokens=max_new_tokens, reweight=reweight, merged=merged, budget=budget, scored=scored, beta=beta,
+            path=path, seed=seed, device=place, out=output, resume=resume, progress=tell,
+            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
+        )  # fmt: skip
+    result.save(output)
+    if as_json:
+        return _print_json(result.to_dict())
+    from .sweep_report import LEGEND, cells, columns, sentences, shown
+
+    table = Table(title="What λ earns and costs", **PLAIN)
+    wanted = columns(result)
+    for column in wanted:
+        table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
+    for row in shown(result):
+        table.add_row(*cells(row, wanted), style="bold" if row["lambda"] == result.best["lambda"] else None)
+    out.print(table)
+    out.print(LEGEND, markup=False, highlight=False)
+    for sentence in sentences(result):
+        out.print(f"- {sentence}", markup=False, highlight=False)
+    out.print("To ship it:", markup=False, highlight=False)
+    for line in result.commands:
+        out.print(f"    {line}", markup=False, highlight=False)
+    out.print(f"Report: {output / 'sweep.html'}", markup=False, highlight=False)
 
 
 @app.command()

@@ -135,6 +135,37 @@ def between_mixtures(
     return {lam: torch.cat(values).numpy() for lam, values in found.items()}
 
 
+@torch.no_grad()
+def densities(
+    ref: Trace, aligned: Trace, tokens: torch.Tensor, lams: Sequence[float], vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact DeRa's log-probability of each token, and its kl from the reference there, at many λ.
+
+    With log Z = log Σ p_ref^(1-λ)·p_aligned^λ, KL(p_λ‖p_ref) = λ·E_λ[log p_aligned - log p_ref] - log Z.
+
+    Args:
+        ref, aligned: what the two models make of the texts.
+        tokens: the texts' own scored tokens (tokens,).
+
+    Returns:
+        Two float64 arrays (tokens, λ), in nats.
+    """
+    logp, kl = [], []
+    for chunk, parts in chunks(len(ref.hidden), vocab_size, ref.hidden.device):
+        sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in (ref, aligned)]
+        chosen = tokens[chunk].to(ref.hidden.device)
+        for part in parts:
+            log_ref, log_aligned = (log_softmax(side[part]) for side in sides)
+            ratio, own = log_aligned - log_ref, chosen[part][:, None]
+            rows = []
+            for lam in lams:
+                log_p, p, log_z = mixture(log_ref, log_aligned, lam)
+                rows.append((log_p.gather(1, own)[:, 0], (lam * torch.linalg.vecdot(p, ratio) - log_z).clamp_(min=0)))
+            logp.append(torch.stack([row[0] for row in rows], 1).cpu())
+            kl.append(torch.stack([row[1] for row in rows], 1).cpu())
+    return torch.cat(logp).numpy(), torch.cat(kl).numpy()
+
+
 def summarise(
     per_token: dict[str, np.ndarray], prompt_of: np.ndarray, text_of: np.ndarray, resolution: float, seed: int
 ) -> dict[str, Any]:

@@ -165,7 +165,9 @@ def _planned(
     for number, place in enumerate(folders):
         tell("checking the files", number, len(folders))
         recipe = verify(place)
-        recipes[float(recipe["lambda"])] = place, recipe
+        if (lam := float(recipe["lambda"])) in recipes:
+            raise DeraError(f"{place} and {recipes[lam][0]} both hold λ={lam:g}; move one away")
+        recipes[lam] = place, recipe
     lams = sorted(recipes)
     branches = _branches(lams, revision, main, create_pr)
     shown = _report_of(report, recipes, force) if report is not None else None
@@ -184,8 +186,9 @@ def _planned(
         if not parent.on_hub:
             plan.notes.append(f"{parent.name} is a local model: the card names it in words, not as base_model")
     siblings = [(branch, lam) for branch, lam in branches if lam is not None and branch != "main"]
+    figures = _figures(shown) if shown else {}
     for branch, lam in branches:
-        plan.targets.append(_target(api, plan, branch, lam, recipes, shown, inherited, license, siblings))
+        plan.targets.append(_target(api, plan, branch, lam, recipes, shown, figures, inherited, license, siblings))
     return plan
 
 
@@ -223,7 +226,8 @@ def _branches(
 
 def _target(
     api: HfApi, plan: Plan, branch: str, lam: float | None, recipes: dict[float, tuple[Path, dict[str, Any]]],
-    report: Report | None, inherited: dict[str, Any], license: str | None, siblings: Sequence[tuple[str, float]],
+    report: Report | None, figures: dict[str, Path | bytes], inherited: dict[str, Any], license: str | None,
+    siblings: Sequence[tuple[str, float]],
 ) -> Target:  # fmt: skip
     repo_id, exists, parent = plan.repo_id, False, None
     if plan.exists:
@@ -234,10 +238,9 @@ def _target(
     files: dict[str, Path | bytes] = {}
     place, recipe = recipes[siblings[0][1] if lam is None else lam]
     if lam is not None:
-        files = {name: place / name for name in [*recipe["files"], RECIPE]}
-        if report is not None:
-            files |= _figures(report)
-    ours = card.section(recipe, report, repo_id, branch, siblings, alone=lam is None)
+        files = {name: place / name for name in [*recipe["files"], RECIPE]} | figures
+    plot = PLOT if PLOT in files else None
+    ours = card.section(recipe, report, repo_id, branch, siblings, alone=lam is None, plot=plot)
     values = card.metadata(recipe, None if lam is None else report, repo_id, inherited)
     old = _downloaded(api, repo_id, parent, CARD) if CARD in lying else None
     replace = ("license", "license_name", "license_link") if license else ()

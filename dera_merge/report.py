@@ -149,26 +149,31 @@ def plot_fidelity(
     Returns:
         The file, or None (with a warning) where matplotlib is not installed.
     """
-    if not _have_matplotlib():
-        warnings.warn("no plots without matplotlib; pip install 'dera-merge[report]'", DeraWarning, stacklevel=2)
+    if not have_matplotlib():
+        no_plots()
         return None
     draw: list[Callable[[Any], None]] = [
         lambda axis: draw_kl(axis, results, prediction), lambda axis: draw_captured(axis, results),
     ]  # fmt: skip
     if rewards:
         draw.append(lambda axis: draw_rewards(axis, results, rewards))
-    figure = _figure(draw, (5 * len(draw), 4))
+    figure = figure_of(draw, (5 * len(draw), 4))
     figure.savefig(file, dpi=140)
     return file
 
 
-def _have_matplotlib() -> bool:
+def no_plots() -> None:
+    """Say why there are none."""
+    warnings.warn("no plots without matplotlib; pip install 'dera-merge[report]'", DeraWarning, stacklevel=3)
+
+
+def have_matplotlib() -> bool:
     from importlib.util import find_spec
 
     return find_spec("matplotlib") is not None
 
 
-def _figure(draw: Sequence[Callable[[Any], None]], size: tuple[float, float]) -> Any:
+def figure_of(draw: Sequence[Callable[[Any], None]], size: tuple[float, float]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -181,7 +186,7 @@ def _figure(draw: Sequence[Callable[[Any], None]], size: tuple[float, float]) ->
     return figure
 
 
-def _curve(
+def draw_curve(
     axis: Any, results: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], **style: Any
 ) -> None:
     """A line over λ; what is None is a gap."""
@@ -197,23 +202,24 @@ def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[d
     def above(value: float | None) -> float | None:
         return None if value is None else max(value, FLOOR)
 
-    _curve(axis, results, lambda r: above(r["kl_ref"]), label="reference", color="C7", linestyle="--")
-    _curve(axis, results, lambda r: above(r["kl_aligned"]), label="aligned", color="C3", linestyle=":")
+    draw_curve(axis, results, lambda r: above(r["kl_ref"]), label="reference", color="C7", linestyle="--")
+    draw_curve(axis, results, lambda r: above(r["kl_aligned"]), label="aligned", color="C3", linestyle=":")
     rungs = sorted({bits for result in results for bits in result.get("ladder", {})}, key=int)
     for bits in rungs:
-        _curve(axis, results, lambda r, bits=bits: above(r["ladder"][bits]), color="C2", linewidth=0.8, alpha=0.7)
+        draw_curve(axis, results, lambda r, bits=bits: above(r["ladder"][bits]), color="C2", linewidth=0.8, alpha=0.7)
         last = max(results, key=lambda r: r["lambda"])
         axis.annotate(f" {bits} bits", (last["lambda"], above(last["ladder"][bits])), color="C2", fontsize=7, va="center")
-    _curve(axis, results, lambda r: above(r.get("noise_floor")), label="bfloat16 alone", color="C4", linewidth=0.8)
+    draw_curve(axis, results, lambda r: above(r.get("noise_floor")), label="bfloat16 alone", color="C4", linewidth=0.8)
     if prediction:
         for holds, style in ((True, "-"), (False, ":")):
             rows = [{**row, "kl": row["kl"] if row["holds"] == holds else None} for row in prediction]
             label = "line, predicted" if holds else "line, guessed"
-            _curve(axis, rows, lambda r: above(r["kl"]), label=label, color="C1", linewidth=1.2, linestyle=style)
+            draw_curve(axis, rows, lambda r: above(r["kl"]), label=label, color="C1", linewidth=1.2, linestyle=style)
     path = any("line" in result for result in results)
-    _curve(axis, results, lambda r: above(r.get("line", {}).get("kl")), label="line", color="C1", marker=".", linewidth=1)
+    style = {"color": "C1", "marker": ".", "linewidth": 1}
+    draw_curve(axis, results, lambda r: above(r.get("line", {}).get("kl")), label="line", **style)
     label = "merged along the path" if path else "merged"
-    _curve(axis, results, lambda r: above(r["kl"]), label=label, color="C0", marker="o", markersize=4)
+    draw_curve(axis, results, lambda r: above(r["kl"]), label=label, color="C0", marker="o", markersize=4)
     bands = [(r["lambda"], *r["kl_ci"]) for r in sorted(results, key=lambda r: r["lambda"]) if r.get("kl_ci")]
     if bands:
         at, low, high = zip(*bands, strict=True)
@@ -227,7 +233,7 @@ def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[d
 
 def draw_captured(axis: Any, results: Sequence[dict[str, Any]]) -> None:
     """The captured shift over λ."""
-    _curve(axis, results, lambda r: r["captured"], color="C0", marker="o", markersize=4)
+    draw_curve(axis, results, lambda r: r["captured"], color="C0", marker="o", markersize=4)
     axis.axhline(0, color="0.6", linewidth=0.8)
     lams = [result["lambda"] for result in results]
     low = min([r["captured"] for r in results if r["captured"] is not None], default=0)
@@ -305,7 +311,7 @@ def _svg(draw: Callable[[Any], None], salt: str) -> str:
 
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, **ink}):
-        figure = _figure([draw], (4.8, 3.5))
+        figure = figure_of([draw], (4.8, 3.5))
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return text.getvalue()[text.getvalue().index("<svg") :].replace(INK, "currentColor")
@@ -316,12 +322,6 @@ def _svg(draw: Callable[[Any], None], salt: str) -> str:
 
 def html(report: Report) -> str:
     """One self-contained page: it opens from disk, fetches nothing, and suits a phone, a dark screen and paper."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("dera_merge", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "shade": _shade}
     results = report.results
     draw: dict[str, Callable[[Any], None]] = {
         "kl": lambda axis: draw_kl(axis, results, report.prediction), "captured": lambda axis: draw_captured(axis, results),
@@ -330,13 +330,24 @@ def html(report: Report) -> str:
         draw["positions"] = lambda axis: draw_positions(axis, results)
     if any(result.get("layers") for result in results):
         draw |= {"layers": lambda axis: draw_layers(axis, results), "features": lambda axis: draw_features(axis, results)}
-    charts = {name: _svg(put, name) for name, put in draw.items()} if _have_matplotlib() else {}
     rows = [dict(zip(COLUMNS, cells(result), strict=True)) for result in results]
-    return environment.get_template("report.html").render(
-        report=report, headline=headline(report), columns=COLUMNS, rows=rows, legend=LEGEND, charts=charts, results=results,
-        sentences={result["lambda"]: sentences(result) for result in results}, settings=_settings(report),
-        sequence=sequence_sentence(report),
+    return page(
+        "report.html", draw, report=report, headline=headline(report), columns=COLUMNS, rows=rows, legend=LEGEND,
+        results=results, sentences={result["lambda"]: sentences(result) for result in results},
+        settings=_settings(report), sequence=sequence_sentence(report),
     )  # fmt: skip
+
+
+def page(template: str, draw: dict[str, Callable[[Any], None]], **content: Any) -> str:
+    """A template with its charts drawn as SVG; none without matplotlib."""
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("dera_merge", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "shade": _shade}
+    charts = {name: _svg(put, name) for name, put in draw.items()} if have_matplotlib() else {}
+    return environment.get_template(template).render(charts=charts, **content)
 
 
 def _shade(kl: float) -> str:

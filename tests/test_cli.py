@@ -28,7 +28,7 @@ def assert_one_line(done, code, *words):
 
 
 def test_every_command_has_help_with_an_example():
-    for command in ("merge", "generate", "compare", "calibrate", "push", "inspect", "demo"):
+    for command in ("merge", "generate", "compare", "calibrate", "sweep", "push", "inspect", "demo"):
         done = run(command, "--help")
         assert done.returncode == 0
         assert f"Example: dera-merge {command}" in " ".join(done.stdout.split())

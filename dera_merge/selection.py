@@ -1,0 +1,598 @@
+"""Choose λ: what each λ earns and what it costs in KL from the reference, on a validation set.
+
+`sweep` is the whole line. Texts are sampled from exact DeRa at a few λ (anchors), scored, and read once by both models;
+`reweighting.py` makes curves over all λ of them. Where the best λ is not known well enough, the next anchor goes there. The
+merged model, whose texts weigh nothing for exact DeRa, is sampled at the anchors, under the same noise.
+
+Every batch of texts is appended to `texts.jsonl` as it comes, with its rewards; an interrupted run goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from transformers import LogitsProcessorList
+
+from . import lambdas
+from . import prompts as prompt_files
+from .checkpoint import json_bytes, load_json, write_atomically
+from .curve import Curve, fingerprint, opened
+from .divergence import densities, finite
+from .errors import DeraError
+from .pair import ModelPair, warn
+from .prompts import Prompt
+from .rewards import Reward
+from .reweighting import Pool, interval
+from .sampling import BATCH, GumbelNoise, decode_batch
+from .traces import Text, trace_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[str, int, int], None]
+Mode = Literal["exact", "merged"]
+
+ANCHORS = (0.0, 0.5, 1.0, 2.0)
+POINTS = 33  # of the grid between the smallest and the largest λ
+KNOWN = 0.25  # effective texts a prompt, below which a curve is drawn as unknown
+SURE = 0.75  # of those at the best λ, below which an anchor is put there
+TEXTS = "texts.jsonl"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text of a model at one λ.
+
+    Attributes:
+        mode: `"exact"`, or `"merged"`.
+        prompt, sample: its prompt, and which of that prompt's texts it is.
+        ids: its new tokens.
+        rewards: name → number, None where the reward failed.
+    """
+
+    mode: Mode
+    lam: float
+    prompt: int
+    sample: int
+    ids: list[int]
+    text: str
+    rewards: dict[str, float | None]
+
+
+@dataclass
+class Sweep:
+    """What `sweep` found.
+
+    Attributes:
+        curve: for each λ of the grid `lambda`, `reward` (the weighted sum), `reward_ci`, each reward by name, `kl` (nats a
+            text, exact DeRa from the reference), `kl_ci`, `length` (tokens), `wins_aligned`, `wins_ref`, `gain` (over λ=1),
+            `gain_ci`, `ess` (effective texts a prompt), `known`.
+        points: for each λ that was sampled and each mode, `reward`, `kl`, `length`, `distinct` (share of different word
+            pairs), `failed`, `texts`.
+        best: the recommended λ, `lambda`, `interval`, what it gains, and where that lies.
+        answers: all texts.
+    """
+
+    ref: str
+    aligned: str
+    curve: list[dict[str, Any]]
+    points: list[dict[str, Any]]
+    best: dict[str, Any]
+    settings: dict[str, Any]
+    faithful: dict[str, Any] | None = None
+    commands: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `sweep.json` holds; never NaN or infinity."""
+        return finite({
+            "ref": self.ref, "aligned": self.aligned, "best": self.best, "curve": self.curve, "points": self.points,
+            "faithful": self.faithful, "commands": self.commands, "settings": self.settings,
+        })  # fmt: skip
+
+    def save(self, out: str | os.PathLike[str]) -> Path:
+        """Write sweep.json, sweep.md, sweep.html and, with matplotlib, sweep.png into a directory; returns it."""
+        from .sweep_report import html, markdown, plot_sweep
+
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "sweep.json", json_bytes(self.to_dict()))
+        write_atomically(folder / "sweep.md", markdown(self).encode())
+        write_atomically(folder / "sweep.html", html(self).encode())
+        plot_sweep(self, folder / "sweep.png")
+        return folder
+
+
+def sweep(
+    pair: ModelPair,
+    prompts: Sequence[str | dict[str, Any]],
+    rewards: Sequence[Reward],
+    lams: Sequence[float] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    anchors: Sequence[float] | None = None,
+    samples: int = 1,
+    max_new_tokens: int = 64,
+    reweight: bool = True,
+    merged: bool = True,
+    path: str | os.PathLike[str] | Curve | None = None,
+    scored: Sequence[dict[str, Any]] | None = None,
+    budget: int | None = None,
+    check: bool = True,
+    beta: float | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | str = torch.float32,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Find the λ that rewards on a validation set want.
+
+    Args:
+        pair: the two models.
+        prompts: texts, `{"prompt": …}` or `{"messages": …}`.
+        rewards: what texts are worth.
+        lams: the λ of interest; with `reweight`, the curve spans them. Default: 0 to 2.
+        weights: of the rewards; default 1 each.
+        anchors: where texts are sampled; default 0, 0.5, 1 and 2 as far as they lie within the span, and its ends.
+        samples: texts for each prompt at each anchor.
+        max_new_tokens: their length, in tokens.
+        reweight: make curves over all λ of the texts of a few; without it every one of `lams` is sampled.
+        merged: sample the merged model at the anchors too.
+        path: a path that `calibrate` learned, for the merged model.
+        scored: texts that were sampled before, see `read_scored`; nothing is sampled then.
+        budget: texts of exact DeRa in all; default: those of the anchors, and of three more.
+        check: measure how far the merged model at the recommended λ is from exact DeRa.
+        beta: the KL coefficient that ALIGNED was trained with; default: what its directory says, if it does.
+        seed: of sampling and bootstrap.
+        device, compute_dtype: where and in what the models run.
+        out: a directory in which texts are kept as they come.
+        resume: go on with what an interrupted call with the same arguments left there.
+        progress: called as work goes on.
+
+    Returns:
+        A `Sweep`. Intervals are 95 % (bootstrap over prompts).
+
+    Raises:
+        DeraError: prompts, rewards or λ are unusable, or a reward fails on every text.
+    """
+    lams = [float(lam) + 0.0 for lam in lams] if lams is not None else [0.0, 2.0]
+    lambdas.check_names(lams)
+    names = [reward.name for reward in rewards]
+    if not rewards or len(set(names)) < len(names):
+        raise DeraError("give one reward or more, each once")
+    weights = [1.0] * len(rewards) if weights is None else list(weights)
+    if len(weights) != len(rewards) or not all(map(math.isfinite, weights)):
+        raise DeraError(f"{len(weights)} weights for {len(rewards)} rewards")
+    encoded = prompt_files.encode(prompts, pair.tokenizer)
+    if any(prompt.completion is not None for prompt in encoded):
+        raise DeraError("the prompts bring completions; texts that are scored already go with --from-scored")
+    if len(encoded) < 2:
+        raise DeraError("one prompt says nothing about others; give more")
+    longest = max(len(prompt.ids) for prompt in encoded) + max_new_tokens
+    if pair.context_length and longest > pair.context_length:
+        raise DeraError(f"a prompt and its text have up to {longest} tokens, the model takes {pair.context_length}")
+    curve = opened(path, pair, lams)
+    tell = progress or (lambda what, done, total: None)
+    between = np.linspace(min(lams), max(lams), POINTS).round(4) + 0.0
+    grid = sorted({*lams, *between.tolist()}) if reweight else sorted(lams)
+    if anchors is None:
+        inside = {lam for lam in ANCHORS if min(lams) <= lam <= max(lams)}
+        anchors = sorted({*inside, min(lams), max(lams)}) if reweight else grid
+    anchors = [float(lam) + 0.0 for lam in anchors]
+    grid = sorted({*grid, *anchors})
+    settings = {
+        "prompts": len(encoded), "samples": samples, "max_new_tokens": max_new_tokens, "anchors": anchors, "seed": seed,
+        "rewards": dict(zip(names, weights, strict=True)), "reweight": reweight, "budget": budget,
+        "path": curve.describe() if curve else None, "compute_dtype": str(compute_dtype).removeprefix("torch."),
+    }  # fmt: skip
+    mark = {"pair": fingerprint(pair), "prompts": [prompt.ids for prompt in encoded]}
+    mark |= {key: value for key, value in settings.items() if key not in ("anchors", "budget")}  # texts are the same
+    store = _Store(None if out is None else Path(out), mark, resume)
+    lab = _Sampler(
+        pair, encoded, [_plain(entry) for entry in prompts], list(rewards), samples, max_new_tokens, seed, device,
+        compute_dtype, curve, reweight, store, tell,
+    )  # fmt: skip
+
+    if scored is not None:
+        lab.take(scored)
+        anchors = sorted({answer.lam for answer in store.answers})
+        grid = sorted({*grid, *anchors})
+    else:
+        lab.sample("exact", anchors)
+        most = budget or (len(anchors) + 3) * len(encoded) * samples
+        while reweight and (wanted := lab.next_anchor(grid, weights)) is not None:
+            if (len(anchors) + 1) * len(encoded) * samples > most:
+                break
+            anchors = sorted([*anchors, wanted])
+            lab.sample("exact", [wanted])
+    if merged and scored is None:
+        lab.sample("merged", [lam for lam in anchors if lam not in (0.0, 1.0)])
+    result = lab.result(grid if reweight else anchors, weights, settings | {"anchors": anchors})
+    lam = result.best["lambda"]
+    if (beta := beta if beta is not None else recorded_beta(pair)) is not None:
+        result.best |= {"beta": beta, "equivalent_beta": beta / lam if lam else None}
+    if check and lam not in (0.0, 1.0):
+        from .fidelity import compare
+
+        few = prompts[: min(len(prompts), 16)]
+        tell("checking the merge", 0, 1)
+        row = compare(
+            pair, [lam], few, path=curve, max_new_tokens=max_new_tokens, seed=seed, device=device,
+            compute_dtype=compute_dtype,
+        ).at(lam)  # fmt: skip
+        result.faithful = {key: row[key] for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict", "why")}
+    return result
+
+
+def recorded_beta(pair: ModelPair) -> float | None:
+    """The KL coefficient that ALIGNED's directory records as JSON (`beta` of a training config); None where it does not.
+
+    TRL pickles its arguments (`training_args.bin`), and those are not opened.
+    """
+    for name in ("training_args.json", "training_config.json", "dpo_config.json", "trainer_config.json"):
+        file = pair.aligned.source.folder / name
+        if file.is_file() and isinstance(found := load_json(file), dict) and isinstance(found.get("beta"), int | float):
+            return float(found["beta"]) or None
+    return None
+
+
+def read_scored(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Texts that were sampled and scored before, from JSON Lines.
+
+    Each line has `"prompt"` (text, or number of the prompt) or `"messages"`, `"completion"`, where it came from as
+    `"lambda": 0.5` or `"from": "ref"|"aligned"`, and `"reward"` or `"rewards": {name: number}`. `texts.jsonl` of an earlier
+    sweep will do.
+
+    Raises:
+        DeraError: the file cannot be read, or a line lacks something.
+    """
+    lines = []
+    try:
+        content = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeraError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(content, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("expected an object")
+            if "settings" in entry and "prompt" not in entry:  # the head of texts.jsonl
+                continue
+            if entry.get("mode", "exact") != "exact":
+                continue
+            where = {"ref": 0.0, "aligned": 1.0}.get(entry.get("from"), entry.get("lambda"))
+            if isinstance(where, bool) or not isinstance(where, int | float) or not math.isfinite(where):
+                raise ValueError('expected "lambda": number, or "from": "ref" or "aligned"')
+            text = entry.get("completion", entry.get("text"))
+            if not isinstance(text, str) and not isinstance(entry.get("token_ids"), list):
+                raise ValueError('expected "completion"')
+            given = entry.get("rewards", {"reward": entry.get("reward")})
+            numbers = {k: v for k, v in given.items() if isinstance(v, int | float) and math.isfinite(v)}
+            rewards = dict.fromkeys(given) | numbers
+            lines.append(entry | {"lambda": float(where) + 0.0, "completion": text, "rewards": rewards})
+        except (ValueError, RecursionError, AttributeError, TypeError) as error:
+            raise DeraError(f"{file}, line {number}: {error}") from error
+    if not lines:
+        raise DeraError(f"{file} holds no scored texts")
+    return lines
+
+
+def _plain(entry: str | dict[str, Any]) -> str:
+    """A prompt as a reward sees it: the text, or the last turn of a conversation."""
+    if isinstance(entry, str):
+        return entry
+    return entry["messages"][-1]["content"] if "messages" in entry else entry["prompt"]
+
+
+class _Store:
+    """Answers in memory and, line by line as they come, in `<folder>/texts.jsonl`.
+
+    Raises:
+        DeraError: what lies there was made by another call.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any], resume: bool) -> None:
+        self.answers: list[Answer] = []
+        self._file = None if folder is None else folder / TEXTS
+        self._head: dict[str, str] | None = {"settings": hashlib.sha256(json_bytes(settings)).hexdigest()}  # till written
+        if self._file is not None and resume and self._file.is_file():
+            first, *lines = self._file.read_text(encoding="utf-8").split("\n")
+            if json.loads(first or "{}") != self._head:
+                raise DeraError(f"{self._file} was begun by another call or from other inputs; leave out --resume")
+            whole = lines[:-1]  # what follows the last newline was cut off
+            keys = ("mode", "lambda", "prompt", "sample", "token_ids", "text", "rewards")
+            try:
+                self.answers += [Answer(*map(json.loads(line).__getitem__, keys)) for line in whole]
+            except (ValueError, KeyError, AttributeError) as error:
+                raise DeraError(f"{self._file} is broken ({error}); leave out --resume") from error
+            write_atomically(self._file, "".join(f"{line}\n" for line in [first, *whole]).encode())
+            self._head = None
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        self.answers += answers
+        if self._file is None:
+            return
+        if self._head is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._file, (json.dumps(self._head) + "\n").encode())
+            self._head = None
+        with self._file.open("a", encoding="utf-8") as stream:
+            for a in answers:
+                row = {"mode": a.mode, "lambda": a.lam, "prompt": a.prompt, "sample": a.sample, "token_ids": a.ids,
+                       "text": a.text, "rewards": a.rewards}  # fmt: skip
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@dataclass
+class _Sampler:
+    """The models of one sweep: texts, rewards, densities, curves."""
+
+    pair: ModelPair
+    prompts: list[Prompt]
+    plain: list[str]
+    rewards: list[Reward]
+    samples: int
+    max_new_tokens: int
+    seed: int
+    device: str | torch.device
+    compute_dtype: torch.dtype | str
+    path: Curve | None
+    reweight: bool
+    store: _Store
+    tell: Progress
+
+    def __post_init__(self) -> None:
+        self.exact = self.pair.exact(dtype=self.compute_dtype, device=self.device)
+        self._merged: Any = None
+        # Of each of exact DeRa's texts, log π_λ and KL from the reference, in nats: λ → number.
+        self._known: dict[int, dict[float, tuple[float, float]]] = {}
+
+    def merged(self, lam: float) -> PreTrainedModel:
+        if self._merged is None:
+            self._merged = self.pair.merged(lam, device=self.device, compute_dtype=self.compute_dtype, path=self.path)
+        self._merged.set_lam(lam)
+        return self._merged
+
+    def sample(self, mode: Mode, lams: Sequence[float]) -> None:
+        """Texts at each λ that are not there yet; exact DeRa's share batches, whatever their λ."""
+        there = {(a.mode, a.lam, a.prompt, a.sample) for a in self.store.answers}
+        tasks = [
+            (lam, prompt, number) for lam in lams for prompt in range(len(self.prompts)) for number in range(self.samples)
+            if (mode, lam, prompt, number) not in there
+        ]  # fmt: skip
+        if mode == "exact":
+            tasks.sort(key=lambda task: len(self.prompts[task[1]].ids))
+        else:  # one λ at a time
+            tasks.sort(key=lambda task: (task[0], len(self.prompts[task[1]].ids)))
+        done = 0
+        while done < len(tasks):
+            batch = tasks[done : done + BATCH]
+            if mode == "merged":
+                batch = [task for task in batch if task[0] == batch[0][0]]
+            self.store.add(self._answers(mode, batch))
+            done += len(batch)
+            self.tell(f"sampling from {'exact DeRa' if mode == 'exact' else 'the merged model'}", done, len(tasks))
+
+    def _answers(self, mode: Mode, batch: list[tuple[float, int, int]]) -> list[Answer]:
+        # Both modes have the same noise: their texts part only where distributions do. So have all λ, where they are
+        # compared as they are; where texts of several λ are pooled, each λ's are to be news.
+        own = {lam: zlib.crc32(lambdas.name(lam).encode()) % 9973 if self.reweight else 0 for lam, _, _ in batch}
+        streams = [p + len(self.prompts) * (n + self.samples * own[lam]) for lam, p, n in batch]
+        noise = GumbelNoise(streams, self.seed, self.pair.vocab_size)
+        how = {"do_sample": False, "max_new_tokens": self.max_new_tokens, "logits_processor": LogitsProcessorList([noise])}
+        model = self.exact if mode == "exact" else self.merged(batch[0][0])
+        how |= {"lam": [lam for lam, _, _ in batch]} if mode == "exact" else {}
+        new = decode_batch(model, self.pair.tokenizer, [self.prompts[p].ids for _, p, _ in batch], **how)
+        texts = [self.pair.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+        rows = self._scored([(self.plain[p], text) for (_, p, _), text in zip(batch, texts, strict=True)])
+        return [Answer(mode, lam, p, n, ids, text, row)
+                for (lam, p, n), ids, text, row in zip(batch, new, texts, rows, strict=True)]  # fmt: skip
+
+    def _scored(self, texts: list[tuple[str, str]]) -> list[dict[str, float | None]]:
+        rows: list[dict[str, float | None]] = [{} for _ in texts]
+        for reward in self.rewards:
+            values = reward.score(texts)
+            for row, value in zip(rows, values, strict=True):
+                row[reward.name] = value
+            # One text may be at fault, a whole first batch is not.
+            if not self.store.answers and all(value is None for value in values) and (why := reward.why_not(texts[0])):
+                raise DeraError(f"the reward {reward.name} fails on every text: {why}")
+        return rows
+
+    def take(self, scored: Sequence[dict[str, Any]]) -> None:
+        """Texts that were sampled and scored before; rewards that they lack are worked out."""
+        places = {text: number for number, text in enumerate(self.plain)}
+        answers, counts = [], {}
+        for number, entry in enumerate(scored, 1):
+            asked = entry["prompt"] if "prompt" in entry else _plain(entry)
+            prompt = asked if isinstance(asked, int) else places.get(asked)
+            if prompt is None or not 0 <= prompt < len(self.prompts):
+                raise DeraError(f"scored text {number} answers a prompt that is not among the {len(self.prompts)} given")
+            ids = entry.get("token_ids") or self._tokens(entry["completion"])
+            text = entry["completion"] if entry["completion"] is not None else self.pair.tokenizer.decode(ids)
+            key = (entry["lambda"], prompt)
+            counts[key] = counts.get(key, 0) + 1
+            known = entry["rewards"]
+            row = {r.name: known.get(r.name, known.get("reward")) for r in self.rewards}
+            if not any(name in known or "reward" in known for name in row):
+                (row,) = self._scored([(self.plain[prompt], text)])
+            answers.append(Answer("exact", entry["lambda"], prompt, counts[key] - 1, ids, text, row))
+        self.store.add(answers)
+
+    def _tokens(self, completion: str) -> list[int]:
+        """A text as tokens, ended if it is shorter than texts may be."""
+        ids, end = self.pair.tokenizer(completion, add_special_tokens=False)["input_ids"], self.pair.tokenizer.eos_token_id
+        return ids if end is None or len(ids) >= self.max_new_tokens else [*ids, end]
+
+    # Curves
+
+    def _densities(self, lams: Sequence[float]) -> tuple[list[Answer], np.ndarray, np.ndarray]:
+        """Exact DeRa's texts, and log π_λ and KL from the reference of each at each λ, (texts, λ) in nats."""
+        answers = [a for a in self.store.answers if a.mode == "exact"]
+        fresh = [i for i in range(len(answers)) if any(lam not in self._known.get(i, {}) for lam in lams)]
+        if fresh:
+            texts = [Text(a.prompt, [*self.prompts[a.prompt].ids, *a.ids], len(self.prompts[a.prompt].ids))
+                     for a in (answers[i] for i in fresh)]  # fmt: skip
+            self.tell("reading the texts", 0, 3)
+            ref = trace_of(self.exact.ref, texts)
+            self.tell("reading the texts", 1, 3)
+            aligned = trace_of(self.exact.aligned, texts)
+            self.tell("reading the texts", 2, 3)
+            tokens = torch.tensor([token for text in texts for token in text.completion])
+            starts = np.cumsum([0, *(len(text.completion) for text in texts)])[:-1]
+            logp, kl = (
+                np.add.reduceat(each, starts) for each in densities(ref, aligned, tokens, lams, self.exact.config.vocab_size)
+            )
+            for row, i in enumerate(fresh):
+                self._known[i] = {lam: (logp[row, c], kl[row, c]) for c, lam in enumerate(lams)}
+            self.tell("reading the texts", 3, 3)
+        both = np.array([[self._known[i][lam] for lam in lams] for i in range(len(answers))])
+        return answers, both[..., 0], both[..., 1]
+
+    def _pool(self, grid: Sequence[float]) -> tuple[Pool, list[Answer], np.ndarray]:
+        answers, logp, kl = self._densities(grid)
+        where = {lam: number for number, lam in enumerate(grid)}
+        drawn, prompts = np.array([where[a.lam] for a in answers]), np.array([a.prompt for a in answers])
+        return Pool(np.array(grid), logp, drawn, prompts, self.seed), answers, kl
+
+    def _total(self, answers: Sequence[Answer], weights: Sequence[float]) -> np.ndarray:
+        """The weighted sum of each text's rewards; NaN where one failed."""
+        rows = [[a.rewards[r.name] for r in self.rewards] for a in answers]
+        total = np.array(rows, dtype=float) @ np.array(weights)
+        if np.isnan(total).all():
+            raise DeraError("a reward failed on every text")
+        return total
+
+    def next_anchor(self, grid: Sequence[float], weights: Sequence[float]) -> float | None:
+        """Where another anchor tells most about the best λ; None where the best is known well enough.
+
+        That is the λ with the highest upper bound of its reward, as long as few effective texts stand for it.
+        """
+        pool, answers, _ = self._pool(grid)
+        total = self._total(answers, weights)
+        pool, total = pool.without(np.isnan(total)), total[~np.isnan(total)]
+        _, draws = pool.mean(total)
+        upper = np.where(pool.ess < KNOWN, np.inf, interval(draws)[1])
+        there = {a.lam for a in answers}
+        best = int(np.argmax(upper - 1e-9 * pool.ess))
+        return None if pool.ess[best] >= SURE or grid[best] in there else grid[best]
+
+    def result(self, grid: Sequence[float], weights: Sequence[float], settings: dict[str, Any]) -> Sweep:
+        """All curves, points and the answer."""
+        grid = sorted({*grid, 0.0, 1.0}) if min(grid) <= 0 and max(grid) >= 1 else list(grid)
+        pool, answers, kl = self._pool(grid)
+        total = self._total(answers, weights)
+        failed = np.isnan(total)
+        pool, total, kl = pool.without(failed), total[~failed], kl[~failed]
+        answers = [a for a, gone in zip(answers, failed, strict=True) if not gone]
+        if settings["reweight"] is False:
+            pool = _direct(pool)
+        reward, draws = pool.mean(total)
+        columns: dict[str, tuple[np.ndarray, np.ndarray]] = {"reward": (reward, draws), "kl": pool.mean(kl)}
+        columns["length"] = pool.mean(np.array([len(a.ids) for a in answers], dtype=float))
+        if len(self.rewards) > 1:
+            columns |= {r.name: pool.mean(np.array([a.rewards[r.name] for a in answers], dtype=float)) for r in self.rewards}
+        for name, lam in (("wins_aligned", 1.0), ("wins_ref", 0.0)):
+            if lam in grid:
+                columns[name] = pool.wins(total, grid.index(lam))
+        if 1.0 in grid:
+            one = grid.index(1.0)
+            columns["gain"] = reward - reward[one], draws - draws[:, [one]]
+        known = pool.ess >= KNOWN
+        curve = []
+        bounds = {name: interval(each) for name, (_, each) in columns.items()}
+        for number, lam in enumerate(grid):
+            row: dict[str, Any] = {"lambda": lam, "ess": float(pool.ess[number]), "known": bool(known[number])}
+            for name, (values, _) in columns.items():
+                row[name] = float(values[number])
+                row[f"{name}_ci"] = bounds[name][:, number].tolist()
+            curve.append(row)
+        if not known.any():
+            raise DeraError("no λ has enough texts to say anything; give more --samples, or shorter texts")
+        chosen = np.where(known, reward, -np.inf)
+        best = int(np.argmax(chosen))
+        winners = np.array(grid)[np.argmax(np.where(known, draws, -np.inf), axis=1)]
+        low, high = np.quantile(winners, [0.025, 0.975])
+        edge = best in (0, len(grid) - 1) or not known[max(best - 1, 0)] or not known[min(best + 1, len(grid) - 1)]
+        answer: dict[str, Any] = {"lambda": grid[best], "interval": [float(low), float(high)], "at_the_edge": bool(edge)}
+        answer |= {key: curve[best][key] for key in ("reward", "reward_ci", "kl", "ess")}
+        if "gain" in columns:
+            answer |= {"gain": curve[best]["gain"], "gain_ci": curve[best]["gain_ci"]}
+            answer["more_than_noise"] = bool(curve[best]["gain_ci"][0] > 0)
+        settings = settings | {"failed": int(failed.sum())}
+        if failed.any():
+            warn(f"a reward failed on {int(failed.sum())} of {len(failed)} texts, twice; they are left out")
+        names = (self.pair.ref.source.name, self.pair.aligned.source.name)
+        result = Sweep(*names, curve, self._points(weights), answer, settings, None, [], self.plain, self.store.answers)
+        result.commands = _commands(result, self.path)
+        return result
+
+    def _points(self, weights: Sequence[float]) -> list[dict[str, Any]]:
+        """What was sampled, as it is: no weights."""
+        points = []
+        for mode in ("exact", "merged"):
+            for lam in sorted({a.lam for a in self.store.answers if a.mode == mode}):
+                mine = [a for a in self.store.answers if a.mode == mode and a.lam == lam]
+                rows = [[a.rewards[r.name] for r in self.rewards] for a in mine]
+                total = np.array(rows, dtype=float) @ np.array(weights)
+                kept = ~np.isnan(total)
+                point: dict[str, Any] = {
+                    "mode": mode, "lambda": lam, "texts": len(mine), "failed": int((~kept).sum()),
+                    "length": float(np.mean([len(a.ids) for a in mine])), "distinct": _distinct([a.text for a in mine]),
+                }  # fmt: skip
+                if kept.any():
+                    one = Pool(np.array([lam]), np.zeros((int(kept.sum()), 1)), np.zeros(int(kept.sum()), dtype=int),
+                               np.array([a.prompt for a, k in zip(mine, kept, strict=True) if k]), self.seed)  # fmt: skip
+                    value, draws = one.mean(total[kept])
+                    point |= {"reward": float(value[0]), "reward_ci": interval(draws)[:, 0].tolist()}
+                if mode == "merged":
+                    point["kl"] = self._merged_kl(lam, mine)
+                points.append(point)
+        return points
+
+    def _merged_kl(self, lam: float, answers: Sequence[Answer]) -> float:
+        """KL of the merged model from the reference on its own texts, nats a text."""
+        texts = [Text(a.prompt, [*self.prompts[a.prompt].ids, *a.ids], len(self.prompts[a.prompt].ids)) for a in answers]
+        tokens = torch.tensor([token for text in texts for token in text.completion])
+        traces = trace_of(self.exact.ref, texts), trace_of(self.merged(lam), texts)
+        _, kl = densities(*traces, tokens, [1.0], self.exact.config.vocab_size)
+        return float(kl.sum() / len(texts))
+
+
+def _direct(pool: Pool) -> Pool:
+    """The same texts without reweighting: each stands for the λ that it was drawn at alone."""
+    own = np.arange(len(pool.lams)) == pool.drawn[:, None]
+    return Pool(pool.lams, np.where(own, 0.0, -np.inf), pool.drawn, pool.prompt_of, pool.seed)
+
+
+def _distinct(texts: Sequence[str]) -> float:
+    """Share of different ones among all pairs of neighbouring words."""
+    pairs = [pair for text in texts for words in [text.split()] for pair in itertools.pairwise(words)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def _commands(result: Sweep, path: Curve | None) -> list[str]:
+    """What to run to ship the recommended λ."""
+    import shlex
+
+    lam = lambdas.name(result.best["lambda"])
+    words = ["dera-merge", "merge", result.ref, result.aligned, "-l", lam, "-o", "merged"]
+    words += ["--path", path.name] if path else []
+    check = ["dera-merge", "compare", result.ref, result.aligned, "-l", lam, "--approx", "merged", "-o", "report"]
+    return [shlex.join(words), shlex.join(check), "dera-merge push merged USER/NAME --report report"]

@@ -1,0 +1,224 @@
+"""A sweep to read and to look at: sentences, Markdown, a plot, one page that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .lambdas import name
+from .report import draw_curve, figure_of, have_matplotlib, no_plots, number, page
+
+if TYPE_CHECKING:
+    from .selection import Answer, Sweep
+
+SHOWN = 3  # prompts whose texts are shown at each λ
+COLUMNS = ("lambda", "reward", "reward_ci", "kl", "length", "wins_aligned", "wins_ref", "gain_ci", "ess")
+LEGEND = (
+    "reward: mean over prompts, with its 95 % interval. kl: KL of exact DeRa from the reference, nats a text. length: "
+    "tokens. wins_aligned, wins_ref: how often a text earns more than one of λ=1 and of λ=0. gain_ci: interval of the "
+    "reward less that of λ=1. ess: effective texts a prompt; 1 is what one text sampled there would be."
+)
+
+
+def sentences(sweep: Sweep) -> list[str]:
+    """The answer in words."""
+    best = sweep.best
+    lam, (low, high) = name(best["lambda"]), best["interval"]
+    said = [
+        f"λ = {lam} earns most: {number(best['reward'])} ({_range(best['reward_ci'])}), at {number(best['kl'])} nats a text "
+        f"from the reference; the best λ lies between {low:g} and {high:g} (95 %)."
+    ]
+    if best.get("gain") is not None and best["lambda"] != 1.0:
+        verdict = "more than noise" if best["more_than_noise"] else "not more than noise"
+        said.append(f"That is {best['gain']:+.2g} over the aligned model itself ({_range(best['gain_ci'])}): {verdict}.")
+    if best["at_the_edge"]:
+        said.append("It lies at the edge of what is known here: the true best may lie beyond.")
+    if best.get("equivalent_beta"):
+        said.append(f"Retraining would take KL coefficient β/λ = {best['beta']:g}/{lam} = {best['equivalent_beta']:.3g}.")
+    if sweep.faithful:
+        row = sweep.faithful
+        said.append(f"The merged model there is {row['verdict']}: kl {number(row['kl'])} nats a token; {row['why']}.")
+    unknown = [row["lambda"] for row in sweep.curve if not row["known"]]
+    if unknown:
+        said.append(f"At {len(unknown)} of {len(sweep.curve)} λ too few texts say anything; the curve is dotted there.")
+    if front := pareto(sweep):
+        said.append(f"No λ beats these in every reward at once: {', '.join(map(name, front))}.")
+    return said
+
+
+def pareto(sweep: Sweep) -> list[float]:
+    """The λ that no other beats in every reward, where there are several rewards; else none."""
+    names = list(sweep.settings["rewards"])
+    rows = [row for row in sweep.curve if row["known"]]
+    if len(names) < 2:
+        return []
+
+    def beaten(row: dict[str, Any]) -> bool:
+        return any(
+            all(other[n] >= row[n] for n in names) and any(other[n] > row[n] for n in names) for other in rows
+        )
+
+    return [row["lambda"] for row in rows if not beaten(row)]
+
+
+def cells(row: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> list[str]:
+    """One row of the curve as texts."""
+    found = []
+    for column in columns:
+        value = row.get(column)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            found.append("–")
+        elif column == "lambda":
+            found.append(name(value))
+        elif column.endswith("_ci"):
+            found.append(_range(value))
+        elif column.startswith("wins"):
+            found.append(f"{value:.0%}")
+        else:
+            found.append(number(value) if row["known"] or column == "ess" else "–")
+    return found
+
+
+def _range(bounds: list[float]) -> str:
+    return f"{bounds[0]:.2g} to {bounds[1]:.2g}"
+
+
+def columns(sweep: Sweep) -> tuple[str, ...]:
+    """The columns that this sweep has, its rewards by name where there are several."""
+    names = list(sweep.settings["rewards"])
+    wanted = (*COLUMNS[:3], *(names if len(names) > 1 else ()), *COLUMNS[3:])
+    return tuple(column for column in wanted if column in sweep.curve[0])
+
+
+def shown(sweep: Sweep, most: int = 12) -> list[dict[str, Any]]:
+    """Rows of the curve for a table: those that were sampled, the best, and some between."""
+    keep = {point["lambda"] for point in sweep.points} | {sweep.best["lambda"]}
+    rest = [row["lambda"] for row in sweep.curve if row["lambda"] not in keep]
+    keep |= set(rest[:: max(1, math.ceil(len(rest) / max(1, most - len(keep))))])
+    return [row for row in sweep.curve if row["lambda"] in keep]
+
+
+def markdown(sweep: Sweep) -> str:
+    """The sweep as Markdown."""
+    wanted = columns(sweep)
+    rows = [wanted, ["---"] * len(wanted), *(cells(row, wanted) for row in shown(sweep))]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    commands = "\n".join(sweep.commands)
+    settings = ", ".join(f"{key} {value}" for key, value in sweep.settings.items() if value is not None)
+    return (
+        f"# Which λ?\n\n{' '.join(sentences(sweep))}\n\n{table}\n\n{LEGEND}\n\nTo ship it:\n\n```bash\n{commands}\n```\n\n"
+        f"Measured with: {settings}.\n"
+    )
+
+
+# Plots
+
+
+def plot_sweep(sweep: Sweep, file: Path) -> Path | None:
+    """Reward against λ and against KL as a PNG; None, with a warning, without matplotlib."""
+    if not have_matplotlib():
+        no_plots()
+        return None
+    figure = figure_of([lambda axis: draw_reward(axis, sweep), lambda axis: draw_frontier(axis, sweep)], (10, 4))
+    figure.savefig(file, dpi=140)
+    return file
+
+
+def draw_reward(axis: Any, sweep: Sweep) -> None:
+    """Reward over λ with its band; dotted where it is not known; what was sampled as points."""
+    rows = [row for row in sweep.curve if row["known"]]
+    draw_curve(axis, sweep.curve, lambda r: r["reward"], color="C0", linestyle=":", linewidth=1)
+    draw_curve(axis, sweep.curve, lambda r: r["reward"] if r["known"] else None, color="C0", label="exact DeRa")
+    at, low, high = zip(*((row["lambda"], *row["reward_ci"]) for row in rows), strict=True)
+    axis.fill_between(at, low, high, color="C0", alpha=0.2, lw=0)
+    for mode, color, marker in (("exact", "C0", "o"), ("merged", "C1", "s")):
+        points = [p for p in sweep.points if p["mode"] == mode and "reward" in p]
+        if points:
+            values = [p["reward"] for p in points]
+            bars = np.abs(np.array([p["reward_ci"] for p in points]).T - np.array(values))
+            axis.errorbar([p["lambda"] for p in points], values, bars, fmt=marker, color=color, markersize=4, elinewidth=0.8,
+                          label=f"{'sampled' if mode == 'exact' else 'merged, sampled'}")  # fmt: skip
+    axis.axvspan(*sweep.best["interval"], color="C2", alpha=0.12, lw=0)
+    axis.axvline(sweep.best["lambda"], color="C2", linewidth=1, label=f"best: {name(sweep.best['lambda'])}")
+    axis.set(xlabel="λ", ylabel="reward", title="What λ earns")
+    seen = [bound for row in rows for bound in row["reward_ci"]] + [p["reward"] for p in sweep.points if "reward" in p]
+    margin = 0.08 * (max(seen) - min(seen) or 1)
+    axis.set_ylim(min(seen) - margin, max(seen) + margin)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_frontier(axis: Any, sweep: Sweep) -> None:
+    """Reward against KL from the reference, λ along the curve; exact and merged."""
+    rows = [row for row in sweep.curve if row["known"]]
+    axis.plot([row["kl"] for row in rows], [row["reward"] for row in rows], color="C0", label="exact DeRa")
+    merged = [p for p in sweep.points if p["mode"] == "merged" and "reward" in p]
+    ends = [{"lambda": p["lambda"], "kl": row["kl"], "reward": p["reward"]} for p in sweep.points
+            for row in sweep.curve if p["mode"] == "exact" and p["lambda"] in (0.0, 1.0) and row["lambda"] == p["lambda"]
+            and "reward" in p]  # fmt: skip
+    if merged:  # at λ = 0 and 1 both are one model
+        line = sorted([*merged, *ends], key=lambda p: p["lambda"])
+        axis.plot([p["kl"] for p in line], [p["reward"] for p in line], "s--", color="C1", markersize=4, label="merged")
+    sampled = {p["lambda"] for p in sweep.points}
+    for row in rows:
+        if row["lambda"] in sampled or row["lambda"] == sweep.best["lambda"]:
+            axis.plot(row["kl"], row["reward"], "o", color="C0", markersize=4)
+            axis.annotate(f" λ={name(row['lambda'])}", (row["kl"], row["reward"]), fontsize=8, va="bottom")
+    axis.set(xlabel="KL from the reference, nats a text", ylabel="reward", title="What it costs")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_wins(axis: Any, sweep: Sweep) -> None:
+    """How often a text beats one of the aligned model and one of the reference."""
+    for key, label, color in (("wins_aligned", "against λ = 1", "C3"), ("wins_ref", "against λ = 0", "C7")):
+        draw_curve(axis, sweep.curve, lambda r, key=key: r.get(key) if r["known"] else None, label=label, color=color)
+    axis.axhline(0.5, color="0.6", linewidth=0.8)
+    axis.set(xlabel="λ", ylabel="share of wins", title="How often it wins", ylim=(0, 1))
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_ess(axis: Any, sweep: Sweep) -> None:
+    """How many texts stand for each λ."""
+    from .selection import KNOWN
+
+    draw_curve(axis, sweep.curve, lambda r: r["ess"], color="C0")
+    axis.axhline(KNOWN, color="C3", linewidth=0.8, label="below: not known")
+    axis.set(xlabel="λ", ylabel="effective texts a prompt", title="How many texts stand for it")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def html(sweep: Sweep) -> str:
+    """One self-contained page."""
+    draw: dict[str, Callable[[Any], None]] = {
+        "reward": lambda axis: draw_reward(axis, sweep), "frontier": lambda axis: draw_frontier(axis, sweep),
+    }  # fmt: skip
+    if any("wins_ref" in row for row in sweep.curve):
+        draw["wins"] = lambda axis: draw_wins(axis, sweep)
+    draw["ess"] = lambda axis: draw_ess(axis, sweep)
+    wanted = columns(sweep)
+    return page(
+        "sweep.html", draw, sweep=sweep, said=sentences(sweep), columns=wanted, legend=LEGEND,
+        rows=[cells(row, wanted) for row in shown(sweep)], best=shown(sweep).index(_best(sweep)), texts=_texts(sweep),
+    )  # fmt: skip
+
+
+def _best(sweep: Sweep) -> dict[str, Any]:
+    return next(row for row in sweep.curve if row["lambda"] == sweep.best["lambda"])
+
+
+def _texts(sweep: Sweep) -> list[dict[str, Any]]:
+    """The first prompts, and what each λ and mode made of them."""
+    found = []
+    for prompt in range(min(SHOWN, len(sweep.prompts))):
+        mine: list[Answer] = [a for a in sweep.answers if a.prompt == prompt and a.sample == 0]
+        mine.sort(key=lambda a: (a.lam, a.mode))
+        rows = [(name(a.lam), a.mode, a.text, ", ".join(map(_earned, a.rewards.items()))) for a in mine]
+        found.append({"prompt": sweep.prompts[prompt], "rows": rows})
+    return found
+
+
+def _earned(reward: tuple[str, float | None]) -> str:
+    return f"{reward[0]} {'failed' if reward[1] is None else f'{reward[1]:.3g}'}"
