@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .path import layer_kind
-from .traces import Text, batches, padded, scored
+from .traces import Text, Trace, batches, padded, scored, trace_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,22 +88,23 @@ def attribute(
 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in delta)
-    groups = [[texts[i] for i in batch] for batch in batches(texts, 512)]
+    groups = list(batches(texts, 512))
+    starts = np.cumsum([0, *(len(text.completion) for text in texts)])
+    heads: list[torch.nn.ModuleDict] = []
+    ends: list[Trace] = []
+    for tau in (0.0, 1.0, lam):
+        turn(tau)
+        ends.append(trace_of(model, texts, heads))
 
-    def logits(group: list[Text]) -> torch.Tensor:
-        ids, mask = padded(group, model.device)
-        return scored(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float(), group)
+    @torch.no_grad()
+    def direction(group: list[int]) -> torch.Tensor:
+        """v of the group's scored tokens, made anew each time: logits of all texts at once would not stay small."""
+        where = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])
+        ref, aligned, merged = (end.head(end.hidden[where]) for end in ends)
+        h = (1 - lam) * ref + lam * aligned
+        p, error = h.softmax(-1), h - merged
+        return p * (error - (p * error).sum(-1, keepdim=True))
 
-    ends, directions = [], []
-    with torch.no_grad():
-        for tau in (0.0, 1.0, lam):
-            turn(tau)
-            ends.append([logits(group) for group in groups])
-        for ref, aligned, merged in zip(*ends, strict=True):
-            h = (1 - lam) * ref + lam * aligned
-            p, error = h.softmax(-1), h - merged
-            directions.append(p * (error - (p * error).sum(-1, keepdim=True)))
-        del ends
     nodes, weights = np.polynomial.legendre.leggauss(points)
     # λ∫₀¹ - ∫₀^λ, as weighted stretches without what cancels: (λ-1) on [0, min(λ,1)], λ on [λ,1] or -(1) on [1,λ].
     inner = min(lam, 1.0)
@@ -114,8 +115,11 @@ def attribute(
              for x, w in zip(nodes, weights, strict=True)]  # fmt: skip
     for number, (tau, weight) in enumerate(steps, 1):
         turn(tau)
-        for group, direction in zip(groups, directions, strict=True):
-            (logits(group) * direction).sum().backward()
+        for group in groups:
+            chosen = [texts[i] for i in group]
+            ids, mask = padded(chosen, model.device)
+            logits = scored(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float(), chosen)
+            (logits * direction(group)).sum().backward()
         for name, change in delta.items():
             parameter = model.get_parameter(name)
             if parameter.grad is not None:
