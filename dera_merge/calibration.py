@@ -436,7 +436,7 @@ def _moments(
         kept[:, :SINKS] = False
         regression = _Regression(sums, _interpolated(exact, layers, ids, mask, lam), kept, lam)
         with _watched(student, layers, regression), student.dera_strength.of(lam, ids.shape[1]):
-            student.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            student.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **_places(student, ids))
         tell("solving the layers", number, len(order))
     return [tuple(sums[layer.module]) for layer in chunk]
 
@@ -516,6 +516,13 @@ def _part(layer: Bent, branch: int, transposed: bool) -> Part:
     return Part(gain, down.T.contiguous(), up.T.contiguous()) if transposed else Part(gain, up, down)
 
 
+def _places(student: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A position for each token of each row, where the decoder takes them: learned ones differ between rows with λ."""
+    if "position_ids" not in inspect.signature(student.base_model.forward).parameters:
+        return {}
+    return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)}
+
+
 class _Trainer:
     """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5 over scored tokens."""
 
@@ -542,16 +549,11 @@ class _Trainer:
         log_p = torch.log_softmax(self.teacher.logits(chosen, each), -1)
         ids, mask = padded(texts, device)
         with self.strength.of(lams, ids.shape[1]):
-            states = self.student.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **self.places(ids))[0]
+            how = {"attention_mask": mask, "use_cache": False, **_places(self.student, ids)}
+            states = self.student.base_model(input_ids=ids, **how)[0]
         with self.strength.of(each, 1):
             log_q = torch.log_softmax(self.head(scored(states, texts))[:, : self.teacher.rows], -1)
         return (log_p.exp() * (log_p - log_q)).sum(-1), each
-
-    def places(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A position for each token of each row, where the decoder takes them: learned ones differ between rows with λ."""
-        if "position_ids" not in inspect.signature(self.student.base_model.forward).parameters:
-            return {}
-        return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)}
 
     @torch.no_grad()
     def measure(self, chosen: Sequence[int]) -> tuple[float, float]:

@@ -145,7 +145,7 @@ def push_to_hub(
         api = HfApi(token=token)
         plan = _planned(
             api, Path(folder), repo_id, revision=revision, main=main, report=report, license=license, private=private,
-            create_pr=create_pr, force=force, tell=tell,
+            create_pr=create_pr, force=force, dry_run=dry_run, tell=tell,
         )  # fmt: skip
         if not dry_run:
             _push(api, plan, tell)
@@ -158,7 +158,7 @@ def push_to_hub(
 def _planned(
     api: HfApi, folder: Path, repo_id: str, *, revision: str | None, main: float | Literal["none"] | None,
     report: str | os.PathLike[str] | Report | None, license: str | None, private: bool | None, create_pr: bool, force: bool,
-    tell: Progress,
+    dry_run: bool, tell: Progress,
 ) -> Plan:  # fmt: skip
     folders = merged_folders(folder)
     recipes: dict[float, tuple[Path, dict[str, Any]]] = {}
@@ -173,12 +173,20 @@ def _planned(
     shown = _report_of(report, recipes, force) if report is not None else None
 
     repo_id = _full_id(api, repo_id)
-    info = _there(lambda: api.repo_info(repo_id))
-    plan = Plan(repo_id, info is not None, private, create_pr, [])
+    plan = Plan(repo_id, False, private, create_pr, [])
+    asked = True
+    try:
+        info = _there(lambda: api.repo_info(repo_id))
+    except Exception as error:  # a plan can be looked at without a network or a token
+        if not dry_run:
+            raise
+        info, asked = None, False
+        plan.notes.append(f"{_explained(_cause(error), repo_id)} (this plan takes {repo_id} to be new)")
+    plan.exists = info is not None
     if info is not None and private is not None and bool(info.private) != private:
         now = "private" if info.private else "public"
         raise DeraError(f"{repo_id} is there and {now}; its settings on the Hub change that, --private does not")
-    if _there(lambda: api.repo_info(repo_id, repo_type="dataset")) is not None:
+    if asked and _there(lambda: api.repo_info(repo_id, repo_type="dataset")) is not None:
         plan.notes.append(f"a dataset is called {repo_id} too; this is the model of that name")
     parents = {p.name: p for _, recipe in recipes.values() for p in card.parents(recipe) if p.role != "base"}
     inherited = _inherited(api, [p for _, recipe in recipes.values() for p in card.parents(recipe)], license, plan)
@@ -480,7 +488,7 @@ def _cause(error: BaseException) -> BaseException:
 @contextmanager
 def _said(repo_id: str) -> Iterator[None]:
     """Make one line of whatever the Hub or the way there answers."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
         yield
@@ -488,8 +496,6 @@ def _said(repo_id: str) -> Iterator[None]:
         raise DeraError(f"{repo_id!r} is no id for a repository; give user/name") from error
     except LocalTokenNotFoundError as error:
         raise DeraError(f"{NO_TOKEN}, or set HF_TOKEN") from error
-    except OfflineModeIsEnabled as error:
-        raise DeraError("HF_HUB_OFFLINE is set, so nothing can be published; unset it") from error
     except (*HfHubHTTPError.__bases__, RuntimeError, ValueError) as error:  # the HTTP library's own too, whichever it is
         raise DeraError(_explained(_cause(error), repo_id)) from error
 
@@ -497,7 +503,10 @@ def _said(repo_id: str) -> Iterator[None]:
 def _explained(error: BaseException, repo_id: str) -> str:
     """One line on what the Hub answered, and what to do."""
     from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so the Hub is not asked; unset it"
     response = getattr(error, "response", None)
     if response is None:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -282,7 +282,7 @@ def read_scored(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
             text = entry.get("completion", entry.get("text"))
             if not isinstance(text, str) and not isinstance(entry.get("token_ids"), list):
                 raise ValueError('expected "completion"')
-            given = entry.get("rewards", {"reward": entry.get("reward")})
+            given = entry.get("rewards", {"reward": entry["reward"]} if "reward" in entry else {})
             numbers = {k: v for k, v in given.items() if isinstance(v, int | float) and math.isfinite(v)}
             rewards = dict.fromkeys(given) | numbers
             lines.append(entry | {"lambda": float(where) + 0.0, "completion": text, "rewards": rewards})
@@ -418,21 +418,28 @@ class _Sampler:
     def take(self, scored: Sequence[dict[str, Any]]) -> None:
         """Texts that were sampled and scored before; rewards that they lack are worked out."""
         places = {text: number for number, text in enumerate(self.plain)}
-        answers, counts = [], {}
+        answers: list[Answer] = []
+        counts: dict[tuple[float, int], int] = {}
         for number, entry in enumerate(scored, 1):
             asked = entry["prompt"] if "prompt" in entry else _plain(entry)
             prompt = asked if isinstance(asked, int) else places.get(asked)
             if prompt is None or not 0 <= prompt < len(self.prompts):
                 raise DeraError(f"scored text {number} answers a prompt that is not among the {len(self.prompts)} given")
             ids = entry.get("token_ids") or self._tokens(entry["completion"])
+            if not all(isinstance(token, int) and 0 <= token < self.pair.vocab_size for token in ids):
+                raise DeraError(f"scored text {number} has token ids that are not this tokenizer's")
             text = entry["completion"] if entry["completion"] is not None else self.pair.tokenizer.decode(ids)
+            known = entry["rewards"]
+            if len(self.rewards) == 1 and "reward" in known:  # what it is called does not matter then
+                known = {self.rewards[0].name: known["reward"]}
             key = (entry["lambda"], prompt)
             counts[key] = counts.get(key, 0) + 1
-            known = entry["rewards"]
-            row = {r.name: known.get(r.name, known.get("reward")) for r in self.rewards}
-            if not any(name in known or "reward" in known for name in row):
-                (row,) = self._scored([(self.plain[prompt], text)])
-            answers.append(Answer("exact", entry["lambda"], prompt, counts[key] - 1, ids, text, row))
+            answers.append(Answer("exact", entry["lambda"], prompt, counts[key] - 1, ids, text, dict(known)))
+        for reward in self.rewards:
+            lacking = [a for a in answers if reward.name not in a.rewards]
+            values = reward.score([(self.plain[a.prompt], a.text) for a in lacking]) if lacking else []
+            for answer, value in zip(lacking, values, strict=True):
+                answer.rewards[reward.name] = value
         self.store.add(answers)
 
     def _tokens(self, completion: str) -> list[int]:

@@ -102,7 +102,7 @@ def test_generate_loads_a_pair_quantised(load_in):
 def test_compare_reports_and_gates(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in demo.prompts()[:4]))
-    common = ["compare", demo.REF, demo.ALIGNED_DENSE, "-l", "0.5", "--prompts", prompts, "--max-new-tokens", 16]
+    common = ["compare", demo.REF, demo.ALIGNED_DENSE, "-l", "0.5", "--prompts", prompts, "--max-new-tokens", 8]
     passed = run(*common, "-o", tmp_path / "a", "--json", "--max-kl", 1, "--min-top1", 0.5)
     assert passed.returncode == 0, passed.stderr
     result = json.loads(passed.stdout)
@@ -272,6 +272,20 @@ def test_the_demo_pair_is_small():
     assert sum(file.stat().st_size for file in demo.FOLDER.rglob("*") if file.is_file()) < 8e6
 
 
+def test_the_demo_runs_on_few_prompts(tmp_path, monkeypatch):
+    from dera_merge.demo import run as show
+
+    few = demo.prompts()[:4]
+    monkeypatch.setattr(show, "LAMS", [0.0, 0.5, 1.0, 2.0])
+    monkeypatch.setattr(show, "TOKENS", 8)
+    monkeypatch.setattr(demo, "prompts", lambda split="test": few)
+    result = show.run(tmp_path / "demo")
+    assert [sample["lambda"] for sample in result["samples"]] == [0, 0.5, 1, 2]
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    assert AutoModelForCausalLM.from_pretrained(result["checkpoint"]).num_parameters() > 900_000
+
+
+@pytest.mark.slow
 def test_the_demo_shows_texts_figures_and_a_checkpoint(tmp_path):
     done = run("demo", "-o", tmp_path / "demo", "--json")
     assert done.returncode == 0, done.stderr

@@ -104,6 +104,15 @@ def test_a_dry_run_writes_nothing_and_shows_everything(hub, environment, merged)
     assert TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("way", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}, {"HF_TOKEN": "expired"}])
+def test_a_plan_can_be_looked_at_without_the_hub(environment, merged, way):
+    one = merged / "lambda-0.5"
+    looked, sent = pushed(environment | way, (one, "me/x", {"dry_run": True}), (one, "me/x", {}))
+    assert any("takes me/x to be new" in note for note in looked["notes"])
+    assert "model.safetensors" in looked["branches"][0]["files"]
+    assert any(word in sent for word in ("cannot be reached", "HF_HUB_OFFLINE", "hf auth login"))
+
+
 def test_an_adapter_is_a_branch_that_peft_loads(hub, environment, tmp_path):
     ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA).merge(tmp_path / "out", [0.5], format="adapter")
     done = command(environment, "push", tmp_path / "out", "me/adapter", "--revision", "half", "--license", "mit")
@@ -288,7 +297,7 @@ def test_a_report_goes_with_its_weights_only(hub, environment, merged, tmp_path)
     from dera_merge import compare
 
     pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_DENSE)
-    how = {"prompts": demo.prompts()[:3], "max_new_tokens": 8, "extras": ()}
+    how = {"prompts": demo.prompts()[:2], "max_new_tokens": 4, "extras": ()}
     measured = compare(pair, [0.25, 0.5], approx=merged, **how)
     measured.gate(1e-9, None)
     measured.save(tmp_path / "approx")
@@ -328,8 +337,11 @@ def test_parents_on_the_hub_give_licence_language_and_base_model(hub, environmen
     hub.add("you/sft", files(demo.REF, "---\nlicense: apache-2.0\nlanguage: en\n---\n"))
     hub.add("you/dpo", files(demo.ALIGNED_DENSE, "---\nlicense: apache-2.0\nlanguage: [en, de]\n---\n"))
     hub.add("you/other", files(demo.ALIGNED_DENSE, "---\nlicense: llama3.1\n---\n"))
-    for aligned in ("dpo", "other"):
-        assert command(environment, "merge", "you/sft", f"you/{aligned}", "-l", "0.5", "-o", tmp_path / aligned).returncode == 0
+    code = (
+        "import sys; from dera_merge import ModelPair\n"
+        "for name in ('dpo', 'other'): ModelPair.from_pretrained('you/sft', f'you/{name}').merge(f'{sys.argv[1]}/{name}', [0.5])"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, check=True, timeout=120)
     said = pushed(
         environment, (tmp_path / "dpo", "me/same", {}), (tmp_path / "other", "me/differ", {}),
         (tmp_path / "other", "me/chosen", {"license": "llama3.1"}),

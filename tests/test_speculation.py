@@ -137,7 +137,7 @@ def test_sampling_with_a_draft_follows_the_exact_distribution(setting):
             torch.tensor([prompt]), max_new_tokens=3, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, lam=lam,
             assistant_model=draft, speculation=Speculation(max_draft=2), eos_token_id=None, pad_token_id=0,
         )[0, len(prompt) + 1]
-        for _ in range(1000)
+        for _ in range(600)
     ]  # fmt: skip
     assert excess(torch.stack(samples), truth) < 0
     assert excess(torch.stack(samples), wrong) > 0

@@ -296,8 +296,8 @@ def test_a_reward_that_is_none_is_refused(spec):
 
 def test_the_command_line_sweeps_the_demo_pair_and_writes_a_page(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in demo.prompts("validation")[:8]))
-    words = ["sweep", demo.REF, demo.ALIGNED_LORA, "--prompts", prompts, "--reward", "lexicon", "--max-new-tokens", 16]
+    prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in demo.prompts("validation")[:4]))
+    words = ["sweep", demo.REF, demo.ALIGNED_LORA, "--prompts", prompts, "--reward", "lexicon", "--max-new-tokens", 8]
     done = run(*words, "-o", tmp_path / "out", "--beta", "0.1", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
