@@ -302,7 +302,8 @@ def test_the_command_line_sweeps_the_demo_pair_and_writes_a_page(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == result
-    assert result["best"]["equivalent_beta"] == pytest.approx(0.1 / result["best"]["lambda"])
+    lam = result["best"]["lambda"]
+    assert result["best"]["equivalent_beta"] == (pytest.approx(0.1 / lam) if lam else None)
     assert result["faithful"] is None or result["faithful"]["verdict"]
     page = (tmp_path / "out" / "sweep.html").read_text()
     assert not any(word in page for word in ("<script", "<link", "src=", 'href="http', "@import", "url(http"))
