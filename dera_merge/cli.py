@@ -441,7 +441,8 @@ def sweep(
     from .sweep_report import LEGEND, cells, columns, sentences, shown
 
     table = Table(title="What λ earns and costs", **PLAIN)
-    wanted = columns(result)
+    left_out = ("length", "wins_aligned", "wins_ref")  # so that it fits 80 columns; the report has all
+    wanted = tuple(column for column in columns(result) if column not in left_out)
     for column in wanted:
         table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
     for row in shown(result):

@@ -160,7 +160,8 @@ def densities(
             rows = []
             for lam in lams:
                 log_p, p, log_z = mixture(log_ref, log_aligned, lam)
-                rows.append((log_p.gather(1, own)[:, 0], (lam * torch.linalg.vecdot(p, ratio) - log_z).clamp_(min=0)))
+                kept = lam * torch.linalg.vecdot(p, ratio) - log_z if lam else torch.zeros_like(log_z)
+                rows.append((log_p.gather(1, own)[:, 0], kept.clamp_(min=0)))
             logp.append(torch.stack([row[0] for row in rows], 1).cpu())
             kl.append(torch.stack([row[1] for row in rows], 1).cpu())
     return torch.cat(logp).numpy(), torch.cat(kl).numpy()

@@ -181,7 +181,8 @@ def _planned(
         if not dry_run:
             raise
         info, asked = None, False
-        plan.notes.append(f"{_explained(_cause(error), repo_id)} (this plan takes {repo_id} to be new)")
+        why = _explained(_cause(error), repo_id).partition(";")[0]
+        plan.notes.append(f"{why}; this plan takes {repo_id} to be new")
     plan.exists = info is not None
     if info is not None and private is not None and bool(info.private) != private:
         now = "private" if info.private else "public"
