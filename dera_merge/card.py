@@ -189,19 +189,27 @@ def edited(card: str | None, values: dict[str, Any], ours: str, title: str, repl
     """
     if card is None:
         return f"---\n{_dump(values)}---\n\n# {plain(title)}\n\n{ours}\n"
+    if card.startswith("\ufeff"):
+        return "\ufeff" + edited(card[1:], values, ours, title, replace)
+    if "\r\n" in card and "\n" not in card.replace("\r\n", ""):  # a card with Windows' ends of lines keeps them
+        return edited(card.replace("\r\n", "\n"), values, ours, title, replace).replace("\n", "\r\n")
     front = _FRONT.match(card)
     block, rest = (front[1], card[front.end() :]) if front else ("", card)
     there = read_metadata(card)
-    wanted = {}
+    wanted: dict[str, Any] = {}
+    if isinstance(there.get("model-index"), list):  # figures of ours go, whatever they were measured on
+        mine = f"{title} λ="
+        others = [e for e in there["model-index"] if not (isinstance(e, dict) and str(e.get("name")).startswith(mine))]
+        values = values | {"model-index": [*others, *values.get("model-index", [])] or None}
     for key, value in values.items():
         if key == "tags":
             kept = there.get(key) or []
-            value = [*(kept if isinstance(kept, list) else [kept]), *value]
-            value = list(dict.fromkeys(map(str, value)))
-        elif key == "model-index" and isinstance(there.get(key), list):
-            names = {entry["name"] for entry in value}
-            others = [entry for entry in there[key] if not (isinstance(entry, dict) and entry.get("name") in names)]
-            value = [*others, *value]
+            kept = [str(tag) for tag in (kept if isinstance(kept, list) else [kept])]
+            if "dera-merge" in kept and "lora" not in value:  # it was an adapter before
+                kept = [tag for tag in kept if tag != "lora"]
+            value = list(dict.fromkeys([*kept, *value]))
+        elif key == "model-index":
+            pass
         elif key in there and key not in (*replace, "base_model", "base_model_relation"):
             continue
         if there.get(key) != value:
@@ -214,6 +222,8 @@ def edited(card: str | None, values: dict[str, Any], ours: str, title: str, repl
 def read_metadata(card: str) -> dict[str, Any]:
     """The metadata of a card. Raises DeraError where it is no YAML mapping."""
     front = _FRONT.match(card)
+    if front is None and re.match(r"\ufeff?---[ \t]*\r?\n", card):
+        raise DeraError("the metadata of the card does not end: its second --- is missing; mend it first")
     try:
         values = yaml.safe_load(front[1]) if front else {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -225,10 +235,11 @@ def read_metadata(card: str) -> dict[str, Any]:
 
 
 def _with_keys(block: str, values: dict[str, Any]) -> str:
-    """A YAML mapping as text with these keys set; everything else in it, comments too, stays as it is."""
+    """A YAML mapping as text with these keys set, or left out (None); everything else, comments too, stays as it is."""
     root = yaml.compose(block, Loader=yaml.SafeLoader) if block.strip() else None
     if root is not None and (root.flow_style or root.start_mark.column):
-        return _dump(yaml.safe_load(block) | values)
+        both = yaml.safe_load(block) | values
+        return _dump({key: value for key, value in both.items() if value is not None or key not in values})
     spans = {key.value: (key.start_mark.index, _end(value)) for key, value in root.value} if root is not None else {}
     if block and not block.endswith("\n"):
         block += "\n"
@@ -237,8 +248,8 @@ def _with_keys(block: str, values: dict[str, Any]) -> str:
             start, end = spans[key]
             if end < start:
                 raise DeraError(f"the card's {key} is a YAML alias; write it out first")
-            block = f"{block[:start]}{_dump({key: value}).rstrip()}{block[end:]}"
-    return block + "".join(_dump({key: value}) for key, value in values.items() if key not in spans)
+            block = f"{block[:start]}{_dump({key: value}).rstrip() if value is not None else ''}{block[end:]}"
+    return block + "".join(_dump({key: v}) for key, v in values.items() if key not in spans and v is not None)
 
 
 def _end(node: yaml.Node) -> int:

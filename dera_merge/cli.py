@@ -416,6 +416,8 @@ def sweep(
         shares = [float(part) for part in weights.split(",")] if weights else None
     except ValueError:
         raise typer.BadParameter(f"{weights!r} is no list of numbers", param_hint="--weights") from None
+    if shares and len(shares) != len(reward):
+        raise typer.BadParameter(f"{len(shares)} for {len(reward)} rewards", param_hint="--weights")
     if beta is not None and not 0 < beta < math.inf:
         raise typer.BadParameter("must be above 0", param_hint="--beta")
     pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
@@ -495,7 +497,7 @@ def push(
     if as_json:
         return _print_json(plan.to_dict())
     for note in plan.notes:
-        err.print(f"note: {note}", markup=False, highlight=False)
+        err.print(f"note: {_line(note)}", markup=False, highlight=False)
     if dry_run:
         where = plan.repo_id if plan.exists else f"{plan.repo_id} (new{', private' if private else ''})"
         out.print(f"Nothing was sent. {len(plan.targets)} commits to {where}, main last:", markup=False, highlight=False)
@@ -729,7 +731,7 @@ def _progress(title: str) -> Iterator[Callable[[str | None, int, int], None]]:
         yield tell
 
 
-def _line(error: BaseException) -> str:
+def _line(error: BaseException | str) -> str:
     """An error's message as one line, control characters escaped."""
     text = " ".join(part.strip() for part in str(error).splitlines() if part.strip()) or type(error).__name__
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

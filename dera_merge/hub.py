@@ -279,7 +279,10 @@ def _downloaded(api: HfApi, repo_id: str, commit: str | None, name: str) -> str 
         if isinstance(error, FileNotFoundError):  # of the local cache: the Hub was not reached
             raise
         return None
-    return Path(file).read_bytes().decode("utf-8", errors="replace")
+    try:
+        return Path(file).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise DeraError(f"the {name} of {repo_id} is not UTF-8 ({error}); mend it first") from error
 
 
 def _figures(report: Report) -> dict[str, Path | bytes]:
@@ -396,6 +399,8 @@ def _push(api: HfApi, plan: Plan, tell: Progress) -> None:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     repo_id = plan.repo_id
+    for target in plan.targets:  # before a repository is made for a card that the Hub refuses
+        _patiently(lambda t=target: _check_card(t.card))
     if not plan.exists:
         _patiently(lambda: api.create_repo(repo_id, private=plan.private, exist_ok=False))
     for target in plan.targets:
@@ -427,6 +432,17 @@ def _push(api: HfApi, plan: Plan, tell: Progress) -> None:
         )  # fmt: skip
         plan.commits[target.revision] = commit.pr_url or commit.commit_url
     tell("done", steps, steps)
+
+
+def _check_card(text: str) -> None:
+    """Raises DeraError where the Hub would not take a card."""
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(text).validate()
+    except ValueError as error:
+        said = "; ".join(re.findall(r'"message":\s*"((?:[^"\\]|\\.)*)"', str(error))) or str(error)
+        raise DeraError(f"the Hub does not accept the card: {' '.join(said.split())}") from error
 
 
 def _patiently(call: Callable[[], T]) -> T:

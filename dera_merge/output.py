@@ -353,7 +353,8 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         raise DeraError(f"{folder} holds no {RECIPE}; it was not written by dera-merge")
     recipe = load_json(folder / RECIPE)
     shape = {"ref": dict, "aligned": dict, "files": dict, "lambda": (int, float)}
-    if not isinstance(recipe, dict) or not all(isinstance(recipe.get(key), kind) for key, kind in shape.items()):
+    fits = isinstance(recipe, dict) and all(isinstance(recipe.get(key), kind) for key, kind in shape.items())
+    if not fits or not math.isfinite(recipe["lambda"]):
         raise DeraError(f"{folder / RECIPE} is not one that dera-merge wrote")
     return recipe
 

@@ -45,7 +45,7 @@ class Reward:
     def _all(self, texts: Sequence[tuple[str, str]]) -> list[float]:
         found = self.scorer(texts)
         if len(found) != len(texts):
-            raise DeraError(f"the reward {self.name} gave {len(found)} numbers for {len(texts)} texts")
+            raise DeraError(f"{len(found)} numbers came for {len(texts)} texts")
         return found
 
     def _one(self, text: tuple[str, str]) -> float | None:
@@ -61,7 +61,8 @@ class Reward:
         try:
             self._number(self._all([text])[0])
         except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+            kind = "" if isinstance(error, DeraError) else f"{type(error).__name__}: "
+            return kind + " ".join(str(error).split())
         return None
 
     def _number(self, value: Any) -> float:

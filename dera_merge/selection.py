@@ -225,7 +225,7 @@ def sweep(
     lam = result.best["lambda"]
     if (beta := beta if beta is not None else recorded_beta(pair)) is not None:
         result.best |= {"beta": beta, "equivalent_beta": beta / lam if lam else None}
-    if check and lam not in (0.0, 1.0):
+    if check and result.best["tells_apart"] and lam not in (0.0, 1.0):
         from .fidelity import compare
 
         few = prompts[: min(len(prompts), 16)]
@@ -538,6 +538,7 @@ class _Sampler:
         low, high = np.quantile(winners, [0.025, 0.975])
         edge = best in (0, len(grid) - 1) or not known[max(best - 1, 0)] or not known[min(best + 1, len(grid) - 1)]
         answer: dict[str, Any] = {"lambda": grid[best], "interval": [float(low), float(high)], "at_the_edge": bool(edge)}
+        answer["tells_apart"] = bool(np.ptp(reward[known]) > 0)
         answer |= {key: curve[best][key] for key in ("reward", "reward_ci", "kl", "ess")}
         if "gain" in columns:
             answer |= {"gain": curve[best]["gain"], "gain_ci": curve[best]["gain_ci"]}
@@ -547,7 +548,7 @@ class _Sampler:
             warn(f"a reward failed on {int(failed.sum())} of {len(failed)} texts, twice; they are left out")
         names = (self.pair.ref.source.name, self.pair.aligned.source.name)
         result = Sweep(*names, curve, self._points(weights), answer, settings, None, [], self.plain, self.store.answers)
-        result.commands = _commands(result, self.path)
+        result.commands = _commands(result, self.path) if answer["tells_apart"] else []
         return result
 
     def _points(self, weights: Sequence[float]) -> list[dict[str, Any]]:

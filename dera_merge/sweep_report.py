@@ -19,8 +19,8 @@ SHOWN = 3  # prompts whose texts are shown at each λ
 COLUMNS = ("lambda", "reward", "reward_ci", "kl", "length", "wins_aligned", "wins_ref", "gain_ci", "ess")
 LEGEND = (
     "reward: mean over prompts, with its 95 % interval. kl: KL of exact DeRa from the reference, nats a text. length: "
-    "tokens. wins_aligned, wins_ref: how often a text earns more than one of λ=1 and of λ=0. gain_ci: interval of the "
-    "reward less that of λ=1. ess: effective texts a prompt; 1 is what one text sampled there would be."
+    "tokens. wins_aligned, wins_ref: how often a text earns more than one of λ=1 and of λ=0, ties half. gain_ci: interval "
+    "of the reward less that of λ=1. ess: effective texts a prompt; 1 is what one text sampled there would be."
 )
 
 
@@ -28,6 +28,9 @@ def sentences(sweep: Sweep) -> list[str]:
     """The answer in words."""
     best = sweep.best
     lam, (low, high) = name(best["lambda"]), best["interval"]
+    if not best["tells_apart"]:
+        same = number(best["reward"])
+        return [f"These texts tell no λ apart: each earns {same}. Another reward, more or longer texts may."]
     said = [
         f"λ = {lam} earns most: {number(best['reward'])} ({_range(best['reward_ci'])}), at {number(best['kl'])} nats a text "
         f"from the reference; the best λ lies between {low:g} and {high:g} (95 %)."

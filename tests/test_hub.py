@@ -191,6 +191,7 @@ def test_what_cannot_be_published_is_refused_in_one_line(hub, environment, merge
         assert word in line
         assert "\n" not in line
         assert TOKEN not in line
+    assert set(hub.repos) == {"me/public", "me/licensed", "me/broken"}, "no repository is made for what is refused"
     for name in ("me/public", "me/licensed", "me/broken"):
         assert len(hub.repos[name].commits) <= 2
 
@@ -390,6 +391,24 @@ def test_only_what_is_ours_changes_in_a_card():
     assert card.edited(text, values, section, "m") == text, "a second time changes nothing"
 
 
+def test_figures_of_other_weights_go_when_there_are_none_of_these():
+    values, section = ours()
+    measured = values | {"model-index": [{"name": "m λ=0.5", "results": []}], "tags": ["dera-merge", "merge", "lora"]}
+    text = card.edited(None, measured, section, "m")
+    assert "lora" in card.read_metadata(text)["tags"]
+    text = card.edited(text, values, section, "m")
+    assert "model-index" not in card.read_metadata(text)
+    assert card.read_metadata(text)["tags"] == ["dera-merge", "merge"]
+
+
+def test_a_card_keeps_its_ends_of_lines_and_its_mark():
+    there = "\ufeff---\r\nlicense: mit\r\ntags:\r\n- chat\r\n---\r\n# Mine\r\n"
+    text = card.edited(there, *ours(), "m")
+    assert text.startswith("\ufeff---\r\nlicense: mit\r\n")
+    assert "\n" not in text.replace("\r\n", "")
+    assert card.edited(text, *ours(), "m") == text
+
+
 @given(st.text(max_size=40), st.text(max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_a_name_can_be_nothing_but_a_name(ref, aligned):
@@ -420,3 +439,5 @@ def test_metadata_that_is_none_is_refused():
     for front in ("a: [", "- a\n- b", "a: &x [1]\nbase_model: *x\n"):
         with pytest.raises(DeraError):
             card.edited(f"---\n{front}\n---\n", *ours(), "m")
+    with pytest.raises(DeraError, match="does not end"):
+        card.edited("---\nlicense: mit\n\n# Mine\n", *ours(), "m")
