@@ -453,7 +453,8 @@ def sweep(
     out.print(LEGEND, markup=False, highlight=False)
     for sentence in sentences(result):
         out.print(f"- {sentence}", markup=False, highlight=False)
-    out.print("To ship it:", markup=False, highlight=False)
+    if result.commands:
+        out.print("To ship it:", markup=False, highlight=False)
     for line in result.commands:
         out.print(f"    {line}", markup=False, highlight=False)
     out.print(f"Report: {output / 'sweep.html'}", markup=False, highlight=False)

@@ -297,7 +297,7 @@ def test_a_reward_that_is_none_is_refused(spec):
 def test_the_command_line_sweeps_the_demo_pair_and_writes_a_page(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in demo.prompts("validation")[:4]))
-    words = ["sweep", demo.REF, demo.ALIGNED_LORA, "--prompts", prompts, "--reward", "lexicon", "--max-new-tokens", 8]
+    words = ["sweep", demo.REF, demo.ALIGNED_LORA, "--prompts", prompts, "--reward", "lexicon", "--max-new-tokens", 32]
     done = run(*words, "-o", tmp_path / "out", "--beta", "0.1", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -313,7 +313,10 @@ def test_the_command_line_sweeps_the_demo_pair_and_writes_a_page(tmp_path):
     said = run(*words, "-o", tmp_path / "again", "--from-scored", tmp_path / "out" / "texts.jsonl")
     assert said.returncode == 0, said.stderr
     assert "earns most" in said.stdout
-    for wrong in (["--weights", "x"], ["--beta", "0"], ["--anchors", "x"]):
+    nothing = run(*words[:-1], 4, "-o", tmp_path / "nothing")  # four tokens hold no word of praise
+    assert "tell no λ apart" in nothing.stdout
+    assert "To ship it" not in nothing.stdout
+    for wrong in (["--weights", "x"], ["--weights", "1,2"], ["--beta", "0"], ["--anchors", "x"]):
         assert run(*words, "-o", tmp_path / "wrong", *wrong).returncode == 2
     refused = run(*words[:4], "--prompts", prompts, "--reward", "nothing", "-o", tmp_path / "wrong")
     assert refused.returncode == 2 or "no reward" in refused.stderr
