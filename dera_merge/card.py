@@ -58,14 +58,20 @@ def parents(recipe: dict[str, Any]) -> list[Parent]:
     """The models that `dera_merge.json` names: reference, aligned, and the base of adapters where it is neither of them."""
     found = []
     for role, key in (("reference", "ref"), ("aligned", "aligned")):
-        side = recipe[key]
-        found.append(Parent(str(side.get("name")).partition("@")[0], side.get("revision"), role))
-        if base := side.get("base"):
-            found.append(Parent(str(base).partition("@")[0], side.get("base_revision"), "base"))
+        found += [_parent(recipe[key], role), *_base(recipe[key])]
     distinct: dict[tuple[str, str | None], Parent] = {}
     for parent in sorted(found, key=lambda parent: parent.role == "base"):
         distinct.setdefault((parent.name, parent.revision), parent)
     return list(distinct.values())
+
+
+def _parent(side: dict[str, Any], role: str) -> Parent:
+    return Parent(str(side.get("name")).partition("@")[0], side.get("revision"), role)
+
+
+def _base(side: dict[str, Any]) -> list[Parent]:
+    """The base of a side's adapter; none where it is a full model."""
+    return [_parent({"name": side["base"], "revision": side.get("base_revision")}, "base")] if side.get("base") else []
 
 
 def metadata(recipe: dict[str, Any], report: Report | None, repo_id: str, inherited: dict[str, Any]) -> dict[str, Any]:
@@ -106,10 +112,7 @@ def metadata(recipe: dict[str, Any], report: Report | None, repo_id: str, inheri
 
 def base_of(recipe: dict[str, Any]) -> Parent:
     """The model that an adapter of this recipe is put on."""
-    side = recipe["ref"]
-    if base := side.get("base"):
-        return Parent(str(base).partition("@")[0], side.get("base_revision"), "base")
-    return parents(recipe)[0]
+    return next(iter(_base(recipe["ref"])), None) or _parent(recipe["ref"], "reference")
 
 
 def section(
@@ -154,10 +157,7 @@ def command(recipe: dict[str, Any]) -> str:
     """The command that makes these weights again, with the revisions that were read."""
     import shlex
 
-    ref, aligned = (
-        Parent(str(side.get("name")).partition("@")[0], side.get("revision"), "").typed
-        for side in (recipe["ref"], recipe["aligned"])
-    )
+    ref, aligned = (_parent(recipe[key], key).typed for key in ("ref", "aligned"))
     words = ["dera-merge", "merge", ref, aligned, "-l", f"{recipe['lambda']:g}"]
     if recipe.get("format") == "adapter":
         words += ["--format", "adapter"]

@@ -75,18 +75,23 @@ class Plan:
     """Everything that a push will do, main last.
 
     Attributes:
-        exists: whether the repository does.
+        head: the last commit of main; None where the repository is new.
         notes: what is worth knowing before.
         commits: revision → address of the commit, once it is made.
     """
 
     repo_id: str
-    exists: bool
     private: bool | None
     create_pr: bool
-    targets: list[Target]
+    head: str | None = None
+    targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     commits: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the repository does."""
+        return self.head is not None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -173,7 +178,7 @@ def _planned(
     shown = _report_of(report, recipes, force) if report is not None else None
 
     repo_id = _full_id(api, repo_id)
-    plan = Plan(repo_id, False, private, create_pr, [])
+    plan = Plan(repo_id, private, create_pr)
     asked = True
     try:
         info = _there(lambda: api.repo_info(repo_id))
@@ -183,15 +188,15 @@ def _planned(
         info, asked = None, False
         why = _explained(_cause(error), repo_id).partition(";")[0]
         plan.notes.append(f"{why}; this plan takes {repo_id} to be new")
-    plan.exists = info is not None
+    plan.head = info.sha if info is not None else None
     if info is not None and private is not None and bool(info.private) != private:
         now = "private" if info.private else "public"
         raise DeraError(f"{repo_id} is there and {now}; its settings on the Hub change that, --private does not")
     if asked and _there(lambda: api.repo_info(repo_id, repo_type="dataset")) is not None:
         plan.notes.append(f"a dataset is called {repo_id} too; this is the model of that name")
-    parents = {p.name: p for _, recipe in recipes.values() for p in card.parents(recipe) if p.role != "base"}
-    inherited = _inherited(api, [p for _, recipe in recipes.values() for p in card.parents(recipe)], license, plan)
-    for parent in parents.values():
+    parents = [parent for _, recipe in recipes.values() for parent in card.parents(recipe)]
+    inherited = _inherited(api, parents, license, plan)
+    for parent in {parent.name: parent for parent in parents if parent.role != "base"}.values():
         if not parent.on_hub:
             plan.notes.append(f"{parent.name} is a local model: the card names it in words, not as base_model")
     siblings = [(branch, lam) for branch, lam in branches if lam is not None and branch != "main"]
@@ -238,11 +243,9 @@ def _target(
     report: Report | None, figures: dict[str, Path | bytes], inherited: dict[str, Any], license: str | None,
     siblings: Sequence[tuple[str, float]],
 ) -> Target:  # fmt: skip
-    repo_id, exists, parent = plan.repo_id, False, None
-    if plan.exists:
-        found = _there(lambda: api.repo_info(repo_id, revision=branch))
-        exists = found is not None
-        parent = (found or api.repo_info(repo_id)).sha
+    repo_id = plan.repo_id
+    found = _there(lambda: api.repo_info(repo_id, revision=branch)) if plan.exists else None
+    exists, parent = found is not None, found.sha if found else plan.head  # a new branch begins as main
     lying = _lying(api, repo_id, parent)
     files: dict[str, Path | bytes] = {}
     place, recipe = recipes[siblings[0][1] if lam is None else lam]
@@ -403,9 +406,9 @@ def _push(api: HfApi, plan: Plan, tell: Progress) -> None:
         _patiently(lambda t=target: _check_card(t.card))
     if not plan.exists:
         _patiently(lambda: api.create_repo(repo_id, private=plan.private, exist_ok=False))
-    for target in plan.targets:
-        if target.parent is None:
-            target.parent = _patiently(lambda: api.repo_info(repo_id)).sha
+        first = _patiently(lambda: api.repo_info(repo_id)).sha
+        for target in plan.targets:
+            target.parent = first
     steps = len(plan.targets)
     # Weights first, for all branches: what takes long and may break off makes nothing visible.
     adds: list[list[CommitOperationAdd]] = []

@@ -28,8 +28,6 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
     Raises:
         DeraError: it cannot be found or read.
     """
-    from .fidelity import Report
-
     source = Source.locate(name, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     found: dict[str, Any] = {"name": name, "revision": source.revision}
     if (source.folder / PARTIAL).is_file():
@@ -55,6 +53,8 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
         written = read_recipe(source.folder)
         found["merged"] = {key: written.get(key) for key in ("ref", "aligned", "lambda", "rounding", "seed")}
         if (source.folder / FIGURES).is_file():  # published with a report
+            from .fidelity import Report
+
             row = Report.load(source.folder / FIGURES).at(written["lambda"])
             found["fidelity"] = {key: row.get(key) for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict")}
     return found
