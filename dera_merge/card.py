@@ -181,14 +181,14 @@ def edited(card: str | None, values: dict[str, Any], ours: str, title: str, repl
         values: our metadata. `tags` are added to those that are there, and `model-index` entries replace those of the same
             name; `base_model` and `base_model_relation` replace what is there; any other key stays if it is there.
         ours: the section, marks included.
-        title: of a new card.
+        title: of a new card: a repository's name, which Hub ids keep to letters, digits, '-', '_' and '.'.
         replace: further keys whose value is to be replaced.
 
     Raises:
         DeraError: the card's metadata cannot be read.
     """
     if card is None:
-        return f"---\n{_dump(values)}---\n\n# {plain(title)}\n\n{ours}\n"
+        return f"---\n{_dump(values)}---\n\n# {title}\n\n{ours}\n"
     if card.startswith("\ufeff"):
         return "\ufeff" + edited(card[1:], values, ours, title, replace)
     if "\r\n" in card and "\n" not in card.replace("\r\n", ""):  # a card with Windows' ends of lines keeps them
@@ -265,12 +265,6 @@ def _end(node: yaml.Node) -> int:
 
 def _dump(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000) if values else ""
-
-
-def plain(text: str) -> str:
-    """Text from elsewhere as one line of Markdown that means nothing but itself."""
-    line = _one_line(text)
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&@$-])", r"\\\1", line)
 
 
 def inert(text: str) -> str:
