@@ -225,9 +225,7 @@ def calibrate(
     used = sorted({prompt for prompt, _ in at})
     if len(used) < 2:
         raise DeraError(f"{len(used)} prompts are too few to hold one out; give more")
-    limit = pair.context_length
-    if limit and (longest := max(map(len, ids)) + max_new_tokens) > limit:
-        raise DeraError(f"a prompt and its text have up to {longest} tokens, the model takes {limit}")
+    prompt_files.check_lengths(entries, max_new_tokens, pair.context_length)
     drawn = [dice.uniform(*ranges[branch]) for _, branch in at]
     lessons = _sampled(pair, exact, ids, [prompt for prompt, _ in at], drawn, max_new_tokens, tell)
     unseen = set(dice.sample(used, max(1, round(HELD_OUT * len(used)))))

@@ -66,6 +66,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let 
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]
 PathFile = Annotated[Path | None, typer.Option("--path", help="A path that calibrate learned, instead of the line.")]
+ComputeDtype = Annotated[Dtype, typer.Option(help="auto: float32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 
 
@@ -221,7 +222,7 @@ def compare(
     max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 if kl is above this at any λ.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Gate: exit 3 if top1 is below this at any λ.")] = None,
     device: Device = "auto",
-    compute_dtype: Annotated[Dtype, typer.Option(help="auto: float32.")] = "auto",
+    compute_dtype: ComputeDtype = "auto",
     base: Base = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -290,7 +291,7 @@ def calibrate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a path file.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
-    compute_dtype: Annotated[Dtype, typer.Option(help="auto: float32.")] = "auto",
+    compute_dtype: ComputeDtype = "auto",
     base: Base = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -400,7 +401,7 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
-    compute_dtype: Annotated[Dtype, typer.Option(help="auto: float32.")] = "auto",
+    compute_dtype: ComputeDtype = "auto",
     base: Base = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,

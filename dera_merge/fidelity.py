@@ -33,7 +33,7 @@ from .output import verify, weights_digest
 from .pair import ModelPair, load_model, warn
 from .prompts import Prompt
 from .sampling import sample
-from .traces import Text, Trace, trace_of
+from .traces import Text, Trace, tokens_of, trace_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -500,8 +500,7 @@ class _Lab:
         traces = []
         for lam in lams:
             traces.append((lam, {name: read(model, heads) for name, model in models(lam)}))
-        tokens = torch.tensor([token for text in chosen for token in text.completion])
-        per_token = divergences(ref, aligned, traces, tokens, exact.config.vocab_size)
+        per_token = divergences(ref, aligned, traces, tokens_of(chosen), exact.config.vocab_size)
         sizes = np.cumsum([len(text.completion) for text in chosen])[:-1]
         rows = {lam: {key: np.split(values, sizes) for key, values in row.items()} for lam, row in per_token.items()}
         every = gathered([(i, {lam: {k: v[n] for k, v in row.items()} for lam, row in rows.items()}, resolution)

@@ -103,6 +103,13 @@ def encode(prompts: Iterable[str | dict[str, Any]], tokenizer: PreTrainedTokeniz
     return encoded
 
 
+def check_lengths(prompts: Iterable[Prompt], max_new_tokens: int, limit: int | None) -> None:
+    """Raises DeraError where the longest prompt and a text of `max_new_tokens` are more than a model takes."""
+    longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+    if limit and longest > limit:
+        raise DeraError(f"a prompt and its text have up to {longest} tokens, the model takes {limit}")
+
+
 def default(tokenizer: PreTrainedTokenizerBase) -> Sequence[str | dict[str, Any]]:
     """The built-in prompts in a form that the tokenizer can take: chat where it has a template, else plain text."""
     prompts = built_in()

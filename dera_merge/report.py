@@ -332,14 +332,14 @@ def html(report: Report) -> str:
         draw |= {"layers": lambda axis: draw_layers(axis, results), "features": lambda axis: draw_features(axis, results)}
     rows = [dict(zip(COLUMNS, cells(result), strict=True)) for result in results]
     return page(
-        "report.html", draw, report=report, headline=headline(report), columns=COLUMNS, rows=rows, legend=LEGEND,
-        results=results, sentences={result["lambda"]: sentences(result) for result in results},
+        "report.html", "Merged against exact DeRa", report, draw, headline=headline(report), columns=COLUMNS, rows=rows,
+        legend=LEGEND, results=results, sentences={result["lambda"]: sentences(result) for result in results},
         settings=_settings(report), sequence=sequence_sentence(report),
     )  # fmt: skip
 
 
-def page(template: str, draw: dict[str, Callable[[Any], None]], **content: Any) -> str:
-    """A template with its charts drawn as SVG; none without matplotlib."""
+def page(template: str, title: str, of: Any, draw: dict[str, Callable[[Any], None]], **content: Any) -> str:
+    """A template around its charts, as SVG (none without matplotlib). `of`: what it shows, with `ref` and `aligned`."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
@@ -347,7 +347,7 @@ def page(template: str, draw: dict[str, Callable[[Any], None]], **content: Any) 
     )
     environment.filters |= {"number": number, "shade": _shade}
     charts = {name: _svg(put, name) for name, put in draw.items()} if have_matplotlib() else {}
-    return environment.get_template(template).render(charts=charts, **content)
+    return environment.get_template(template).render(title=title, of=of, charts=charts, **content)
 
 
 def _shade(kl: float) -> str:

@@ -53,11 +53,6 @@ class Pool:
             shares = np.log(counts / counts.sum(1, keepdims=True))[self.prompts]
         return np.exp(self.logp - np.logaddexp.reduce(self.logp[:, anchors] + shares, 1)[:, None])
 
-    def without(self, left_out: np.ndarray) -> Pool:
-        """The pool without some texts, (texts,) of bool."""
-        kept = ~left_out
-        return Pool(self.lams, self.logp[kept], self.drawn[kept], self.prompt_of[kept], self.seed)
-
     @cached_property
     def ess(self) -> np.ndarray:
         """Effective number of texts for each prompt at each λ, (L,): 1 is what one text drawn there would be."""

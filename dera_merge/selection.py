@@ -35,7 +35,7 @@ from .prompts import Prompt
 from .rewards import Reward
 from .reweighting import Pool, interval
 from .sampling import BATCH, GumbelNoise, decode_batch
-from .traces import Text, trace_of
+from .traces import Text, tokens_of, trace_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,9 +182,7 @@ def sweep(
         raise DeraError("the prompts bring completions; texts that are scored already go with --from-scored")
     if len(encoded) < 2:
         raise DeraError("one prompt says nothing about others; give more")
-    longest = max(len(prompt.ids) for prompt in encoded) + max_new_tokens
-    if pair.context_length and longest > pair.context_length:
-        raise DeraError(f"a prompt and its text have up to {longest} tokens, the model takes {pair.context_length}")
+    prompt_files.check_lengths(encoded, max_new_tokens, pair.context_length)
     curve = opened(path, pair, lams)
     tell = progress or (lambda what, done, total: None)
     between = np.linspace(min(lams), max(lams), POINTS).round(4) + 0.0
@@ -449,65 +447,66 @@ class _Sampler:
 
     # Curves
 
+    def _texts(self, answers: Sequence[Answer]) -> list[Text]:
+        """Answers behind their prompts."""
+        prompts = [self.prompts[a.prompt].ids for a in answers]
+        return [Text(a.prompt, [*ids, *a.ids], len(ids)) for a, ids in zip(answers, prompts, strict=True)]
+
     def _densities(self, lams: Sequence[float]) -> tuple[list[Answer], np.ndarray, np.ndarray]:
         """Exact DeRa's texts, and log π_λ and KL from the reference of each at each λ, (texts, λ) in nats."""
         answers = [a for a in self.store.answers if a.mode == "exact"]
         fresh = [i for i in range(len(answers)) if any(lam not in self._known.get(i, {}) for lam in lams)]
         if fresh:
-            texts = [Text(a.prompt, [*self.prompts[a.prompt].ids, *a.ids], len(self.prompts[a.prompt].ids))
-                     for a in (answers[i] for i in fresh)]  # fmt: skip
+            texts = self._texts([answers[i] for i in fresh])
             self.tell("reading the texts", 0, 3)
             ref = trace_of(self.exact.ref, texts)
             self.tell("reading the texts", 1, 3)
             aligned = trace_of(self.exact.aligned, texts)
             self.tell("reading the texts", 2, 3)
-            tokens = torch.tensor([token for text in texts for token in text.completion])
             starts = np.cumsum([0, *(len(text.completion) for text in texts)])[:-1]
-            logp, kl = (
-                np.add.reduceat(each, starts) for each in densities(ref, aligned, tokens, lams, self.exact.config.vocab_size)
-            )
+            found = densities(ref, aligned, tokens_of(texts), lams, self.exact.config.vocab_size)
+            logp, kl = (np.add.reduceat(each, starts) for each in found)
             for row, i in enumerate(fresh):
                 self._known[i] = {lam: (logp[row, c], kl[row, c]) for c, lam in enumerate(lams)}
             self.tell("reading the texts", 3, 3)
         both = np.array([[self._known[i][lam] for lam in lams] for i in range(len(answers))])
         return answers, both[..., 0], both[..., 1]
 
-    def _pool(self, grid: Sequence[float]) -> tuple[Pool, list[Answer], np.ndarray]:
+    def _pool(
+        self, grid: Sequence[float], weights: Sequence[float]
+    ) -> tuple[Pool, list[Answer], np.ndarray, np.ndarray]:
+        """Exact DeRa's texts that have a reward, as a pool; and of each its answer, reward and KL at each λ."""
         answers, logp, kl = self._densities(grid)
+        total = self._totals(answers, weights)
+        kept = ~np.isnan(total)
+        if not kept.any():
+            raise DeraError("a reward failed on every text")
+        answers = [a for a, k in zip(answers, kept, strict=True) if k]
         where = {lam: number for number, lam in enumerate(grid)}
         drawn, prompts = np.array([where[a.lam] for a in answers]), np.array([a.prompt for a in answers])
-        return Pool(np.array(grid), logp, drawn, prompts, self.seed), answers, kl
+        return Pool(np.array(grid), logp[kept], drawn, prompts, self.seed), answers, total[kept], kl[kept]
 
-    def _total(self, answers: Sequence[Answer], weights: Sequence[float]) -> np.ndarray:
+    def _totals(self, answers: Sequence[Answer], weights: Sequence[float]) -> np.ndarray:
         """The weighted sum of each text's rewards; NaN where one failed."""
-        rows = [[a.rewards[r.name] for r in self.rewards] for a in answers]
-        total = np.array(rows, dtype=float) @ np.array(weights)
-        if np.isnan(total).all():
-            raise DeraError("a reward failed on every text")
-        return total
+        return np.array([[a.rewards[r.name] for r in self.rewards] for a in answers], dtype=float) @ np.array(weights)
 
     def next_anchor(self, grid: Sequence[float], weights: Sequence[float]) -> float | None:
         """Where another anchor tells most about the best λ; None where the best is known well enough.
 
         That is the λ with the highest upper bound of its reward, as long as few effective texts stand for it.
         """
-        pool, answers, _ = self._pool(grid)
-        total = self._total(answers, weights)
-        pool, total = pool.without(np.isnan(total)), total[~np.isnan(total)]
+        pool, _, total, _ = self._pool(grid, weights)
         _, draws = pool.mean(total)
         upper = np.where(pool.ess < KNOWN, np.inf, interval(draws)[1])
-        there = {a.lam for a in answers}
+        there = {a.lam for a in self.store.answers if a.mode == "exact"}
         best = int(np.argmax(upper - 1e-9 * pool.ess))
         return None if pool.ess[best] >= SURE or grid[best] in there else grid[best]
 
     def result(self, grid: Sequence[float], weights: Sequence[float], settings: dict[str, Any]) -> Sweep:
         """All curves, points and the answer."""
         grid = sorted({*grid, 0.0, 1.0}) if min(grid) <= 0 and max(grid) >= 1 else list(grid)
-        pool, answers, kl = self._pool(grid)
-        total = self._total(answers, weights)
-        failed = np.isnan(total)
-        pool, total, kl = pool.without(failed), total[~failed], kl[~failed]
-        answers = [a for a, gone in zip(answers, failed, strict=True) if not gone]
+        pool, answers, total, kl = self._pool(grid, weights)
+        failed = sum(a.mode == "exact" for a in self.store.answers) - len(answers)
         if settings["reweight"] is False:
             pool = _direct(pool)
         reward, draws = pool.mean(total)
@@ -543,9 +542,9 @@ class _Sampler:
         if "gain" in columns:
             answer |= {"gain": curve[best]["gain"], "gain_ci": curve[best]["gain_ci"]}
             answer["more_than_noise"] = bool(curve[best]["gain_ci"][0] > 0)
-        settings = settings | {"failed": int(failed.sum())}
-        if failed.any():
-            warn(f"a reward failed on {int(failed.sum())} of {len(failed)} texts, twice; they are left out")
+        settings = settings | {"failed": failed}
+        if failed:
+            warn(f"a reward failed on {failed} of {failed + len(answers)} texts, twice; they are left out")
         names = (self.pair.ref.source.name, self.pair.aligned.source.name)
         result = Sweep(*names, curve, self._points(weights), answer, settings, None, [], self.plain, self.store.answers)
         result.commands = _commands(result, self.path) if answer["tells_apart"] else []
@@ -557,8 +556,7 @@ class _Sampler:
         for mode in ("exact", "merged"):
             for lam in sorted({a.lam for a in self.store.answers if a.mode == mode}):
                 mine = [a for a in self.store.answers if a.mode == mode and a.lam == lam]
-                rows = [[a.rewards[r.name] for r in self.rewards] for a in mine]
-                total = np.array(rows, dtype=float) @ np.array(weights)
+                total = self._totals(mine, weights)
                 kept = ~np.isnan(total)
                 point: dict[str, Any] = {
                     "mode": mode, "lambda": lam, "texts": len(mine), "failed": int((~kept).sum()),
@@ -576,10 +574,9 @@ class _Sampler:
 
     def _merged_kl(self, lam: float, answers: Sequence[Answer]) -> float:
         """KL of the merged model from the reference on its own texts, nats a text."""
-        texts = [Text(a.prompt, [*self.prompts[a.prompt].ids, *a.ids], len(self.prompts[a.prompt].ids)) for a in answers]
-        tokens = torch.tensor([token for text in texts for token in text.completion])
+        texts = self._texts(answers)
         traces = trace_of(self.exact.ref, texts), trace_of(self.merged(lam), texts)
-        _, kl = densities(*traces, tokens, [1.0], self.exact.config.vocab_size)
+        _, kl = densities(*traces, tokens_of(texts), [1.0], self.exact.config.vocab_size)
         return float(kl.sum() / len(texts))
 
 

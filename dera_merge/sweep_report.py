@@ -203,7 +203,7 @@ def html(sweep: Sweep) -> str:
     draw["ess"] = lambda axis: draw_ess(axis, sweep)
     wanted = columns(sweep)
     return page(
-        "sweep.html", draw, sweep=sweep, said=sentences(sweep), columns=wanted, legend=LEGEND,
+        "sweep.html", "Which λ?", sweep, draw, said=sentences(sweep), columns=wanted, legend=LEGEND,
         rows=[cells(row, wanted) for row in shown(sweep)], best=shown(sweep).index(_best(sweep)), texts=_texts(sweep),
     )  # fmt: skip
 

@@ -43,6 +43,11 @@ class Trace:
     head: Head
 
 
+def tokens_of(texts: Sequence[Text]) -> torch.Tensor:
+    """The scored tokens of all texts, one after another, (scored tokens,)."""
+    return torch.tensor([token for text in texts for token in text.completion])
+
+
 def batches(texts: Sequence[Text], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
     """Indices of texts in batches of about this many tokens, longest first, so that little is padding."""
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index].ids))
