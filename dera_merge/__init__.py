@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration import calibrate
+    from .configuration import DeraConfig
     from .curve import Curve
     from .errors import DeraError, DeraWarning
-    from .exact import DeraConfig, DeraForCausalLM, DialForCausalLM
+    from .exact import DeraForCausalLM, DialForCausalLM
     from .fidelity import Report, compare
     from .hub import push_to_hub
     from .pair import ModelPair
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ModelPair": "pair", "DeraForCausalLM": "exact", "DialForCausalLM": "exact", "DeraConfig": "exact",
+    "ModelPair": "pair", "DeraForCausalLM": "exact", "DialForCausalLM": "exact", "DeraConfig": "configuration",
     "Speculation": "speculation", "PlausibilityMask": "plausibility", "compare": "fidelity", "Report": "fidelity",
     "calibrate": "calibration", "Curve": "curve", "push_to_hub": "hub", "Reward": "rewards", "load_reward": "rewards",
     "Sweep": "selection", "sweep": "selection", "DeraError": "errors", "DeraWarning": "errors",

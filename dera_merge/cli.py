@@ -134,6 +134,39 @@ def merge(
         out.print(_serve_line(pair.ref.base.name, lams, folders), markup=False, highlight=False)
 
 
+@app.command("export-exact")
+def export_exact(
+    ref: Ref,
+    aligned: Aligned,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The directory to write.")],
+    lam: Annotated[str, typer.Option("-l", "--lambda", help="λ of requests that bring none.")] = "1",
+    merge_adapter: Annotated[bool, typer.Option("--merge-adapter", help="Store an adapter's model whole.")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy weight files instead of linking them.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory that this command wrote.")] = False,
+    base: Base = None,
+    base_quantization: BaseQuantization = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put both models into one directory, from which vLLM serves exact DeRa with a λ for each request.
+
+    Example: dera-merge export-exact my-sft my-dpo-lora -l 0.5 -o exact
+    """
+    (value,) = _lams([lam], one=True)
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, base_quantization)
+    with _progress("exporting") as tell:
+        made = pair.export_exact(
+            output, value, merge_adapter=merge_adapter, copy=copy, overwrite=overwrite, progress=tell
+        )  # fmt: skip
+    if as_json:
+        return _print_json({"ref": ref, "aligned": aligned, **made})
+    sizes = f"{made['linked'] / 1e6:,.1f} MB linked, {made['copied'] / 1e6:,.1f} MB copied"
+    held = "base and adapter on one set of weights" if made["held_once"] else "two full models"
+    out.print(f"{output}  ({sizes}; {held})", markup=False, highlight=False)
+    out.print(f"vllm serve {shlex.quote(str(output))}", markup=False, highlight=False)
+
+
 @app.command()
 def generate(
     ref: Ref,

@@ -22,50 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .configuration import DeraConfig
 from .errors import DeraError
 from .plausibility import PlausibilityMask
 from .rows import Strength
 from .speculation import MergedDraft, Speculation
 
 Lam = float | Sequence[float] | torch.Tensor
-
-
-class DeraConfig(PreTrainedConfig):
-    """Config of a mixture.
-
-    Args:
-        text_config: a copy of the reference's config, for its sizes.
-        lam: the default λ.
-        pair: what `ModelPair.from_pretrained` was called with, so that a saved mixture can be loaded again.
-    """
-
-    model_type = "dera"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
-
-    def __init__(
-        self,
-        text_config: PreTrainedConfig | dict[str, Any] | None = None,
-        lam: float = 1.0,
-        pair: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config or PreTrainedConfig()
-        self.lam = lam
-        self.pair = pair
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            kwargs.setdefault(key, getattr(text_config, key, None))
-        super().__init__(**kwargs)
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the vocabulary that both models have."""
-        return self.text_config.vocab_size
 
 
 class PairCache(Cache):
@@ -220,6 +187,7 @@ class DeraForCausalLM(_LambdaModel):
     ) -> None:
         super().__init__(ref, lam, min(model.config.vocab_size for model in (ref, aligned)))
         self.generation_config = copy.deepcopy(aligned.generation_config)
+        self.config.architectures = [type(self).__name__]  # what serving engines look for
         self.ref = ref
         self.aligned = aligned
         self.rows = rows
@@ -439,20 +407,11 @@ class DeraForCausalLM(_LambdaModel):
         Args:
             kwargs: as for `ModelPair.exact`: `dtype`, `device`, `quantization_config`, …; `lam` replaces the saved λ.
         """
-        from .pair import ModelPair
-
         hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
         if "torch_dtype" in kwargs:  # transformers' older name for it
             kwargs["dtype"] = kwargs.pop("torch_dtype")
         config = config or DeraConfig.from_pretrained(name, **hub)
-        if not config.pair:
-            raise DeraError(f"{name} is no saved mixture; its config.json names no pair")
-        options = {"trust_remote_code": bool(kwargs.pop("trust_remote_code", False))}
-        named = {
-            key: str(Path(name) / value) if isinstance(value, str) and (Path(name) / value).is_dir() else value
-            for key, value in config.pair.items()
-        }
-        pair = ModelPair.from_pretrained(named.pop("ref"), named.pop("aligned"), **named, **options)
+        pair = config.open_pair(Path(name), bool(kwargs.pop("trust_remote_code", False)))
         return pair.exact(kwargs.pop("lam", config.lam), **kwargs)
 
 
@@ -530,5 +489,4 @@ def mix(ref: torch.Tensor, aligned: torch.Tensor, lam: torch.Tensor) -> torch.Te
     return torch.where(ref == aligned, ref, (1 - lam) * ref + lam * aligned)
 
 
-AutoConfig.register("dera", DeraConfig)
 AutoModelForCausalLM.register(DeraConfig, DeraForCausalLM)

@@ -268,13 +268,13 @@ def open_outputs(
     for folder in [root, *folders]:
         if folder.exists() and not folder.is_dir():
             raise DeraError(f"{folder} is a file; give a directory as --output")
-        _check_clear_of_inputs(folder, pair)
+        check_clear_of_inputs(folder, pair)
     if len(lams) > 1 and any((root / name).exists() for name in (*CONFIGS, RECIPE, PARTIAL)):
         raise DeraError(f"{root} is a model itself; several λ need a directory of their own")
     outputs = [Output(folder, lam, recipe, plan, shards) for folder, lam in zip(folders, lams, strict=True)]
     for output in outputs:
         output.check(resume, overwrite, newest, together)
-    _check_space(root, sum(map(total_bytes, shards.values())) * len(outputs))
+    check_space(root, sum(map(total_bytes, shards.values())) * len(outputs))
     return outputs
 
 
@@ -329,7 +329,7 @@ def _input_files(pair: ModelPair) -> list[tuple[str, int, int]]:
     return sorted(inputs)
 
 
-def _check_space(root: Path, needed: int) -> None:
+def check_space(root: Path, needed: int) -> None:
     """Raises DeraError where fewer than `needed` bytes are free."""
     place = root.resolve()
     while not place.exists():
@@ -338,7 +338,7 @@ def _check_space(root: Path, needed: int) -> None:
         raise DeraError(f"{root} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
 
 
-def _check_clear_of_inputs(folder: Path, pair: ModelPair) -> None:
+def check_clear_of_inputs(folder: Path, pair: ModelPair) -> None:
     """Raises DeraError where `folder` is, holds or lies in a directory that is read."""
     place = folder.resolve()
     for side in pair.sides:

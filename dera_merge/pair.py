@@ -639,6 +639,12 @@ class ModelPair:
 
         return (merge_adapters if format == "adapter" else merge)(self, out, lams, **kwargs)
 
+    def export_exact(self, out: str | os.PathLike[str], lam: float = 1.0, **kwargs: Any) -> dict[str, Any]:
+        """Both models in one directory, for serving exact DeRa with vLLM. See `dera_merge.export.export_exact`."""
+        from .export import export_exact
+
+        return export_exact(self, out, lam, **kwargs)
+
 
 def warn(message: str) -> None:
     warnings.warn(message, DeraWarning, stacklevel=3)
