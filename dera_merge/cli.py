@@ -29,7 +29,7 @@ from .errors import DeraError, DeraWarning
 if TYPE_CHECKING:
     import torch
 
-    from .pair import ModelPair
+    from .pair import ModelPair, Source
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer carry
 
@@ -130,8 +130,9 @@ def merge(
         for count, what in ((entry["saturated"], "saturated"), (entry["nonfinite"], "are NaN or infinite")):
             if count:
                 err.print(f"warning: λ={entry['lambda']:g}: {count:,} weights {what}", markup=False, highlight=False)
-    if "format" in common:
-        out.print(_serve_line(pair.ref.base.name, lams, folders), markup=False, highlight=False)
+    if all(entry["complete"] for entry in written):
+        base = pair.ref.base if "format" in common else None
+        out.print(_serve_line(base, lams, folders), markup=False, highlight=False)
 
 
 @app.command("export-exact")
@@ -627,14 +628,20 @@ def _merged(lam: float, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _serve_line(base: str, lams: list[float], folders: list[Path]) -> str:
+def _serve_line(base: Source | None, lams: list[float], folders: list[Path]) -> str:
+    """How to serve what was merged with vLLM: a checkpoint, or adapters over `base`."""
     from .adapter import serving_rank
 
+    if base is None:
+        return shlex.join(["vllm", "serve", str(folders[0])])
     rank = serving_rank(folders[0])
     if rank is None:
         return "The rank is above what vLLM serves (512); --rank cuts it"
-    modules = " ".join(f"lambda-{lam:g}={folder}" for lam, folder in zip(lams, folders, strict=True))
-    return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --max-loras {len(lams)} --lora-modules {modules}"
+    revision = ["--revision", base.revision] if base.revision else []
+    model = base.name.partition("@")[0] if base.revision else base.name
+    words = ["vllm", "serve", model, *revision, "--enable-lora", "--max-lora-rank", rank, "--max-loras", len(lams)]
+    modules = [f"lambda-{lam:g}={folder}" for lam, folder in zip(lams, folders, strict=True)]
+    return shlex.join(map(str, [*words, "--lora-modules", *modules]))
 
 
 def _device(name: str) -> torch.device:

