@@ -24,7 +24,6 @@ from .prompts import encode
 from .sampling import sample
 from .traces import Text, Trace, tokens_of, trace_of
 
-KINDS = ("retrained", "exact", "merged", "calibrated", "second")
 Progress = Callable[[str, int, int], None]
 
 

@@ -174,22 +174,6 @@ def test_chat_streams_the_answer_that_transformers_gives(client, directory, exac
     assert "".join(text) == tokenizer.decode(greedy(exact, prompt, lam=0.3), skip_special_tokens=True)
 
 
-SIZES = """
-from vllm import LLM
-
-def sizes(worker):
-    model = worker.get_model()
-    held = {{p.untyped_storage().data_ptr(): p.numel() for p in model.parameters()}}
-    methods = [getattr(module, "quant_method", None) for module in model.modules()]
-    methods = [method for method in methods if type(method).__name__ == "LowRankMethod"]
-    return sum(held.values()), sum(method.a.numel() + method.b.numel() for method in methods), len(methods)
-
-if __name__ == "__main__":
-    llm = LLM({out!r}, dtype="float32", enforce_eager=True, max_model_len=256)
-    print("SIZES", llm.collective_rpc(sizes)[0])
-"""
-
-
 def test_compare_and_sweep_sample_by_a_server_of_the_pair_and_of_no_other(directory, server, kind, tmp_path):
     pair = (demo.REF, demo.FOLDER / f"aligned-{kind}")
     prompts = tmp_path / "prompts.jsonl"
@@ -202,34 +186,50 @@ def test_compare_and_sweep_sample_by_a_server_of_the_pair_and_of_no_other(direct
     ours = run("compare", *pair, "-l", "0.5,1.5", "--samples", 4, "-o", tmp_path / "ours", "--with", "none", "--prompts", prompts,
                "--max-new-tokens", 24, "--json")  # fmt: skip
     for theirs, mine in zip(report["results"], json.loads(ours.stdout)["results"], strict=True):
-        for key in ("kl", "kl_ref", "kl_aligned"):  # other draws of the same distribution
-            assert theirs[key] == pytest.approx(mine[key], rel=0.35)
+        for key in ("kl_ci", "tv_ci"):  # other draws of the same distribution
+            assert max(theirs[key][0], mine[key][0]) <= min(theirs[key][1], mine[key][1])
 
     swept = run("sweep", *pair, "--reward", "dera_merge.demo:reward", "-l", "0,1", "--anchors", "0,1", "--no-merged", "-o",
                 tmp_path / "sweep", *common)  # fmt: skip
     assert swept.returncode == 0, swept.stderr
     assert json.loads(swept.stdout)["settings"]["engine"] == "vllm"
 
-    other = run("compare", demo.REF, demo.REF, "-l", 0.5, "-o", tmp_path / "other", *common)
-    assert (other.returncode, other.stdout) == (1, "")
-    assert kind == "dense" or "does not serve exact DeRa of this pair" in other.stderr
+    if kind == "lora":  # the dense pair differs too little to be told from its reference by a prompt
+        other = run("compare", demo.REF, demo.REF, "-l", 0.5, "-o", tmp_path / "other", *common)
+        assert (other.returncode, other.stdout) == (1, "")
+        assert "does not serve exact DeRa of this pair" in other.stderr
+
+
+SHARED = """
+from vllm import LLM
+
+def shared(worker):
+    model = worker.get_model()
+    ours = {{id(module) for module in model.ref.modules()}}
+    methods = [(m, getattr(m, "quant_method", None)) for m in model.aligned.modules() if not list(m.children())]
+    adapted = [id(method.base) for _, method in methods if type(method).__name__ == "LowRankMethod"]
+    own = [m for m, method in methods if id(m) not in ours and type(method).__name__ != "LowRankMethod"]
+    return len(adapted), set(adapted) <= ours, sorted({{type(m).__name__ for m in own if any(True for _ in m.parameters())}})
+
+if __name__ == "__main__":
+    llm = LLM({out!r}, dtype="float32", enforce_eager=True, max_model_len=256)
+    print("SHARED", llm.collective_rpc(shared)[0])
+"""
 
 
 def test_the_base_of_an_adapter_is_held_once(tmp_path):
-    """Float32 weights in the engine: those of one model and the adapter, not of two models."""
+    """The aligned model's layers are the reference's own, or those plus B·A; nothing else of it has weights."""
     out = tmp_path / "exact"
     assert run("export-exact", demo.REF, demo.FOLDER / "aligned-lora", "-o", out).returncode == 0
-    script = tmp_path / "size.py"
-    script.write_text(SIZES.format(out=str(out)))
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED.format(out=str(out)))
     environment = {**os.environ, **CPU, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
-    assert "SIZES" in ended.stdout, ended.stderr[-3000:]
-    weights, factors, layers = ast.literal_eval(ended.stdout.split("SIZES ")[1].splitlines()[0])
-    from transformers import AutoModelForCausalLM
-
-    assert layers == 4 * 4  # qkv, o, gate and up, down of each of 4 layers
-    assert weights <= AutoModelForCausalLM.from_pretrained(demo.REF).num_parameters()
-    assert factors < weights / 2
+    assert "SHARED" in ended.stdout, ended.stderr[-3000:]
+    adapted, within, own = ast.literal_eval(ended.stdout.split("SHARED ")[1].splitlines()[0])
+    assert adapted == 4 * 4  # qkv, o, gate and up, down of each of 4 layers
+    assert within
+    assert own == []
 
 
 def test_two_ranks_serve_what_one_does(tmp_path, prompts):
@@ -276,6 +276,8 @@ def test_a_merged_checkpoint_is_an_ordinary_model(tmp_path, prompts, tokenizer):
 
     converted = tmp_path / "ct2"
     ctranslate2.converters.TransformersConverter(str(out)).convert(str(converted), quantization="float32")
+    config = json.loads((converted / "config.json").read_text())
+    (converted / "config.json").write_text(json.dumps(config | {"bos_token": "<|end|>"}))  # it wants one; the demo has none
     generator = ctranslate2.Generator(str(converted), compute_type="float32")
     tokens = [tokenizer.convert_ids_to_tokens(prompt) for prompt in prompts[:16]]
     results = generator.generate_batch(tokens, max_length=NEW, sampling_topk=1, include_prompt_in_result=False)
@@ -304,7 +306,7 @@ def test_lambda_adapters_are_chosen_by_the_name_of_a_model(tmp_path, prompts):
         assert answer == greedy(model, prompt)
 
 
-def test_the_state_of_runner_v2_gives_each_token_its_requests_lambda(directory):
+def test_the_state_of_runner_v2_gives_each_token_its_requests_lambda():
     """The newer runner needs a compiler that CPUs do not have here; its interface is called as it calls it."""
     from types import SimpleNamespace
 
@@ -314,6 +316,7 @@ def test_the_state_of_runner_v2_gives_each_token_its_requests_lambda(directory):
     state = object.__new__(model_state())
     state.device, state.default = torch.device("cpu"), 0.5
     state.rope_state = state.prompt_embeds_state = None
+    state.supports_mm_inputs = False
     state.lams, state.by_token = torch.full((8,), 0.5), torch.full((32,), 0.5)
     assert issubclass(model_state(), states.DefaultModelState)
     for slot, lam in ((5, 2.0), (0, -1.0), (5, 3.0)):  # slots are used again
