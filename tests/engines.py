@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,10 +16,32 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START = 240  # seconds
+ROOT = Path(__file__).parents[1]
+
+
+def documented(heading: str) -> list[str]:
+    """The shell commands of a section of docs/serving.md, in order, those that name REF and ALIGNED first."""
+    text = (ROOT / "docs" / "serving.md").read_text().replace("\\\n", " ")
+    begin, section = text.split("\n## ", 1)[0], text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    blocks = re.findall(r"```bash\n(.*?)```", begin + section, re.S)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def shell(command: str, cwd: Path) -> str:
+    """What a command of the docs prints, run as if `cwd` were a checkout."""
+    if not (cwd / "dera_merge").exists():
+        (cwd / "dera_merge").symlink_to(ROOT / "dera_merge")
+    names, here = documented("What it takes")[0], Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        ["bash", "-c", f"{names}\n{command}"], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 @contextmanager
-def serving(command: Sequence[object], log: Path, **environment: str) -> Iterator[str]:
+def serving(command: Sequence[object], log: Path, cwd: Path | None = None, **environment: str) -> Iterator[str]:
     """Run `command … --port N` until the block ends; gives its address once /health answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -27,7 +50,7 @@ def serving(command: Sequence[object], log: Path, **environment: str) -> Iterato
     with log.open("w") as stream:
         process = subprocess.Popen(
             words, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment}, cwd=cwd,
         )  # fmt: skip
     try:
         address = f"http://127.0.0.1:{port}"

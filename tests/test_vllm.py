@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from engines import metric, serving
+from engines import documented, metric, serving, shell
 
 from dera_merge import DeraForCausalLM, demo
 
@@ -61,11 +61,11 @@ def kind(request) -> str:
 
 @pytest.fixture(scope="module")
 def directory(kind, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp(kind) / "exact"
-    made = run("export-exact", demo.REF, demo.FOLDER / f"aligned-{kind}", "-l", 0.5, "-o", out)
-    assert made.returncode == 0, made.stderr
-    assert f"vllm serve {out}" in made.stdout
-    return out
+    """What the docs' command writes."""
+    home = tmp_path_factory.mktemp(kind)
+    export, serve = documented("Exact DeRa in vLLM")[2:4]
+    assert serve in shell(f"ALIGNED=dera_merge/demo/aligned-{kind}\n{export}", home)
+    return home / "out" / "exact"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,8 @@ def exact(directory) -> DeraForCausalLM:
 
 @pytest.fixture(scope="module")
 def server(directory, tmp_path_factory) -> Iterator[str]:
-    with serving([*VLLM, "serve", directory, *QUICK, *CRAMPED], tmp_path_factory.mktemp("log") / "log", **CPU) as address:
+    command = [*VLLM, "serve", directory, "--served-model-name", directory, "out/exact", *QUICK, *CRAMPED]
+    with serving(command, tmp_path_factory.mktemp("log") / "log", **CPU) as address:
         yield address
 
 
@@ -174,6 +175,11 @@ def test_chat_streams_the_answer_that_transformers_gives(client, directory, exac
     assert "".join(text) == tokenizer.decode(greedy(exact, prompt, lam=0.3), skip_special_tokens=True)
 
 
+def test_the_docs_request_is_answered(server, tmp_path):
+    curl = documented("Exact DeRa in vLLM")[4]
+    assert json.loads(shell(curl.replace("http://localhost:8000", server), tmp_path))["choices"][0]["message"]["content"]
+
+
 def test_compare_and_sweep_sample_by_a_server_of_the_pair_and_of_no_other(directory, server, kind, tmp_path):
     pair = (demo.REF, demo.FOLDER / f"aligned-{kind}")
     prompts = tmp_path / "prompts.jsonl"
@@ -251,17 +257,17 @@ def test_a_merged_checkpoint_is_an_ordinary_model(tmp_path, prompts, tokenizer):
     from openai import OpenAI
     from transformers import AutoModelForCausalLM
 
-    out = tmp_path / "merged"
-    made = run("merge", demo.REF, demo.FOLDER / "aligned-dense", "-l", 0.5, "-o", out)
-    assert made.returncode == 0, made.stderr
-    line = next(line for line in made.stdout.splitlines() if line.startswith("vllm serve "))
+    _, merge, serve, curl = documented("A merged checkpoint")
+    assert serve in shell(merge, tmp_path)
+    out = tmp_path / "out" / "merged"
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     expected = [greedy(model, prompt) for prompt in prompts[:16]]
-    with serving([*VLLM, *shlex.split(line)[1:], *QUICK], tmp_path / "log", **CPU) as address:
+    with serving([*VLLM, *shlex.split(serve)[1:], *QUICK], tmp_path / "log", cwd=tmp_path, **CPU) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none")
-        assert [complete(client, out, prompt).choices[0].token_ids for prompt in prompts[:16]] == expected
+        assert [complete(client, "out/merged", prompt).choices[0].token_ids for prompt in prompts[:16]] == expected
         messages = [{"role": "user", "content": "What do you think of the Hotel Marlow?"}]
-        chat = client.chat.completions.create(model=str(out), messages=messages, temperature=0, max_tokens=NEW)
+        chat = client.chat.completions.create(model="out/merged", messages=messages, temperature=0, max_tokens=NEW)
+        assert json.loads(shell(curl.replace("http://localhost:8000", address), tmp_path))["choices"]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     text = tokenizer.decode(greedy(model, ids), skip_special_tokens=True)
     assert chat.choices[0].message.content == text
@@ -291,16 +297,15 @@ def test_lambda_adapters_are_chosen_by_the_name_of_a_model(tmp_path, prompts):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    lams = (0.5, 1.0, 2.0)
-    out = tmp_path / "adapters"
-    made = run("merge", demo.REF, demo.FOLDER / "aligned-lora", "-l", "0.5,1,2", "--format", "adapter", "-o", out)
-    assert made.returncode == 0, made.stderr
-    line = next(line for line in made.stdout.splitlines() if line.startswith("vllm serve "))
-    with serving([*VLLM, *shlex.split(line)[1:], *QUICK], tmp_path / "log", **CPU) as address:
+    _, merge, serve, curl, *_ = documented("One base, many λ")
+    assert " ".join(serve.split()) in shell(merge, tmp_path)
+    out = tmp_path / "out" / "adapters"
+    with serving([*VLLM, *shlex.split(serve)[1:], *QUICK], tmp_path / "log", cwd=tmp_path, **CPU) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none")
-        asked = [(f"lambda-{lam:g}", prompt) for prompt in prompts[:8] for lam in lams]
+        asked = [(f"lambda-{lam}", prompt) for prompt in prompts[:8] for lam in ("0.5", "1", "2")]
         with ThreadPoolExecutor(16) as threads:
             answers = list(threads.map(lambda a: complete(client, *a).choices[0].token_ids, asked))
+        assert json.loads(shell(curl.replace("http://localhost:8000", address), tmp_path))["choices"]
     for (name, prompt), answer in zip(asked, answers, strict=True):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo.REF, dtype=torch.float32), out / name)
         assert answer == greedy(model, prompt)
