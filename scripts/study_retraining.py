@@ -3,12 +3,13 @@
 
     python scripts/study_retraining.py demo -o out/retraining                # trains on the demo pair's reference
     python scripts/study_retraining.py demo -o out/retraining --preset small # a few minutes
+    python scripts/study_retraining.py theory                                # small cases, by enumeration: seconds
     python scripts/study_retraining.py pair REF ALIGNED --beta 0.1 --retrained 0.4=DIR --retrained 0.025=DIR \\
         --second DIR --prompts FILE --reward SPEC -o out/retraining          # models that you have trained
 
-`demo` trains LoRA adapters at β₀/4 … 4β₀ and a second seed at β₀, by DPO (preferences by `dera_merge.demo.reward`) and by a
-KL-regularised policy gradient whose reward is an answer's length (near 24 tokens is best), each on the same prompts in
-the same order. What was trained or measured is not done again: a broken run goes on. Writes DIR/agreement.json, .md and
+`demo` trains LoRA adapters at β₀/4 … 4β₀ and a second seed at β₀, by DPO and IPO (preferences by `dera_merge.demo.reward`)
+and by a KL-regularised policy gradient whose reward is an answer's length (near 24 tokens is best), each on the same
+prompts in the same order. What was trained or measured is not done again: a broken run goes on. Writes DIR/agreement.json, .md and
 agreement.png; λ = β₀/β throughout.
 """
 
@@ -32,12 +33,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dera_merge import Curve, ModelPair, calibrate, demo, load_reward, sweep
 from dera_merge.prompts import read
 from dera_merge.report import have_matplotlib, number
-from dera_merge.retraining import agreement, regret
+from dera_merge.retraining import agreement, optimum, per_token, regret
 from dera_merge.rewards import Reward
 
 ANSWER = 64  # tokens
 WANTED = 24  # tokens, of the length reward
-BETAS = {"dpo": 0.1, "length": 0.05}  # β₀
+BETAS = {"dpo": 0.1, "ipo": 0.1, "length": 0.05}  # β₀
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # β/β₀
 PRESETS = {
     "full": {"dpo_steps": 120, "pg_steps": 80, "asked": 512, "samples": 2, "texts": 192},
@@ -56,7 +57,7 @@ def length_reward(text: str) -> float:
     return -(((len(tokenizer()(text)["input_ids"]) - WANTED) / 8) ** 2)
 
 
-REWARDS = {"dpo": demo.reward, "length": length_reward}
+REWARDS = {"dpo": demo.reward, "ipo": demo.reward, "length": length_reward}
 
 
 def fresh(seed: int) -> PeftModel:
@@ -133,13 +134,13 @@ class Trainings:
         folder = self.home / name
         if not (folder / "seconds.json").is_file():
             print(f"{self.objective}: β = {factor:g}·β₀, seed {seed}", flush=True)
-            preferences = self.preferences if self.objective == "dpo" else []
+            preferences = [] if self.objective == "length" else self.preferences
             began, model, beta = time.monotonic(), fresh(seed), factor * BETAS[self.objective]
-            if self.objective == "dpo":
-                dpo.train(model, preferences, steps=self.settings["dpo_steps"], lr=1e-3, batch_size=16, beta=beta, seed=seed)
+            if self.objective == "length":
+                policy_gradient(model, self.asked, length_reward, beta=beta, steps=self.settings["pg_steps"], seed=seed)
             else:
-                steps = self.settings["pg_steps"]
-                policy_gradient(model, self.asked, length_reward, beta=beta, steps=steps, seed=seed)
+                how = {"steps": self.settings["dpo_steps"], "batch_size": 16, "objective": self.objective}
+                dpo.train(model, preferences, lr=1e-3, beta=beta, seed=seed, **how)
             dpo.save_adapter(model, folder, base=str(demo.REF))
             (folder / "seconds.json").write_text(json.dumps(time.monotonic() - began))
         self.seconds[name] = json.loads((folder / "seconds.json").read_text())
@@ -309,6 +310,27 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=80)
 
 
+def theory(size: int = 4, length: int = 4, problems: int = 50) -> str:
+    """How far exact DeRa, token by token, is from the optimum at β/λ, over every answer of random small problems."""
+    lams, lines = (0.25, 0.5, 2.0, 4.0), []
+    for beta in (4.0, 2.0, 1.0, 0.5, 0.25):
+        cells: list[list[float]] = [[] for _ in lams]
+        moved = []
+        for seed in range(problems):
+            dice = torch.Generator().manual_seed(seed)
+            ref, reward = (torch.randn((size,) * length, generator=dice, dtype=torch.float64) for _ in range(2))
+            ref = ref - ref.logsumexp(tuple(range(length)))
+            aligned = optimum(ref, reward, beta)
+            moved.append(float((aligned.exp() * (aligned - ref)).sum()))
+            for cell, lam in zip(cells, lams, strict=True):
+                wanted = optimum(ref, reward, beta / lam)
+                cell.append(float((wanted.exp() * (wanted - per_token(ref, aligned, lam))).sum()))
+        means = " | ".join(number(sum(cell) / problems) for cell in cells)
+        lines.append(f"| {beta:g} | {number(sum(moved) / problems)} | {means} |")
+    head = f"| β | KL(π_β‖π_ref) | {' | '.join(f'λ = {lam:g}' for lam in lams)} |\n|---|---|{'---|' * len(lams)}\n"
+    return head + "\n".join(lines)
+
+
 def show(results: list[dict[str, Any]], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "agreement.json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n")
@@ -324,7 +346,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="what", required=True)
     trained = commands.add_parser("demo")
     trained.add_argument("--preset", choices=PRESETS, default="full")
-    trained.add_argument("--objectives", default="dpo,length")
+    trained.add_argument("--objectives", default="dpo,ipo,length")
+    commands.add_parser("theory")
     given = commands.add_parser("pair")
     given.add_argument("ref")
     given.add_argument("aligned")
@@ -341,6 +364,8 @@ def main() -> None:
     args = parser.parse_args()
 
     began = time.monotonic()
+    if args.what == "theory":
+        return print(theory())
     if args.what == "demo":
         results = [study(objective, args.out, PRESETS[args.preset]) for objective in args.objectives.split(",")]
     else:

@@ -44,7 +44,7 @@ class DeraForCausalLM(nn.Module):
         folder = Source.locate(str(model_config.model), model_config.revision, trust_remote_code=trust).folder
         self.pair: ModelPair = config.open_pair(folder, trust)
         self.lambdas = Lambdas.of(vllm_config)
-        self.default = torch.tensor(float(config.lam), device=vllm_config.device_config.device)
+        self.default = torch.tensor([float(config.lam)], device=vllm_config.device_config.device)
 
         configs = [AutoConfig.from_pretrained(side.base.folder, trust_remote_code=trust) for side in self.pair.sides]
         self.width = [inner.get_text_config().hidden_size for inner in configs]
@@ -89,13 +89,15 @@ class DeraForCausalLM(nn.Module):
         if lams is None:
             lams = self._lams(len(input_ids))
         # Bits, not a value: 0.3 in bfloat16 would be another λ.
-        return torch.cat([ref, aligned.to(ref.dtype), lams[:, None].view(ref.dtype)], dim=-1)
+        return torch.cat([ref, aligned.to(ref.dtype), lams.contiguous()[:, None].view(ref.dtype)], dim=-1)
 
     def _lams(self, tokens: int) -> torch.Tensor:
         """λ of each token, from where each request begins in the pass (V1)."""
         metadata = get_forward_context().attn_metadata
         if not metadata:  # a pass that measures memory
-            return self.default.expand(tokens)
+            return self.default.repeat(tokens)
+        if isinstance(metadata, list):
+            raise DeraError("exact DeRa does not run with vLLM's microbatches; leave --enable-dbo out")
         if self.lambdas is None:
             raise DeraError("vLLM has not loaded dera-merge's logits processor, so no request's λ is known; if VLLM_PLUGINS "
                             "is set, serve with --logits-processors dera_merge.vllm.lambdas:LambdaProcessor")  # fmt: skip
