@@ -9,8 +9,8 @@
 
 `demo` trains LoRA adapters at β₀/4 … 4β₀ and a second seed at β₀, by DPO and IPO (preferences by `dera_merge.demo.reward`)
 and by a KL-regularised policy gradient whose reward is an answer's length (near 24 tokens is best), each on the same
-prompts in the same order. What was trained or measured is not done again: a broken run goes on. Writes DIR/agreement.json, .md and
-agreement.png; λ = β₀/β throughout.
+prompts in the same order. What was trained or measured is not done again: a broken run goes on. Writes agreement.json,
+agreement.md and agreement.png into DIR; λ = β₀/β throughout.
 """
 
 from __future__ import annotations
