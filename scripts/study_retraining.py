@@ -303,6 +303,8 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
             axis.set_xticks(lams, [f"{lam:g}" for lam in lams])
             axis.minorticks_off()
             axis.set_xlabel("λ = β₀/β")
+        axes[1].set_yscale("log")
+        axes[2].set_xscale("log")
         axes[3].set_yscale("log")
         axes[1].set_ylabel("nats a text")
         axes[3].set_ylabel("nats per token")
