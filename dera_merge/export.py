@@ -28,6 +28,8 @@ from .merge import companions
 from .output import check_clear_of_inputs, check_space
 from .pair import TOKENIZER_FILES, ModelPair, Side, load_config
 
+Progress = Callable[[str, int, int], None]
+Places = dict[str, tuple[Path, list[Path]]]  # name in the directory → the folder where a model lies, its weight files
 _SMALL = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
@@ -55,7 +57,7 @@ def export_exact(
     merge_adapter: bool = False,
     copy: bool = False,
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write both models of a pair into one directory for exact decoding.
 
@@ -84,31 +86,42 @@ def export_exact(
     _check(folder, pair, overwrite)
     once = held_once(pair) and not merge_adapter
     whole = [side for side in pair.sides if side.requantised or (side.adapter and not once)]
-
     places = _places(pair, whole)
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.absolute().parent) as scratch:
-        stage = Path(scratch) / "export"
-        stage.mkdir()
-        files = [(file, stage / name / file.name) for name, (_, weights) in places.items() for file in weights]
-        check_space(folder, sum(file.stat().st_size for file, _ in files) if copy else 0)
-        sizes = {"linked": 0, "copied": 0}
-        for done, (file, target) in enumerate(files, 1):
-            target.parent.mkdir(exist_ok=True)
-            sizes["linked" if _put(file, target, copy) else "copied"] += file.stat().st_size
-            if progress:
-                progress(file.name, done, len(files))
-        for name, (source, _) in places.items():
-            _describe(source, stage / name, "../base" if "base" in places else "../ref", pair.trust_remote_code)
-        for side in whole:
-            name, end = ("ref", 0.0) if side is pair.ref else ("aligned", 1.0)
-            pair.merge(stage / name, [end], rounding="nearest")
-            sizes["copied"] += sum(file.stat().st_size for file in (stage / name).glob("*.safetensors"))
-        for file in companions(pair):
-            shutil.copyfile(file, stage / file.name)
-        (stage / "config.json").write_bytes(json_bytes(_config(pair, stage, lam)))
-        _replace(stage, folder)
+    try:
+        parent = folder.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=parent) as scratch:
+            stage = Path(scratch) / "export"
+            sizes = _write(pair, stage, lam, places, whole, copy, progress)
+            _replace(stage, folder)
+    except OSError as error:
+        raise DeraError(f"{folder} cannot be written: {error.strerror or error}") from error
     return {"path": str(folder), "lambda": lam, "held_once": once, **sizes}
+
+
+def _write(
+    pair: ModelPair, stage: Path, lam: float, places: Places, whole: list[Side], copy: bool, progress: Progress | None
+) -> dict[str, int]:
+    """Fill a new directory; bytes of weights by how they came there."""
+    stage.mkdir()
+    files = [(file, stage / name / file.name) for name, (_, weights) in places.items() for file in weights]
+    check_space(stage, sum(file.stat().st_size for file, _ in files) if copy else 0)
+    sizes = {"linked": 0, "copied": 0}
+    for done, (file, target) in enumerate(files, 1):
+        target.parent.mkdir(exist_ok=True)
+        sizes["linked" if _put(file, target, copy) else "copied"] += file.stat().st_size
+        if progress:
+            progress(file.name, done, len(files))
+    for name, (source, _) in places.items():
+        _describe(source, stage / name, "../base" if "base" in places else "../ref", pair.trust_remote_code)
+    for side in whole:
+        name, end = ("ref", 0.0) if side is pair.ref else ("aligned", 1.0)
+        pair.merge(stage / name, [end], rounding="nearest")
+        sizes["copied"] += sum(file.stat().st_size for file in (stage / name).glob("*.safetensors"))
+    for file in companions(pair):
+        shutil.copyfile(file, stage / file.name)
+    (stage / "config.json").write_bytes(json_bytes(_config(pair, stage, lam)))
+    return sizes
 
 
 def _check(folder: Path, pair: ModelPair, overwrite: bool) -> None:
@@ -124,9 +137,9 @@ def _check(folder: Path, pair: ModelPair, overwrite: bool) -> None:
         raise DeraError(f"{folder} exists; --overwrite replaces it, or give another --output")
 
 
-def _places(pair: ModelPair, whole: list[Side]) -> dict[str, tuple[Path, list[Path]]]:
-    """What is taken as it is: name in the directory → the folder where it lies, and its weight files."""
-    places: dict[str, tuple[Path, list[Path]]] = {}
+def _places(pair: ModelPair, whole: list[Side]) -> Places:
+    """What is taken as it is."""
+    places: Places = {}
     for name, side in zip(("ref", "aligned"), pair.sides, strict=True):
         if side in whole:
             continue
@@ -148,11 +161,8 @@ def _put(file: Path, target: Path, copy: bool) -> bool:
             return True
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
-                raise DeraError(f"{target.name} cannot be written: {error.strerror}") from error
-    try:
-        shutil.copyfile(file, target)
-    except OSError as error:
-        raise DeraError(f"{target.name} cannot be written: {error.strerror}") from error
+                raise
+    shutil.copyfile(file, target)
     return False
 
 
