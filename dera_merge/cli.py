@@ -135,7 +135,7 @@ def merge(
                 err.print(f"warning: λ={entry['lambda']:g}: {count:,} weights {what}", markup=False, highlight=False)
     if all(entry["complete"] for entry in written):
         base = pair.ref.base if "format" in common else None
-        out.print(_serve_line(base, lams, folders), markup=False, highlight=False)
+        out.print(_serve_lines(base, lams, folders), markup=False, highlight=False)
 
 
 @app.command("export-exact")
@@ -636,12 +636,12 @@ def _merged(lam: float, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _serve_line(base: Source | None, lams: list[float], folders: list[Path]) -> str:
-    """How to serve what was merged with vLLM: a checkpoint, or adapters over `base`."""
+def _serve_lines(base: Source | None, lams: list[float], folders: list[Path]) -> str:
+    """How to serve what was merged with vLLM: each checkpoint by itself, or all adapters over `base`."""
     from .adapter import serving_rank
 
     if base is None:
-        return shlex.join(["vllm", "serve", str(folders[0])])
+        return "\n".join(shlex.join(["vllm", "serve", str(folder)]) for folder in folders)
     rank = serving_rank(folders[0])
     if rank is None:
         return "The rank is above what vLLM serves (512); --rank cuts it"
