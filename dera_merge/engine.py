@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from .errors import DeraError
 if TYPE_CHECKING:
     from .exact import DeraForCausalLM
     from .pair import ModelPair
+    from .prompts import Prompt
 
 AT_ONCE = 256  # requests; the server queues what it cannot take
 PATIENCE = 600.0  # seconds for one answer
@@ -139,25 +140,33 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 @contextmanager
-def engine(where: str | None, pair: ModelPair, dtype: torch.dtype | str, longest: int) -> Iterator[Engine | None]:
+def engine(
+    where: str | None, pair: ModelPair, exact: Callable[[], DeraForCausalLM], prompts: Sequence[Prompt],
+    max_new_tokens: int, dtype: torch.dtype | str,
+) -> Iterator[Engine | None]:  # fmt: skip
     """The engine at an address, or `"vllm"`: one that is started here and stopped at the end; None where none is asked for.
 
     Args:
+        exact: gives the pair's own mixture, which the engine is checked against on the first prompt.
+        prompts, max_new_tokens: what it will be asked, in tokens: how much a started engine must take.
         dtype: what a started engine computes in.
-        longest: tokens of the longest prompt and its text.
 
     Raises:
-        DeraError: it cannot be reached or started.
+        DeraError: it cannot be reached or started, or serves something else.
     """
     if where is None:
         yield None
-    elif where == "vllm":
-        with _started(pair, dtype, longest) as address:
-            yield Engine(address)
-    elif where.startswith(("http://", "https://")):
-        yield Engine(where)
-    else:
-        raise DeraError(f"--engine {where!r} is neither vllm nor the address of a vLLM server such as http://localhost:8000")
+        return
+    with ExitStack() as stack:
+        address = where
+        if where == "vllm":
+            longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+            address = stack.enter_context(_started(pair, dtype, longest))
+        elif not where.startswith(("http://", "https://")):
+            raise DeraError(f"--engine {where!r} is neither vllm nor the address of a vLLM server such as http://localhost:8000")
+        served = Engine(address)
+        served.check(exact(), prompts[0].ids)
+        yield served
 
 
 @contextmanager

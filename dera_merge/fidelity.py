@@ -250,11 +250,8 @@ def compare(
         process, processes, ledger, progress or (lambda what, done, total: None),
     )  # fmt: skip
 
-    longest = max(len(prompt.ids) for prompt in encoded) + max_new_tokens
     try:
-        with engines.engine(engine, pair, compute_dtype, longest) as lab.engine:
-            if lab.engine:
-                lab.engine.check(lab.exact, encoded[0].ids)
+        with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
             report = _compared(lab, lams, texts, extras, extra_prompts, reward)
     except DeraError:  # what cannot be done leaves nothing; an interruption leaves its finished steps
         ledger.close()

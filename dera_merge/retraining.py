@@ -149,21 +149,17 @@ def agreement(
         lines["calibrated"] = pair.merged(1.0, device=device, path=path)
     vocab = pair.vocab_size
 
-    def own_kl(model: PreTrainedModel, texts: list[Text]) -> np.ndarray:
-        """KL(model‖ref) at each token of its texts."""
-        return _kl(trace_of(model, texts), trace_of(exact.ref, texts), texts, vocab)
-
     rows = []
     for number, (lam, model) in enumerate(sorted(retrained.items())):
         tell("comparing with retrained models", number, len(retrained))
         model = model.to(device)
         texts = lab.texts(model)
         theirs, sides = trace_of(model, texts), [trace_of(side, texts) for side in (exact.ref, exact.aligned)]
-        kinds = {"retrained": lab.figures(texts, own_kl(model, texts))}
         distances = {
             "exact": between_mixtures(theirs, theirs, *sides, [lam], vocab)[lam],
             "ref": _kl(theirs, sides[0], texts, vocab), "aligned": _kl(theirs, sides[1], texts, vocab),
         }  # fmt: skip
+        kinds = {"retrained": lab.figures(texts, distances["ref"])}
         ours = lab.texts(exact, lam=lam)
         both = [trace_of(side, ours) for side in (exact.ref, exact.aligned)]
         kinds["exact"] = lab.figures(ours, densities(*both, tokens_of(ours), [lam], vocab)[1][:, 0])
@@ -174,7 +170,8 @@ def agreement(
             others["second"] = second.to(device)
         for name, other in others.items():
             said = lab.texts(other)
-            kinds[name] = lab.figures(said, own_kl(other, said))
+            own, ref = trace_of(other, said), trace_of(exact.ref, said)
+            kinds[name] = lab.figures(said, _kl(own, ref, said, vocab))
             distances[name] = _kl(theirs, trace_of(other, texts), texts, vocab)
         prompt_of = np.repeat([text.prompt for text in texts], [len(text.completion) for text in texts])
         apart = {

@@ -215,10 +215,7 @@ def sweep(
         anchors = sorted({answer.lam for answer in store.answers})
         grid = sorted({*grid, *anchors})
     else:
-        longest = max(len(prompt.ids) for prompt in encoded) + max_new_tokens
-        with engines.engine(engine, pair, compute_dtype, longest) as lab.engine:
-            if lab.engine:
-                lab.engine.check(lab.exact, encoded[0].ids)
+        with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
             lab.sample("exact", anchors)
             most = budget or (len(anchors) + 3) * len(encoded) * samples
             while reweight and (wanted := lab.next_anchor(grid, weights)) is not None:

@@ -47,6 +47,7 @@ def sample(
     answers: int,
     max_new_tokens: int,
     batch_size: int = 32,
+    quiet: bool = False,
 ) -> list[list[list[int]]]:
     """Answers to each conversation as token ids, at temperature 1 with no warper; `batch_size` counts conversations."""
     end, sampled = tokenizer.eos_token_id, []
@@ -60,7 +61,8 @@ def sample(
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
         rows = [row[: row.index(end) + 1] if end in row else row for row in rows]
         sampled += [rows[i : i + answers] for i in range(0, len(rows), answers)]
-        print(f"  sampled answers to {len(sampled)}/{len(conversations)} prompts", flush=True)
+        if not quiet:
+            print(f"  sampled answers to {len(sampled)}/{len(conversations)} prompts", flush=True)
     return sampled
 
 
@@ -101,6 +103,28 @@ def margins(model: PreTrainedModel | PeftModel, preferences: Sequence[Preference
     return chosen - rejected
 
 
+def descent(model: PreTrainedModel | PeftModel, lr: float, steps: int) -> Callable[[Tensor], None]:
+    """A function that takes the next of `steps` steps down a loss.
+
+    AdamW without weight decay; the rate reaches `lr` after a tenth of the steps and is then lowered linearly to 0; gradients
+    are clipped to norm 1.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.1 * steps), 1 - step / steps, 1)
+    )
+
+    def descend(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+
+    return descend
+
+
 def train(
     model: PreTrainedModel | PeftModel,
     preferences: Sequence[Preference],
@@ -121,7 +145,7 @@ def train(
 
     Args:
         steps: steps of AdamW, each on `batch_size` preferences.
-        lr: peak learning rate, reached after a tenth of the steps and then lowered linearly to 0.
+        lr: peak learning rate, see `descent`.
         beta: strength of the tie to the reference.
     """
     model.eval()  # Dropout would make the reference's log-probabilities random.
@@ -129,11 +153,7 @@ def train(
         batches = [preferences[i : i + batch_size] for i in range(0, len(preferences), batch_size)]
         reference = torch.cat([margins(model, batch) for batch in batches])
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.1 * steps), 1 - step / steps, 1)
-    )
+    descend = descent(model, lr, steps)
     rng, order = random.Random(seed), []
     for step in range(steps):
         while len(order) < batch_size:
@@ -141,11 +161,7 @@ def train(
         batch, order = order[:batch_size], order[batch_size:]
         margin = margins(model, [preferences[i] for i in batch]) - reference[batch]
         loss = (-F.logsigmoid(beta * margin) if objective == "dpo" else (margin - 1 / (2 * beta)) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss)
         if (step + 1) % 10 == 0:
             print(f"  step {step + 1}/{steps}: loss {loss:.4f}, margin {margin.mean():.2f} nats", flush=True)
 

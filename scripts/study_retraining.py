@@ -72,41 +72,23 @@ def policy_gradient(
 ) -> None:  # fmt: skip
     """Maximise E[r] - β·KL(π‖π_ref) by REINFORCE with the mean of the other answers as baseline (Ahmadian et al., 2024)."""
     rng = random.Random(seed)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / (0.1 * steps), 1 - s / steps, 1))
+    descend = dpo.descent(model, lr, steps)
     model.eval()
     for step in range(steps):
         conversations = rng.sample(list(asked), prompts)
         ids = [dpo.prompt_ids(tokenizer(), c) for c in conversations for _ in range(answers)]
-        new = sampled(model, conversations, answers)
+        texts = dpo.sample(model, tokenizer(), conversations, answers=answers, max_new_tokens=ANSWER, quiet=True)
+        new = [ids for each in texts for ids in each]
         logp = dpo.completion_logprobs(model, ids, new)
         with torch.no_grad(), model.disable_adapter():
             ref = dpo.completion_logprobs(model, ids, new)
         earned = torch.tensor([reward(tokenizer().decode(row, skip_special_tokens=True)) for row in new])
         value = (earned - beta * (logp.detach() - ref)).view(prompts, answers)
         advantage = (value - (value.sum(1, keepdim=True) - value) / (answers - 1)).flatten()
-        loss = -(advantage * logp).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(-(advantage * logp).mean())
         if (step + 1) % 20 == 0:
             moved = f"log ratio {(logp - ref).mean():.1f} nats"
             print(f"  step {step + 1}/{steps}: mean reward {earned.mean():.2f}, {moved}", flush=True)
-
-
-@torch.no_grad()
-def sampled(model: PeftModel, conversations: Sequence[dpo.Conversation], answers: int) -> list[list[int]]:
-    prompts = [dpo.prompt_ids(tokenizer(), c) for c in conversations]
-    inputs = tokenizer().pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    output = model.generate(
-        **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=answers,
-        max_new_tokens=ANSWER, pad_token_id=tokenizer().pad_token_id,
-    )  # fmt: skip
-    rows, end = output[:, inputs["input_ids"].shape[1] :].tolist(), tokenizer().eos_token_id
-    return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
 class Trainings:
