@@ -248,8 +248,8 @@ def test_control_characters_in_names_are_escaped():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_killed_merge_is_marked_as_partial_and_resumes(llama, tmp_path, number, code):
-    """A 100 MB merge, killed once its first shard is there."""
-    big = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 8, "head_dim": 64}
+    """A 60 MB merge, killed once its first shard is there."""
+    big = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8, "head_dim": 64}
     ref, aligned = llama(0, **big), llama(1, **big)
     command = ["merge", str(ref), str(aligned), "-l", "0.5", "-o", str(tmp_path / "out"), "--max-shard-size", "1MB"]
     process = subprocess.Popen([sys.executable, "-m", "dera_merge", *command], stderr=subprocess.DEVNULL)
