@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 AT_ONCE = 256  # requests; the server queues what it cannot take
 PATIENCE = 600.0  # seconds for one answer
 START = 1800.0  # seconds until a server that we start must answer
-CLOSE = 0.25  # nats: how far log-probabilities may be from ours, in the median; bfloat16 is nearer than a tenth of that
+CHECKED, CHECKED_TOKENS = 8, 32  # prompts, and tokens of an answer to each, on which a server is checked
+CLOSE = 0.25  # nats: how far an answer's log-probabilities may be from ours, in the mean; bfloat16 is much nearer
 
 
 class Engine:
@@ -53,21 +54,22 @@ class Engine:
             raise DeraError(f"{self.address} serves no model; start it with vllm serve DIR of an export-exact directory")
         self.model: str = models[0]["id"]
 
-    def check(self, exact: DeraForCausalLM, ids: list[int]) -> None:
-        """Make sure that the server's log-probabilities are those of `exact`, on a prompt, at two λ.
+    def check(self, exact: DeraForCausalLM, prompts: Sequence[list[int]]) -> None:
+        """Make sure that the server's log-probabilities are those of `exact`, on answers of its own at two λ.
+
+        On answers, because models of one family may agree on a prompt, which neither was trained to say; to several prompts,
+        because some answers begin alike. A pair that hardly differs cannot be told from its reference.
 
         Raises:
-            DeraError: they are not; another pair or an ordinary model is served there.
+            DeraError: on some answer they are not; another pair or an ordinary model is served there.
         """
-        ids = ids[:512]
-        for lam in (0.0, 2.0):
-            choice = self._complete(ids, lam, 1, prompt_logprobs=0)
-            entries = zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)
-            found = [entry[str(token)]["logprob"] for entry, token in entries]
+        for ids, lam in ((ids, lam) for ids in prompts[:CHECKED] for lam in (0.0, 2.0)):
+            choice = self._complete(ids, lam, CHECKED_TOKENS, logprobs=0)
+            new, found = choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])
             with torch.inference_mode():
-                logits = exact(torch.tensor([ids], device=exact.device), lam=lam).logits[0, :-1]
-            ours = torch.log_softmax(logits.float(), -1).cpu().gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-            apart = (ours - torch.tensor(found)).abs().median().item()
+                logits = exact(torch.tensor([[*ids, *new]], device=exact.device), lam=lam).logits[0, len(ids) - 1 : -1]
+            ours = torch.log_softmax(logits.float(), -1).cpu().gather(1, torch.tensor(new)[:, None])[:, 0]
+            apart = (ours - found).abs().mean().item()
             if not apart < CLOSE:
                 raise DeraError(f"{self.address} does not serve exact DeRa of this pair: at λ={lam:g} its log-probabilities "
                                 f"are {apart:.2g} nats from ours; serve what export-exact writes of it")  # fmt: skip
@@ -147,7 +149,7 @@ def engine(
     """The engine at an address, or `"vllm"`: one that is started here and stopped at the end; None where none is asked for.
 
     Args:
-        exact: gives the pair's own mixture, which the engine is checked against on the first prompt.
+        exact: gives the pair's own mixture, which the engine is checked against.
         prompts, max_new_tokens: what it will be asked, in tokens: how much a started engine must take.
         dtype: what a started engine computes in.
 
@@ -160,12 +162,12 @@ def engine(
     with ExitStack() as stack:
         address = where
         if where == "vllm":
-            longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
+            longest = max(len(prompt.ids) for prompt in prompts) + max(max_new_tokens, CHECKED_TOKENS)
             address = stack.enter_context(_started(pair, dtype, longest))
         elif not where.startswith(("http://", "https://")):
             raise DeraError(f"--engine {where!r} is neither vllm nor the address of a vLLM server such as http://localhost:8000")
         served = Engine(address)
-        served.check(exact(), prompts[0].ids)
+        served.check(exact(), [prompt.ids for prompt in prompts])
         yield served
 
 
