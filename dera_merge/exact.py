@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration import DeraConfig
 from .errors import DeraError
+from .pair import Source
 from .plausibility import PlausibilityMask
 from .rows import Strength
 from .speculation import MergedDraft, Speculation
@@ -411,7 +412,9 @@ class DeraForCausalLM(_LambdaModel):
         if "torch_dtype" in kwargs:  # transformers' older name for it
             kwargs["dtype"] = kwargs.pop("torch_dtype")
         config = config or DeraConfig.from_pretrained(name, **hub)
-        pair = config.open_pair(Path(name), bool(kwargs.pop("trust_remote_code", False)))
+        trust = bool(kwargs.pop("trust_remote_code", False))
+        folder = Source.locate(os.fspath(name), hub.get("revision"), trust_remote_code=trust).folder
+        pair = config.open_pair(folder, trust)
         return pair.exact(kwargs.pop("lam", config.lam), **kwargs)
 
 

@@ -113,6 +113,21 @@ def test_a_plan_can_be_looked_at_without_the_hub(environment, merged, way):
     assert any(word in sent for word in ("cannot be reached", "HF_HUB_OFFLINE", "hf auth login"))
 
 
+def test_an_exact_directory_loads_from_the_hub(hub, environment, tmp_path):
+    """Its models lie in folders beside its config, whose names must not be taken for repositories."""
+    ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA).export_exact(tmp_path / "exact", 0.5)
+    code = (
+        "import sys, torch; from huggingface_hub import HfApi; from dera_merge import DeraForCausalLM\n"
+        "HfApi().create_repo('me/exact'); HfApi().upload_folder(repo_id='me/exact', folder_path=sys.argv[1])\n"
+        "model = DeraForCausalLM.from_pretrained('me/exact')\n"
+        "torch.save(model(torch.arange(9)[None], lam=0.3).logits, sys.argv[2])"
+    )
+    arguments = [sys.executable, "-c", code, tmp_path / "exact", tmp_path / "logits.pt"]
+    subprocess.run(arguments, env=environment, check=True, timeout=120)
+    expected = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA).exact(0.3)(torch.arange(9)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+
+
 def test_an_adapter_is_a_branch_that_peft_loads(hub, environment, tmp_path):
     ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA).merge(tmp_path / "out", [0.5], format="adapter")
     done = command(environment, "push", tmp_path / "out", "me/adapter", "--revision", "half", "--license", "mit")

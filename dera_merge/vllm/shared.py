@@ -9,7 +9,8 @@ says itself, by where it wants to load the checkpoint's tensor; the layer's own 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,9 +78,11 @@ def load_shared(pair: ModelPair, ref: nn.Module, aligned: nn.Module) -> None:
     """
     layers = dict(ref.named_modules())  # before any is replaced
     for side, tree in zip(pair.sides, (ref, aligned), strict=True):
+        adapted_tensors = list(_low_rank(pair, side))
+        with _places(ref) as place:
+            where = [place(side.key[name]) for name, _ in adapted_tensors]
         parts: dict[str, list[Factors]] = {}
-        for name, terms in _low_rank(pair, side):
-            layer, shard = _place(ref, side.key[name])
+        for (layer, shard), (_, terms) in zip(where, adapted_tensors, strict=True):
             for piece in terms:
                 parts.setdefault(layer, []).append(_factors(layers[layer], piece, shard))
         for layer, factors in parts.items():
@@ -99,21 +102,27 @@ def _low_rank(pair: ModelPair, side: Side) -> Iterator[tuple[str, list[LowRank]]
         yield name, pieces
 
 
-def _place(model: nn.Module, name: str) -> tuple[str, Any]:
-    """The layer of vLLM into which a checkpoint's tensor is loaded, and which of the parts fused in it."""
+@contextmanager
+def _places(model: nn.Module) -> Iterator[Callable[[str], tuple[str, Any]]]:
+    """Gives a function: the layer of vLLM into which a checkpoint's tensor is loaded, and which of the parts fused in it."""
     found: list[tuple[str, Any]] = []
     weights = {layer: module.weight for layer, module in model.named_modules() if isinstance(module, LinearBase)}
     loaders = {layer: weight._weight_loader for layer, weight in weights.items()}
+
+    def place(name: str) -> tuple[str, Any]:
+        found.clear()
+        model.load_weights([(name, torch.empty(0))])
+        if len(found) != 1:
+            raise DeraError(f"{name} is no linear layer here, which cannot be held once; export with --merge-adapter")
+        return found[0][0], found[0][1] if len(found[0]) > 1 else None
+
     try:
         for layer, weight in weights.items():
             weight._weight_loader = lambda _, loaded, *shard, layer=layer: found.append((layer, *shard))
-        model.load_weights([(name, torch.empty(0))])
+        yield place
     finally:
         for layer, weight in weights.items():
             weight._weight_loader = loaders[layer]
-    if len(found) != 1:
-        raise DeraError(f"{name} is no linear layer here, which cannot be held once; export the pair with --merge-adapter")
-    return found[0][0], found[0][1] if len(found[0]) > 1 else None
 
 
 def _factors(layer: LinearBase, piece: LowRank, shard: Any) -> Factors:
