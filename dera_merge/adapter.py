@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from . import lambdas
 from .checkpoint import Buffers, ShardWriter, file_order, load_json, slices
 from .curve import Curve, opened
 from .delta import LowRank, Replacement
 from .errors import DeraError
+from .lambdas import Lam, numbers
 from .merge import Progress, describe_pair, parse_dtype, warn_of_unsafe
 from .output import Layout, Output, Tally, open_outputs, writing
 from .pair import TOKENIZER_FILES, ModelPair, warn
@@ -97,11 +97,12 @@ def merge_adapters(
     Raises:
         DeraError: λΔ is no adapter, an option does not fit, or the output cannot be written.
     """
-    lams = [float(lam) + 0.0 for lam in lams]
-    lambdas.check_names(lams)
+    lams = pair.known(lams)
     for name, number in (("--rank", rank), ("--extract-rank", extract_rank)):
         if number is not None and number < 1:
             raise DeraError(f"{name} {number} is not a rank; give 1 or more")
+    if extract_rank:
+        pair.only_pair("--extract-rank is")
     tensors = pair.tensors
     if extract_rank and pair.ref.adapter:
         raise DeraError("--extract-rank makes an adapter over REF, which must be a full model, not an adapter itself")
@@ -143,20 +144,21 @@ def merge_adapters(
 
 def _own_dtype(pair: ModelPair) -> torch.dtype:
     """float32, or the dtype that all tensors of the adapters have."""
-    kinds = {info.dtype for side in pair.sides if side.adapter for info in side.adapter.checkpoint.tensors.values()}
+    kinds = {info.dtype for side in pair.every_side if side.adapter for info in side.adapter.checkpoint.tensors.values()}
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
 def _folded(pair: ModelPair, curve: Curve | None) -> tuple[list[Module], dict[str, str]]:
     """The sums s·BA of both sides by module, and the tensors that are stored whole: name in the file → tensor."""
     if not pair.shared_base:
-        raise DeraError("λΔ of two full models is no adapter; --extract-rank R approximates it, --format full holds it")
+        raise DeraError("λΔ of full models is no adapter; --extract-rank R approximates it, --format full holds it")
     modules: list[Module] = []
     whole: dict[str, str] = {}
-    names = sorted(pair.ref.pieces.keys() | pair.aligned.pieces.keys())
+    names = sorted({name for side in pair.every_side for name in side.pieces})
     for name in names:
         terms = []
-        for side, weight in ((pair.ref, lambda lam: 1 - lam), (pair.aligned, lambda lam: lam)):
+        for number, side in enumerate(pair.every_side):
+            weight = _share(number)
             for piece in side.pieces.get(name, ()):
                 if isinstance(piece, Replacement):
                     if piece.key.endswith(("base_layer.weight", "embed_tokens.weight")):
@@ -176,8 +178,13 @@ def _folded(pair: ModelPair, curve: Curve | None) -> tuple[list[Module], dict[st
     return modules, whole
 
 
+def _share(number: int) -> Callable[[Lam], float]:
+    """How much of side `number` is in θ(λ): the reference, number 0, gives 1 - Σ λ_k."""
+    return lambda lam: numbers(lam)[number - 1] if number else 1 - sum(numbers(lam))
+
+
 def _module(
-    terms: list[tuple[LowRank, Callable[[float], float]]], name: str, curve: Curve | None
+    terms: list[tuple[LowRank, Callable[[Lam], float]]], name: str, curve: Curve | None
 ) -> Module:  # fmt: skip
     bent = curve is not None and any(part.left is not None for part in curve.parts.get(name, {}).values())
     bend_rank = max(len(part.right) for part in curve.parts[name].values()) if bent else 0
@@ -327,7 +334,7 @@ def _config(pair: ModelPair, modules: list[Module], width: int) -> dict[str, Any
     """adapter_config.json, as PEFT writes it."""
     from peft import LoraConfig
 
-    adapters = [side.adapter for side in pair.sides if side.adapter]
+    adapters = [side.adapter for side in pair.every_side if side.adapter]
     saved = sorted({module for adapter in adapters for module in adapter.config.get("modules_to_save") or ()})
     biases = {adapter.config.get("bias", "none") for adapter in adapters} - {"none"}
     paths = [module.a.removeprefix("base_model.model.").rpartition(".lora_")[0] for module in modules]
@@ -348,7 +355,8 @@ def _targets(paths: list[str], pair: ModelPair) -> list[str]:
 
 def _companions(pair: ModelPair) -> list[Path]:
     """Tokenizer and chat template, where an adapter brings them."""
-    folders = [side.source.folder for side in reversed(pair.sides) if side.adapter and side.source.has_tokenizer()]
+    sides = (*pair.every_side[1:], pair.ref)
+    folders = [side.source.folder for side in sides if side.adapter and side.source.has_tokenizer()]
     return [path for name in TOKENIZER_FILES for folder in folders[:1] if (path := folder / name).is_file()]
 
 

@@ -27,7 +27,6 @@ import torch
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
-from . import lambdas
 from . import prompts as prompt_files
 from .curve import BRANCHES, Curve, Part, fingerprint
 from .errors import DeraError
@@ -142,7 +141,14 @@ class _Gained:
         return None if self._layer.strength.rows is None else self._layer.gains()
 
     def beside(self, values: torch.Tensor) -> torch.Tensor:
-        return self._layer.strength.spread(self._layer.gains(), values)
+        return self.spread(self._layer.gains(), values)
+
+    def shares(self) -> torch.Tensor:
+        gains = self._layer.gains()[:, None]
+        return torch.cat([1 - gains, gains], 1)
+
+    def spread(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return self._layer.strength.spread(rows, values)
 
 
 def _sizes(inner: LowRankRows | MixedRows) -> tuple[int, int]:
@@ -193,8 +199,8 @@ def calibrate(
     Raises:
         DeraError: the pair has no weight-space form, there is nothing to learn, or prompts are unusable.
     """
-    lams = [float(lam) + 0.0 for lam in lams]
-    lambdas.check_names(lams)
+    pair.only_pair("a path is learned")
+    lams = pair.known(lams)
     low, high = min(lams), max(lams)
     if low < 0:
         raise DeraError(f"λ={low:g}: paths are learned for λ from 0 on; below 0 the straight line is all there is")

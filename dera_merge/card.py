@@ -57,12 +57,16 @@ class Parent:
 def parents(recipe: dict[str, Any]) -> list[Parent]:
     """The models that `dera_merge.json` names: reference, aligned, and the base of adapters where it is neither of them."""
     found = []
-    for role, key in (("reference", "ref"), ("aligned", "aligned")):
-        found += [_parent(recipe[key], role), *_base(recipe[key])]
+    for role, side in (("reference", recipe["ref"]), *(("aligned", side) for side in _aligned(recipe))):
+        found += [_parent(side, role), *_base(side)]
     distinct: dict[tuple[str, str | None], Parent] = {}
     for parent in sorted(found, key=lambda parent: parent.role == "base"):
         distinct.setdefault((parent.name, parent.revision), parent)
     return list(distinct.values())
+
+
+def _aligned(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    return [recipe["aligned"], *recipe.get("others", ())]
 
 
 def _parent(side: dict[str, Any], role: str) -> Parent:
@@ -157,8 +161,9 @@ def command(recipe: dict[str, Any]) -> str:
     """The command that makes these weights again, with the revisions that were read."""
     import shlex
 
-    ref, aligned = (_parent(recipe[key], key).typed for key in ("ref", "aligned"))
-    words = ["dera-merge", "merge", ref, aligned, "-l", f"{recipe['lambda']:g}"]
+    ref, aligned, *others = (_parent(side, "").typed for side in (recipe["ref"], *_aligned(recipe)))
+    words = ["dera-merge", "merge", ref, aligned, *(word for other in others for word in ("--aligned", other))]
+    words += ["-l", f"{recipe['lambda']:g}"]
     if recipe.get("format") == "adapter":
         words += ["--format", "adapter"]
         words += ["--rank", str(recipe["cut_to_rank"])] if recipe.get("cut_to_rank") else []

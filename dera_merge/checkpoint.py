@@ -173,6 +173,11 @@ class Buffers:
     def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}
         self._views: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}  # a view costs some microseconds
+        self._parts: dict[int, Buffers] = {}
+
+    def part(self, number: int) -> Buffers:
+        """Memory of its own, which is used again just so."""
+        return self._parts.setdefault(number, Buffers())
 
     def take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised CPU tensor; the next `take` for the same `use` overwrites it."""

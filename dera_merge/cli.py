@@ -57,6 +57,9 @@ Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help="Aligned model: 
 Lambdas = Annotated[
     list[str], typer.Option("-l", "--lambda", help="λ: a number, a list 0.25,0.5 or a range 0:2:0.25; repeatable.")
 ]
+More = Annotated[
+    list[str] | None, typer.Option("--aligned", help="A further aligned model, repeatable; λ is then a vector: 0.5+0.25.")
+]
 Base = Annotated[str | None, typer.Option(help="Base model of adapters, instead of the one that their config names.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (with weights_only=True).")]
 BaseQuantization = Annotated[
@@ -92,6 +95,7 @@ def merge(
     shard: Annotated[str | None, typer.Option(help="i/n: write the i-th of n shares. Default: the launcher's rank.")] = None,
     path: PathFile = None,
     report: Annotated[Path | None, typer.Option(help="Of compare; warns of λ that it does not call safe.")] = None,
+    more: More = None,
     base: Base = None,
     base_quantization: BaseQuantization = None,
     allow_pickle: AllowPickle = False,
@@ -102,7 +106,7 @@ def merge(
 
     Example: dera-merge merge my-sft my-dpo-lora -l 0.25,0.5 -o merged
     """
-    lams = _lams(lam)
+    lams = _lams(lam, _models(more))
     common: dict[str, Any] = {"dtype": dtype, "rounding": rounding, "seed": seed, "resume": resume, "overwrite": overwrite}
     common |= {"path": path, "report": report}
     share = _share(shard)
@@ -114,13 +118,13 @@ def merge(
         raise typer.BadParameter("goes with --format adapter", param_hint="--rank")
     else:
         common |= {"max_shard_size": max_shard_size, "allow_nonfinite": allow_nonfinite, "shard": share}
-    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, base_quantization)
+    pair = _open(ref, [aligned, *(more or ())], base, allow_pickle, trust_remote_code, base_quantization)
     with _progress("merging") as tell:
         unit = 0 if "format" in common else 20  # tensors, or MiB
         folders = pair.merge(output, lams, **common, progress=lambda done, all: tell(None, done >> unit, all >> unit))
     written = [_merged(value, folder) for value, folder in zip(lams, folders, strict=True)]
     if as_json:
-        return _print_json({"ref": ref, "aligned": aligned, "outputs": written})
+        return _print_json({"ref": ref, **_named(aligned, more), "outputs": written})
     for entry in written:
         note = ""
         if not entry["complete"]:
@@ -189,6 +193,7 @@ def generate(
         float | None, typer.Option(help="α in (0, 1]: no token below α times ALIGNED's best. Not exact DeRa any more.")
     ] = None,
     path: PathFile = None,
+    more: More = None,
     base: Base = None,
     base_quantization: BaseQuantization = None,
     allow_pickle: AllowPickle = False,
@@ -199,7 +204,7 @@ def generate(
 
     Example: dera-merge generate my-sft my-dpo-lora -l 0.5 --chat --prompt "What is rain?"
     """
-    (value,) = _lams(lam, one=True)
+    (value,) = _lams(lam, _models(more), one=True)
     if temperature and not 1e-3 <= temperature <= 1e3:
         raise typer.BadParameter("must be 0 (greedy) or from 0.001 to 1000", param_hint="--temperature")
     if plausibility is not None and not 0 < plausibility <= 1:
@@ -209,7 +214,7 @@ def generate(
         raise typer.BadParameter("is for exact and speculative decoding", param_hint=hint)
     if mode == "exact" and path:
         raise typer.BadParameter("is for --mode merged and speculative; exact decoding merges nothing", param_hint="--path")
-    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, base_quantization)
+    pair = _open(ref, [aligned, *(more or ())], base, allow_pickle, trust_remote_code, base_quantization)
     places = [_device(name) for name in device.split(",")]
     if len(places) > 2 or (len(places) == 2 and mode == "merged"):
         raise typer.BadParameter("one device, or two for exact decoding", param_hint="--device")
@@ -223,7 +228,7 @@ def generate(
     )  # fmt: skip
     if as_json:
         settings = {"load_in": load_in, "plausibility": plausibility}
-        return _print_json({"ref": ref, "aligned": aligned, "lambda": value, "mode": mode, **settings, **text})
+        return _print_json({"ref": ref, **_named(aligned, more), "lambda": value, "mode": mode, **settings, **text})
     out.print(text["text"], markup=False, highlight=False)
     notes = []
     if text.get("acceptance_rate") is not None:
@@ -261,6 +266,7 @@ def compare(
     engine: SampleEngine = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
+    more: More = None,
     base: Base = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -270,13 +276,13 @@ def compare(
 
     Example: dera-merge compare my-sft my-dpo-lora -l 0:2:0.25 -o report --max-kl 0.02
     """
-    lams = _lams(lam)
-    wanted = _extras(extras)
+    lams = _lams(lam, _models(more))
+    wanted = _extras(extras, bool(more))
     if reward and "coupled" not in wanted:
         raise typer.BadParameter("needs --with coupled (or all)", param_hint="--reward")
     if any(limit is not None and not math.isfinite(limit) for limit in (max_kl, min_top1)):
         raise typer.BadParameter("a gate must be a finite number", param_hint="--max-kl, --min-top1")
-    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
+    pair = _open(ref, [aligned, *(more or ())], base, allow_pickle, trust_remote_code)
     place = _device(device)
     _check_report_folder(output, pair)
     from . import fidelity
@@ -442,6 +448,7 @@ def sweep(
     engine: SampleEngine = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
+    more: More = None,
     base: Base = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -451,8 +458,8 @@ def sweep(
 
     Example: dera-merge sweep my-sft my-dpo-lora --prompts validation.jsonl --reward mymodule:reward -o sweep
     """
-    lams = _lams(lam) if lam else None
-    places = _lams([anchors]) if anchors else None
+    lams = _lams(lam, _models(more)) if lam else None
+    places = _lams([anchors], _models(more)) if anchors else None
     try:
         shares = [float(part) for part in weights.split(",")] if weights else None
     except ValueError:
@@ -463,9 +470,10 @@ def sweep(
         raise typer.BadParameter("samples nothing, as --from-scored brings the texts", param_hint="--engine")
     if beta is not None and not 0 < beta < math.inf:
         raise typer.BadParameter("must be above 0", param_hint="--beta")
-    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code)
+    pair = _open(ref, [aligned, *(more or ())], base, allow_pickle, trust_remote_code)
     place = _device(device)
     _check_report_folder(output, pair)
+    from .ledger import launched
     from .prompts import read
     from .rewards import load_reward
     from .selection import read_scored
@@ -480,6 +488,8 @@ def sweep(
             path=path, seed=seed, engine=engine, device=place, out=output, resume=resume, progress=tell,
             compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
         )  # fmt: skip
+    if launched()[0]:  # another process writes and prints
+        return
     result.save(output)
     if as_json:
         return _print_json(result.to_dict())
@@ -523,7 +533,7 @@ def push(
     """
     from .hub import push_to_hub
 
-    chosen: Any = main if main in (None, "none") else _lams([main], one=True)[0]
+    chosen: Any = main if main in (None, "none") else _lams([main], models=lambdas.width(main), one=True)[0]
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
@@ -589,9 +599,9 @@ def demo(
 # Helpers
 
 
-def _lams(texts: list[str], one: bool = False) -> list[float]:
+def _lams(texts: list[str], models: int = 1, one: bool = False) -> list[Any]:
     try:
-        values = lambdas.parse_lambdas(texts)
+        values = lambdas.parse_lambdas(texts, models)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--lambda") from None
     if one and len(values) != 1:
@@ -599,8 +609,13 @@ def _lams(texts: list[str], one: bool = False) -> list[float]:
     return values
 
 
+def _models(more: list[str] | None) -> int:
+    """How many aligned models there are."""
+    return 1 + len(more or ())
+
+
 def _open(
-    ref: str, aligned: str, base: str | None, allow_pickle: bool, trust_remote_code: bool,
+    ref: str, aligned: str | list[str], base: str | None, allow_pickle: bool, trust_remote_code: bool,
     base_quantization: str | None = None,
 ) -> ModelPair:  # fmt: skip
     from .pair import ModelPair
@@ -609,6 +624,10 @@ def _open(
         ref, aligned, base=base, base_quantization=base_quantization, allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
+
+
+def _named(aligned: str, more: list[str] | None) -> dict[str, Any]:
+    return {"aligned": [aligned, *more] if more else aligned}
 
 
 def _share(text: str | None) -> tuple[int, int] | None:
@@ -624,7 +643,7 @@ def _share(text: str | None) -> tuple[int, int] | None:
     return int(i), int(n)
 
 
-def _merged(lam: float, folder: Path) -> dict[str, Any]:
+def _merged(lam: Any, folder: Path) -> dict[str, Any]:
     """What `merge` says of one output."""
     from .output import RECIPE, read_recipe
 
@@ -636,7 +655,7 @@ def _merged(lam: float, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _serve_lines(base: Source | None, lams: list[float], folders: list[Path]) -> str:
+def _serve_lines(base: Source | None, lams: list[Any], folders: list[Path]) -> str:
     """How to serve what was merged with vLLM: each checkpoint by itself, or all adapters over `base`."""
     from .adapter import serving_rank
 
@@ -674,10 +693,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _extras(text: str) -> list[Any]:
+def _extras(text: str, several: bool) -> list[Any]:
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if names in (["all"], ["none"], []):
-        return list(EXTRAS) if names == ["all"] else []
+    if names == ["all"]:
+        return [extra for extra in EXTRAS if not (several and extra in ("predict", "layers"))]
+    if names in (["none"], []):
+        return []
     if unknown := [name for name in names if name not in EXTRAS]:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(EXTRAS)}, all, none", param_hint="--with")
     return names
@@ -698,7 +719,7 @@ def _check_path_file(file: Path, overwrite: bool) -> None:
 def _check_report_folder(folder: Path, pair: ModelPair) -> None:
     if folder.exists() and not folder.is_dir():
         raise DeraError(f"{folder} is a file; give a directory for the report")
-    inputs = [source.folder for side in pair.sides for source in (side.source, side.base)]
+    inputs = [source.folder for side in pair.every_side for source in (side.source, side.base)]
     if any(folder.resolve().is_relative_to(place) for place in inputs):
         raise DeraError(f"{folder} is or lies in an input; give another --output")
 
@@ -756,9 +777,10 @@ def _model_line(model: dict[str, Any]) -> str:
     if model.get("unmergeable"):
         parts.append(model["unmergeable"])
     if merged := model.get("merged"):
-        names = f"{merged['ref']['name']} and {merged['aligned']['name']}"
+        sides = [merged["ref"], merged["aligned"], *(merged["others"] or ())]
+        names = " and ".join(side["name"] for side in sides)
         parts.append(f"merged by dera-merge: λ={merged['lambda']:g} of {names}")
-        again = [side["name"] for side in (merged["ref"], merged["aligned"]) if side.get("merge")]
+        again = [side["name"] for side in sides if side.get("merge")]
         parts += [f"{name} is a merge itself" for name in again]
     if fidelity := model.get("fidelity"):
         from .report import number

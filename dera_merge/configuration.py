@@ -18,7 +18,7 @@ class DeraConfig(PreTrainedConfig):
 
     Args:
         text_config: a copy of the reference's config, for its sizes.
-        lam: the default λ.
+        lam: the default λ; with several aligned models, a number for each.
         pair: what `ModelPair.from_pretrained` was called with, so that a saved mixture can be loaded again.
     """
 
@@ -28,7 +28,7 @@ class DeraConfig(PreTrainedConfig):
     def __init__(
         self,
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
-        lam: float = 1.0,
+        lam: float | list[float] = 1.0,
         pair: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -56,10 +56,13 @@ class DeraConfig(PreTrainedConfig):
 
         if not self.pair:
             raise DeraError(f"{folder} is no saved mixture; its config.json names no pair")
-        named = {
-            key: str(folder / value) if isinstance(value, str) and (folder / value).is_dir() else value
-            for key, value in self.pair.items()
-        }
+
+        def place(value: Any) -> Any:
+            if isinstance(value, list):
+                return [place(each) for each in value]
+            return str(folder / value) if isinstance(value, str) and (folder / value).is_dir() else value
+
+        named = {key: place(value) for key, value in self.pair.items()}
         ref, aligned = named.pop("ref"), named.pop("aligned")
         return ModelPair.from_pretrained(ref, aligned, **named, trust_remote_code=trust_remote_code)
 

@@ -187,6 +187,7 @@ def opened(path: str | os.PathLike[str] | Curve | None, pair: ModelPair, lams: l
     """A path as it was given, checked against the pair and the λ that are asked for."""
     if path is None:
         return None
+    pair.only_pair("a learned path is")
     curve = path if isinstance(path, Curve) else Curve.load(path)
     curve.check(pair)
     for lam in lams:
@@ -195,12 +196,12 @@ def opened(path: str | os.PathLike[str] | Curve | None, pair: ModelPair, lams: l
 
 
 def fingerprint(pair: ModelPair) -> str:
-    """SHA-256 over both sides: names, shapes and dtypes of all tensors, some bytes of each, and what scales an adapter.
+    """SHA-256 over all sides: names, shapes and dtypes of all tensors, some bytes of each, and what scales an adapter.
 
     It reads three times 4 KiB of each tensor: enough to tell two training runs apart, at any size of model.
     """
     digest = hashlib.sha256(f"{pair.base_quantization or 'none'}\0".encode())
-    for side in pair.sides:
+    for side in pair.every_side:
         for label, content in _parts_of(side):
             digest.update(label.encode() + b"\0" + content + b"\0")
     return digest.hexdigest()

@@ -21,7 +21,7 @@ LoadIn = Literal["4bit", "8bit"]
 
 def decode(
     pair: ModelPair,
-    lam: float,
+    lam: float | Sequence[float],
     prompt: str,
     *,
     mode: Mode = "exact",
@@ -39,7 +39,7 @@ def decode(
 
     Args:
         pair: the two models.
-        lam: λ.
+        lam: λ; with several aligned models, a number for each.
         prompt: raw text, or with `chat` a user's turn.
         mode: `"exact"` runs both models, `"merged"` θ_ref + λΔ, `"speculative"` lets the merged model draft and both
             verify (Leviathan et al., 2023): the output is exact DeRa's.
@@ -59,6 +59,9 @@ def decode(
     Raises:
         DeraError: the pair cannot be run in this mode, or the prompt has no tokens.
     """
+    (lam,) = pair.known([lam])
+    if plausibility:
+        pair.only_pair("the plausibility mask is")
     tokenizer = pair.tokenizer
     entry = {"messages": [{"role": "user", "content": prompt}]} if chat else prompt
     (encoded,) = encode([entry], tokenizer)

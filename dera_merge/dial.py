@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import torch
 from .checkpoint import Buffers, slices
 from .curve import Curve, opened
 from .errors import DeraError
+from .lambdas import Lam
 from .merge import output_layout
 from .pair import ModelPair
 from .path import Sums, stored_rows
@@ -34,7 +35,7 @@ class _Dial:
     seed: int
     curve: Curve | None
 
-    def build(self, lam: float, dtype: torch.dtype | str) -> PreTrainedModel:
+    def build(self, lam: Lam, dtype: torch.dtype | str) -> PreTrainedModel:
         """A new model at λ, by transformers' own loading, which knows about tied, renamed and fused tensors."""
         from transformers import AutoConfig
 
@@ -49,7 +50,7 @@ class _Dial:
             raise DeraError(f"{self.pair.ref.base.name} lacks tensor {missing[0]}; transformers would make it up")
         return model
 
-    def weights(self, lam: float) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, lam: Lam) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor of θ(λ) in turn."""
         if self.curve:
             self.curve.check_lambda(lam)
@@ -71,7 +72,7 @@ class _Dial:
 
 def live(
     pair: ModelPair,
-    lam: float,
+    lam: float | Sequence[float],
     *,
     dtype: torch.dtype | str | None = None,
     rounding: Rounding | None = None,
@@ -84,7 +85,7 @@ def live(
 
     Args:
         pair: the two models.
-        lam: λ to begin with.
+        lam: λ to begin with; with several aligned models, a number for each.
         dtype: what the weights are rounded to: None leaves float32; `"auto"`, or a dtype, rounds as `merge` does, and
             the values are then those of `merge`'s checkpoint bit for bit.
         rounding, seed: as for `merge`.
@@ -98,6 +99,7 @@ def live(
     Raises:
         DeraError: the pair has no weight-space form, or cannot be loaded; the path is another pair's, or not for this λ.
     """
+    (lam,) = pair.known([lam])
     layout, rounding = output_layout(pair, torch.float32 if dtype is None else dtype, rounding)
     dial = _Dial(pair, layout, rounding, seed, opened(path, pair, [lam]))
     model = dial.build(lam, compute_dtype or (torch.float32 if dtype is None else dtype)).to(device).eval()
@@ -108,9 +110,10 @@ def live(
     return model
 
 
-def _set_lam(model: PreTrainedModel, lam: float) -> None:
+def _set_lam(model: PreTrainedModel, lam: float | Sequence[float]) -> None:
     """Turn λ in place: the parameters become those of a fresh merge at λ. Not for use while another thread generates."""
     dial: _Dial = model._dera_dial
+    (lam,) = dial.pair.known([lam])
     parameters = model.state_dict()  # shares memory with the model
     places = {name: dial.pair.architecture.stored_name(name, parameters) for name in dial.layout}
     if None not in places.values():

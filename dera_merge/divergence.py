@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .lambdas import Lam, Vector, numbers
 from .traces import Trace
 
 HEAD_VALUES = 1 << 22  # logits of a model that exist at a time: a product with the head pays from a few dozen tokens on
@@ -41,13 +42,18 @@ def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return log_p.clamp_(min=LOWEST)
 
 
-def mixture(log_ref: torch.Tensor, log_aligned: torch.Tensor, lam: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log p_λ, p_λ, and log Z_λ = log Σ_v p_ref^(1-λ)·p_aligned^λ of each row; (rows, vocabulary) twice, (rows,)."""
-    log_p = (1 - lam) * log_ref
-    log_p.add_(log_aligned, alpha=lam)
-    if lam < 0 or lam > 1:
-        # A token that one of the two, or both, rule out stays ruled out.
-        log_p.masked_fill_((log_ref <= LOWEST) | (log_aligned <= LOWEST), LOWEST)
+def mixture(
+    log_ref: torch.Tensor, log_aligned: Sequence[torch.Tensor], lam: Lam
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log p_λ, p_λ, and log Z_λ = log Σ_v p_ref^(1-Σλ)·Π p_k^λ_k of each row; (rows, vocabulary) twice, (rows,)."""
+    shares = numbers(lam)
+    log_p = (1 - sum(shares)) * log_ref
+    for share, each in zip(shares, log_aligned, strict=True):
+        log_p.add_(each, alpha=share)
+    if min(*shares, 1 - sum(shares)) < 0:
+        # A token that any of the models rules out stays ruled out.
+        for each in (log_ref, *log_aligned):
+            log_p.masked_fill_(each <= LOWEST, LOWEST)
     log_z = log_p.logsumexp(-1)
     log_p -= log_z[:, None]
     return log_p, log_p.exp(), log_z
@@ -55,34 +61,35 @@ def mixture(log_ref: torch.Tensor, log_aligned: torch.Tensor, lam: float) -> tup
 
 @torch.no_grad()
 def divergences(
-    ref: Trace, aligned: Trace, approximations: Sequence[tuple[float, dict[str, Trace]]], tokens: torch.Tensor,
-    vocab_size: int,
-) -> dict[float, dict[str, np.ndarray]]:  # fmt: skip
+    exact: Sequence[Trace], approximations: Sequence[tuple[Lam, dict[str, Trace]]], tokens: torch.Tensor, vocab_size: int,
+) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
     """Per-token figures for each λ and its approximations.
 
     Args:
-        ref, aligned: what the two models make of the texts.
+        exact: what the reference, and then each aligned model, makes of the texts.
         approximations: λ, and name → trace: `kl`, whose figures these are, and others of which kl alone is wanted, under the
             name that it gets: `kl_nonlinearity`, the same unrounded, say.
         tokens: the texts' own scored tokens (tokens,).
         vocab_size: rows of the vocabulary that all have.
 
     Returns:
-        λ → measure → float64 array (tokens,): `MEASURES`, `CHOSEN`, `log_z`, and kl of the others.
+        λ → measure → float64 array (tokens,): `MEASURES`, `CHOSEN`, `log_z`, and kl of the others; what is said of the
+        aligned model is said of further ones too, as `kl_aligned_2` and so on.
     """
-    found: dict[float, dict[str, list[torch.Tensor]]] = {lam: {} for lam, _ in approximations}
-    device = ref.hidden.device
-    for chunk, parts in chunks(len(ref.hidden), vocab_size, device):
-        sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in (ref, aligned)]
+    found: dict[Lam, dict[str, list[torch.Tensor]]] = {lam: {} for lam, _ in approximations}
+    device = exact[0].hidden.device
+    for chunk, parts in chunks(len(exact[0].hidden), vocab_size, device):
+        sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in exact]
         others = [
             {name: trace.head(trace.hidden[chunk])[:, :vocab_size] for name, trace in traces.items()}
             for _, traces in approximations
         ]
         chosen = tokens[chunk].to(device)
         for part in parts:
-            log_ref, log_aligned = (log_softmax(side[part]) for side in sides)
+            log_ref, *log_aligned = (log_softmax(side[part]) for side in sides)
             own = chosen[part][:, None]
-            here = {"logp_ref": log_ref.gather(1, own)[:, 0], "logp_aligned": log_aligned.gather(1, own)[:, 0]}
+            here = {"logp_ref": log_ref.gather(1, own)[:, 0]}
+            here |= {aligned_name("logp", k): each.gather(1, own)[:, 0] for k, each in enumerate(log_aligned, 1)}
             for (lam, _), logits in zip(approximations, others, strict=True):
                 row = here | _at(log_ref, log_aligned, lam, {name: each[part] for name, each in logits.items()}, own)
                 for measure, values in row.items():
@@ -90,16 +97,20 @@ def divergences(
     return {lam: {m: torch.cat(values).numpy() for m, values in measures.items()} for lam, measures in found.items()}
 
 
+def aligned_name(what: str, number: int) -> str:
+    """What a figure of the number-th aligned model is called: `kl_aligned`, `kl_aligned_2`, …"""
+    return f"{what}_aligned" if number == 1 else f"{what}_aligned_{number}"
+
+
 def _at(
-    log_ref: torch.Tensor, log_aligned: torch.Tensor, lam: float, approximations: dict[str, torch.Tensor], own: torch.Tensor
-) -> dict[str, torch.Tensor]:
+    log_ref: torch.Tensor, log_aligned: Sequence[torch.Tensor], lam: Lam, approximations: dict[str, torch.Tensor],
+    own: torch.Tensor,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     dot = torch.linalg.vecdot
     log_p, p, log_z = mixture(log_ref, log_aligned, lam)
     entropy = dot(p, log_p)  # negative
-    row = {
-        "kl_ref": entropy - dot(p, log_ref), "kl_aligned": entropy - dot(p, log_aligned), "log_z": log_z,
-        "logp": log_p.gather(1, own)[:, 0],
-    }  # fmt: skip
+    row = {"kl_ref": entropy - dot(p, log_ref), "log_z": log_z, "logp": log_p.gather(1, own)[:, 0]}
+    row |= {aligned_name("kl", k): entropy - dot(p, each) for k, each in enumerate(log_aligned, 1)}
     for name, logits in approximations.items():
         log_q = log_softmax(logits)
         row[name] = entropy - dot(p, log_q)
@@ -120,51 +131,99 @@ def _at(
 
 @torch.no_grad()
 def between_mixtures(
-    ref: Trace, aligned: Trace, ref_other: Trace, aligned_other: Trace, lams: Sequence[float], vocab_size: int
-) -> dict[float, np.ndarray]:
-    """KL(exact‖exact of the other two models) of each token, for each λ: λ → float64 array (tokens,)."""
-    found: dict[float, list[torch.Tensor]] = {lam: [] for lam in lams}
-    for chunk, parts in chunks(len(ref.hidden), vocab_size, ref.hidden.device):
-        logits = [t.head(t.hidden[chunk])[:, :vocab_size] for t in (ref, aligned, ref_other, aligned_other)]
+    exact: Sequence[Trace], other: Sequence[Trace], lams: Sequence[Lam], vocab_size: int
+) -> dict[Lam, np.ndarray]:
+    """KL(exact‖exact of other models) of each token, for each λ: λ → float64 array (tokens,).
+
+    Args:
+        exact, other: a reference and each aligned model.
+    """
+    found: dict[Lam, list[torch.Tensor]] = {lam: [] for lam in lams}
+    for chunk, parts in chunks(len(exact[0].hidden), vocab_size, exact[0].hidden.device):
+        logits = [t.head(t.hidden[chunk])[:, :vocab_size] for t in (*exact, *other)]
         for part in parts:
             log = [log_softmax(each[part]) for each in logits]
+            ours, theirs = log[: len(exact)], log[len(exact) :]
             for lam in lams:
-                log_p, p, _ = mixture(log[0], log[1], lam)
-                log_q, _, _ = mixture(log[2], log[3], lam)
+                log_p, p, _ = mixture(ours[0], ours[1:], lam)
+                log_q, _, _ = mixture(theirs[0], theirs[1:], lam)
                 found[lam].append((torch.linalg.vecdot(p, log_p) - torch.linalg.vecdot(p, log_q)).cpu())
     return {lam: torch.cat(values).numpy() for lam, values in found.items()}
 
 
 @torch.no_grad()
 def densities(
-    ref: Trace, aligned: Trace, tokens: torch.Tensor, lams: Sequence[float], vocab_size: int
+    exact: Sequence[Trace], tokens: torch.Tensor, lams: Sequence[Lam], vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact DeRa's log-probability of each token, and its kl from the reference there, at many λ.
 
-    With log Z = log Σ p_ref^(1-λ)·p_aligned^λ, KL(p_λ‖p_ref) = λ·E_λ[log p_aligned - log p_ref] - log Z.
+    With log Z = log Σ p_ref^(1-Σλ)·Π p_k^λ_k, KL(p_λ‖p_ref) = Σ λ_k·E_λ[log p_k - log p_ref] - log Z.
 
     Args:
-        ref, aligned: what the two models make of the texts.
+        exact: what the reference, and then each aligned model, makes of the texts.
         tokens: the texts' own scored tokens (tokens,).
 
     Returns:
         Two float64 arrays (tokens, λ), in nats.
     """
     logp, kl = [], []
-    for chunk, parts in chunks(len(ref.hidden), vocab_size, ref.hidden.device):
-        sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in (ref, aligned)]
-        chosen = tokens[chunk].to(ref.hidden.device)
+    device = exact[0].hidden.device
+    for chunk, parts in chunks(len(exact[0].hidden), vocab_size, device):
+        sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in exact]
+        chosen = tokens[chunk].to(device)
         for part in parts:
-            log_ref, log_aligned = (log_softmax(side[part]) for side in sides)
-            ratio, own = log_aligned - log_ref, chosen[part][:, None]
+            log_ref, *log_aligned = (log_softmax(side[part]) for side in sides)
+            ratios, own = [each - log_ref for each in log_aligned], chosen[part][:, None]
             rows = []
             for lam in lams:
                 log_p, p, log_z = mixture(log_ref, log_aligned, lam)
-                kept = lam * torch.linalg.vecdot(p, ratio) - log_z if lam else torch.zeros_like(log_z)
+                shares = zip(numbers(lam), ratios, strict=True)
+                terms = [share * torch.linalg.vecdot(p, ratio) for share, ratio in shares if share]
+                kept = sum(terms) - log_z if terms else torch.zeros_like(log_z)
                 rows.append((log_p.gather(1, own)[:, 0], kept.clamp_(min=0)))
             logp.append(torch.stack([row[0] for row in rows], 1).cpu())
             kl.append(torch.stack([row[1] for row in rows], 1).cpu())
     return torch.cat(logp).numpy(), torch.cat(kl).numpy()
+
+
+@torch.no_grad()
+def gram(exact: Sequence[Trace], vocab_size: int) -> np.ndarray:
+    """Covariances of the log-ratios log p_k - log p_ref under the reference, in the mean over tokens: (models, models).
+
+    The root of the k-th diagonal element is the size of that model's log-ratio, in nats.
+
+    Args:
+        exact: what the reference, and then each aligned model, makes of the texts.
+    """
+    total = torch.zeros(len(exact) - 1, len(exact) - 1, dtype=torch.float64)
+    for chunk, parts in chunks(len(exact[0].hidden), vocab_size, exact[0].hidden.device):
+        sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in exact]
+        for part in parts:
+            log_ref, *log_aligned = (log_softmax(side[part]) for side in sides)
+            ratios, p = torch.stack([each - log_ref for each in log_aligned]), log_ref.exp()
+            ratios -= (ratios * p).sum(-1, keepdim=True)
+            total += torch.einsum("ktv,ltv,tv->kl", ratios, ratios, p).cpu()
+    return (total / len(exact[0].hidden)).numpy()
+
+
+def log_ratio(matrix: np.ndarray, lam: Vector) -> dict[str, Any]:
+    """How large the mixed log-ratio Σ λ_k·r_k is beside its parts, and the λ that gives it their mean size.
+
+    Averaging log-ratios that differ shrinks them. The geometric scale sqrt(Σ|λ_k|·G_kk / λᵀGλ) undoes that; for shares
+    that add up to 1 the scaled mixture is as large as the parts are in the mean (of squares).
+
+    Args:
+        matrix: G, of `gram`.
+
+    Returns:
+        `sizes`: of each part, and `mixed`, in nats; `scale`; `restored`: scale·λ. None where nothing is mixed.
+    """
+    shares = np.array(lam)
+    parts, mixed = float(np.abs(shares) @ matrix.diagonal()), float(shares @ matrix @ shares)
+    scale = math.sqrt(parts / mixed) if mixed > 0 else None
+    restored = None if scale is None else [float(f"{scale * each:.4g}") for each in lam]
+    sizes = np.sqrt(matrix.diagonal().clip(min=0)).tolist()
+    return {"sizes": sizes, "mixed": math.sqrt(max(mixed, 0.0)), "scale": scale, "restored": restored}
 
 
 def summarise(
@@ -178,6 +237,8 @@ def summarise(
         resolution: nats below which kl is noise.
     """
     means = {measure: float(per_token[measure].mean()) for measure in MEASURES}
+    each = [float(values.mean()) for key, values in per_token.items() if key.startswith("kl_aligned")]
+    means["kl_aligned"] = min(each)  # of several, the nearest
     bound = min(means["kl_ref"], means["kl_aligned"])
     smooth = float(per_token["kl_nonlinearity"].mean()) if "kl_nonlinearity" in per_token else means["kl"]
     figures: dict[str, Any] = {"tokens": len(prompt_of)}
@@ -185,6 +246,8 @@ def summarise(
         figures[measure] = means[measure]
         if measure in ("kl", "tv", "top1"):
             figures[f"{measure}_ci"] = bootstrap(per_token[measure], prompt_of, seed)
+    if len(each) > 1:
+        figures["kl_each_aligned"] = each
     figures["captured"] = 1 - means["kl"] / bound if bound > resolution else None
     figures["kl_rounding"] = means["kl"] - smooth
     figures["kl_nonlinearity"] = smooth

@@ -159,6 +159,7 @@ def engine(
     if where is None:
         yield None
         return
+    pair.only_pair("--engine is")
     with ExitStack() as stack:
         address = where
         if where == "vllm":

@@ -1,8 +1,9 @@
 """Exact decoding-time realignment (DeRa) as one transformers model.
 
     h_λ(x, y<t) = (1-λ)·h_ref(x, y<t) + λ·h_aligned(x, y<t)            Liu et al., ICML 2024
+    h_λ(x, y<t) = h_ref(x, y<t) + Σ λ_k·(h_k - h_ref)(x, y<t)          with several aligned models
 
-`DeraForCausalLM.forward` runs both models on the same tokens and mixes their logits in float32; everything else
+`DeraForCausalLM.forward` runs the models on the same tokens and mixes their logits in float32; everything else
 (sampling, beams, padding, streaming, stopping) is transformers' own `generate`, which sees one model with one cache.
 The two models of a LoRA pair are two rows of one batch over one set of weights (see `rows.py`): one forward pass.
 λ travels with the call, as a tensor of one value per sequence: nothing is set on the object while it decodes, so calls
@@ -28,58 +29,59 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration import DeraConfig
 from .errors import DeraError
+from .lambdas import Vector, known, numbers
 from .pair import Source
 from .plausibility import PlausibilityMask
 from .rows import Strength
 from .speculation import MergedDraft, Speculation
 
-Lam = float | Sequence[float] | torch.Tensor
+Lam = float | Sequence[float] | Sequence[Sequence[float]] | torch.Tensor
 
 
 class PairCache(Cache):
-    """The key-value caches of both models behind one `Cache`.
+    """The key-value caches of the reference and the aligned model, or models, behind one `Cache`.
 
-    Its layers are those of the two caches themselves, so that whatever `generate` does to it (reorder for beams, crop
-    after speculation, repeat, reset) reaches both.
+    Its layers are those of the caches themselves, so that whatever `generate` does to it (reorder for beams, crop
+    after speculation, repeat, reset) reaches all.
     """
 
     is_compileable = False  # else `generate` would build masks from the mixture's config instead of each model's
 
-    def __init__(self, ref: Cache, aligned: Cache) -> None:
-        super().__init__(layers=[*ref.layers, *aligned.layers])
-        self.ref = ref
-        self.aligned = aligned
-        self.depth = len(ref.layers)
+    def __init__(self, *caches: Cache) -> None:
+        super().__init__(layers=[layer for cache in caches for layer in cache.layers])
+        self.caches = caches
+        self.depth = len(caches[0].layers)
 
-    def both(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys of the reference and the aligned model at a layer, then values; each (batch, heads, tokens, head size)."""
-        ref, aligned = self.ref.layers[layer], self.aligned.layers[layer]
-        return ref.keys, aligned.keys, ref.values, aligned.values
+    def sides(self, layer: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Keys, and values, of the reference and each aligned model at a layer; each (batch, heads, tokens, head size)."""
+        each = [cache.layers[layer] for cache in self.caches]
+        return tuple(one.keys for one in each), tuple(one.values for one in each)
 
 
 class RowsCache(Cache):
-    """The cache of one model whose batch is every sequence twice: first all as the reference, then all as the aligned."""
+    """The cache of one model whose batch is every sequence once for each side: first all as the reference, and so on."""
 
     is_compileable = False
 
-    def __init__(self, inner: Cache) -> None:
+    def __init__(self, inner: Cache, sides: int) -> None:
         super().__init__(layers=inner.layers)
         self.inner = inner  # what the model gets: masks depend on the kind of cache
         self.depth = len(inner.layers)
+        self.count = sides
 
-    def both(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `PairCache.both`."""
-        return *self.layers[layer].keys.chunk(2), *self.layers[layer].values.chunk(2)
+    def sides(self, layer: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """As `PairCache.sides`."""
+        return self.layers[layer].keys.chunk(self.count), self.layers[layer].values.chunk(self.count)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(self._twice(beam_idx))
+        super().reorder_cache(self._each(beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(self._twice(indices))
+        super().batch_select_indices(self._each(indices))
 
-    def _twice(self, rows: torch.Tensor) -> torch.Tensor:
-        batch = next(len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None) // 2
-        return torch.cat([rows, rows + batch])
+    def _each(self, rows: torch.Tensor) -> torch.Tensor:
+        total = next(len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None)
+        return torch.cat([rows + number * total // self.count for number in range(self.count)])
 
 
 class _LambdaModel(PreTrainedModel, GenerationMixin):
@@ -92,28 +94,32 @@ class _LambdaModel(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, like: PreTrainedModel, lam: float, vocab_size: int) -> None:
+    def __init__(self, like: PreTrainedModel, lam: float | Sequence[float], vocab_size: int, models: int = 1) -> None:
         text_config = copy.deepcopy(like.config)
         text_config.vocab_size = vocab_size
         super().__init__(DeraConfig(text_config, dtype=like.dtype, attn_implementation=like.config._attn_implementation))
         self.all_tied_weights_keys: dict[str, str] = {}
         self.generation_config = copy.deepcopy(like.generation_config)
+        self.models = models  # aligned ones
         self.set_lam(lam)
 
-    def set_lam(self, lam: float) -> None:
-        """Set the default λ, used by calls that bring none."""
-        lam = float(lam)
-        if not math.isfinite(lam):
+    def set_lam(self, lam: float | Sequence[float]) -> None:
+        """Set the default λ, used by calls that bring none; with several aligned models, a number for each."""
+        value = known(lam, self.models)
+        if not all(map(math.isfinite, numbers(value))):
             raise ValueError(f"λ must be finite, not {lam}")
-        self.config.lam = lam
+        self.config.lam = list(value) if isinstance(value, Vector) else value
 
     @property
-    def lam(self) -> float:
+    def lam(self) -> float | list[float]:
         """The default λ."""
         return self.config.lam
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, lam: Lam | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate` at λ: all of its arguments, and `lam`, one λ or one per sequence of the batch."""
+        """transformers' `generate` at λ: all of its arguments, and `lam`, one λ or one per sequence of the batch.
+
+        With several aligned models a λ is a sequence of as many numbers.
+        """
         if kwargs.get("inputs_embeds") is not None:
             raise DeraError("λ models take tokens; pass input_ids")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -122,18 +128,23 @@ class _LambdaModel(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, *args, lam=lams, **kwargs)
 
     def _lams(self, lam: Lam | None, batch: int) -> torch.Tensor:
-        """λ as a float32 tensor of shape (batch,): a tensor, because `generate` repeats tensors for beams and samples."""
+        """λ as a float32 tensor, (batch,) or, with several aligned models, (batch, models): a tensor, because `generate`
+        repeats tensors for beams and samples.
+        """
         lam = self.lam if lam is None else lam
         # A tensor is not looked at here, at each step (an accelerator would be waited for); `generate` has looked once.
-        if not isinstance(lam, torch.Tensor):
-            numbers = [float(value) for value in lam] if hasattr(lam, "__iter__") else [float(lam)]
-            lam = numbers if hasattr(lam, "__iter__") else numbers[0]
-            if not all(map(math.isfinite, numbers)):
-                raise ValueError(f"λ must be finite, not {lam}")
-        values = torch.as_tensor(lam, dtype=torch.float32)
-        if values.ndim > 1 or (values.ndim == 1 and len(values) != batch):
-            raise ValueError(f"lam has shape {tuple(values.shape)}, expected one λ or {batch}, one per sequence")
-        return values.expand(batch)
+        looked = isinstance(lam, torch.Tensor)
+        try:
+            values = torch.as_tensor(lam if looked or not hasattr(lam, "__iter__") else list(lam), dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"λ {lam!r} is no number, and no list of numbers: {error}") from None
+        if not looked and not values.isfinite().all():
+            raise ValueError(f"λ must be finite, not {lam}")
+        one = () if self.models == 1 else (self.models,)
+        if tuple(values.shape) not in (one, (batch, *one)):
+            each = "" if self.models == 1 else f", each of {self.models} numbers"
+            raise ValueError(f"lam has shape {tuple(values.shape)}, expected one λ or {batch}, one per sequence{each}")
+        return values.expand(batch, *one)
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if generation_config.guidance_scale not in (None, 1):
@@ -164,14 +175,14 @@ def _output(
 
 
 class DeraForCausalLM(_LambdaModel):
-    """Two causal models that decode as one.
+    """Two causal models, or more, that decode as one.
 
     Args:
         ref: the reference model.
-        aligned: the aligned model, over the same token ids. Vocabularies padded differently are mixed on their common rows.
-            The two may be on different devices; the mixed logits are on the reference's.
-        lam: the default λ: any finite number. 0 is the reference, 1 the aligned model.
-        rows: both models over one set of weights, as `ModelPair.exact` makes of an adapter: then one pass serves both.
+        aligned: the aligned model, or several, over the same token ids. Vocabularies padded differently are mixed on their
+            common rows. The models may be on different devices; the mixed logits are on the reference's.
+        lam: the default λ: any finite number. 0 is the reference, 1 the aligned model. With several, a number for each.
+        rows: all models over one set of weights, as `ModelPair.exact` makes of adapters: then one pass serves all.
 
     Example:
         >>> model = DeraForCausalLM(ref, aligned, lam=0.5)
@@ -184,18 +195,28 @@ class DeraForCausalLM(_LambdaModel):
     """
 
     def __init__(
-        self, ref: PreTrainedModel, aligned: PreTrainedModel, lam: float = 1.0, rows: PreTrainedModel | None = None
+        self,
+        ref: PreTrainedModel,
+        aligned: PreTrainedModel | Sequence[PreTrainedModel],
+        lam: float | Sequence[float] = 1.0,
+        rows: PreTrainedModel | None = None,
     ) -> None:
-        super().__init__(ref, lam, min(model.config.vocab_size for model in (ref, aligned)))
-        self.generation_config = copy.deepcopy(aligned.generation_config)
+        aligned = [aligned] if isinstance(aligned, PreTrainedModel) else list(aligned)
+        super().__init__(ref, lam, min(model.config.vocab_size for model in (ref, *aligned)), len(aligned))
+        self.generation_config = copy.deepcopy(aligned[0].generation_config)
         self.config.architectures = [type(self).__name__]  # what serving engines look for
         self.ref = ref
-        self.aligned = aligned
+        self.aligned = aligned[0]
+        self.others = torch.nn.ModuleList(aligned[1:])
         self.rows = rows
-        # An architecture without `position_ids`, say, derives its own.
-        models = {"ref": ref, "aligned": aligned, "rows": rows}
-        self._arguments = {name: frozenset(inspect.signature(m.forward).parameters) for name, m in models.items() if m}
+        self._arguments = [_arguments(model) for model in self.sides]
+        self._arguments_of_rows = frozenset() if rows is None else _arguments(rows)
         self.eval()
+
+    @property
+    def sides(self) -> tuple[PreTrainedModel, ...]:
+        """The reference and each aligned model."""
+        return self.ref, self.aligned, *self.others
 
     def forward(
         self,
@@ -231,35 +252,32 @@ class DeraForCausalLM(_LambdaModel):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=bool(use_cache),
             logits_to_keep=logits_to_keep, **kwargs,
         )  # fmt: skip
-        run = self._two_passes if self.rows is None else self._one_pass
-        ref, aligned = run(shared, past_key_values)
+        run = self._a_pass_each if self.rows is None else self._one_pass
+        ref, *aligned = run(shared, past_key_values)
         logits = mix(ref, aligned, self._lams(lam, len(input_ids)).to(ref.device))
         if plausibility is not None:
             kept = logits_to_keep if isinstance(logits_to_keep, int) else 0  # which not every architecture heeds
-            plausibility.watch(aligned[:, -kept:, : logits.shape[-1]].to(logits.device))
+            plausibility.watch(aligned[0][:, -kept:, : logits.shape[-1]].to(logits.device))
         return _output(logits, past_key_values, labels, return_dict)
 
-    def _two_passes(self, shared: dict[str, Any], past: PairCache | None) -> tuple[torch.Tensor, torch.Tensor]:
-        def run(name: str) -> torch.Tensor:
-            model, theirs = getattr(self, name), getattr(past, name, None)
-            here = {key: _to(value, model.device) for key, value in shared.items() if key in self._arguments[name]}
-            return model(past_key_values=theirs, **here).logits
+    def _a_pass_each(self, shared: dict[str, Any], past: PairCache | None) -> list[torch.Tensor]:
+        logits: dict[int, torch.Tensor] = {}
+        # An accelerator works on while the host goes to the next model, so those that block come last.
+        order = sorted(range(len(self.sides)), key=lambda number: self.sides[number].device.type == "cpu")
+        for number in order:
+            model = self.sides[number]
+            theirs = None if past is None else past.caches[number]
+            here = {key: _to(value, model.device) for key, value in shared.items() if key in self._arguments[number]}
+            logits[number] = model(past_key_values=theirs, **here).logits
+        return [logits[number] for number in range(len(order))]
 
-        # An accelerator works on while the host goes to the next model, so the one that blocks comes last.
-        if self.ref.device.type == "cpu" != self.aligned.device.type:
-            aligned = run("aligned")
-            return run("ref"), aligned
-        return run("ref"), run("aligned")
-
-    def _one_pass(self, shared: dict[str, Any], past: RowsCache | None) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = shared["input_ids"]
-        twice = {key: _twice(value, len(ids)) for key, value in shared.items() if key in self._arguments["rows"]}
-        strength = torch.zeros(2 * len(ids), dtype=self.rows.dtype, device=ids.device)
-        strength[len(ids) :] = 1
+    def _one_pass(self, shared: dict[str, Any], past: RowsCache | None) -> list[torch.Tensor]:
+        ids, sides = shared["input_ids"], len(self.sides)
+        each = {key: _repeated(value, len(ids), sides) for key, value in shared.items() if key in self._arguments_of_rows}
+        shares = torch.eye(sides, dtype=self.rows.dtype, device=ids.device)[:, 1:].repeat_interleave(len(ids), 0)
         inner = None if past is None else past.inner
-        with self.rows.dera_strength.of(strength, ids.shape[1]):
-            ref, aligned = self.rows(past_key_values=inner, **twice).logits.chunk(2)
-        return ref, aligned
+        with self.rows.dera_strength.of(shares if sides > 2 else shares[:, 0], ids.shape[1]):
+            return list(self.rows(past_key_values=inner, **each).logits.chunk(sides))
 
     def generate(
         self,
@@ -278,6 +296,8 @@ class DeraForCausalLM(_LambdaModel):
         """
         masks = [p for p in kwargs.get("logits_processor") or () if isinstance(p, PlausibilityMask)]
         if masks:
+            if self.models > 1:
+                raise DeraError("PlausibilityMask looks at one aligned model; there are several")
             if kwargs.get("logits_to_keep", 1) != 1:
                 raise DeraError("PlausibilityMask looks at the last token of a pass; leave logits_to_keep out")
             mine = max(masks, key=lambda mask: mask.alpha).for_one_call()  # the strictest implies the others
@@ -321,10 +341,10 @@ class DeraForCausalLM(_LambdaModel):
         model_kwargs["past_key_values"] = self._new_cache(make)
 
     def _new_cache(self, make: Callable[[PreTrainedModel, int], Cache]) -> PairCache | RowsCache:
-        """An empty cache for both models; `make(model, n)` gives one model's, for n times the batch."""
+        """An empty cache for all models; `make(model, n)` gives one model's, for n times the batch."""
         if self.rows is not None:
-            return RowsCache(make(self.rows, 2))
-        return PairCache(make(self.ref, 1), make(self.aligned, 1))
+            return RowsCache(make(self.rows, len(self.sides)), len(self.sides))
+        return PairCache(*(make(model, 1) for model in self.sides))
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, known: int = 0, **kwargs: Any
@@ -349,7 +369,7 @@ class DeraForCausalLM(_LambdaModel):
         if (speculation := model_kwargs.pop("speculation", None)) is not None and assistant_model is not None:
             return MergedDraft(
                 assistant_model, speculation, generation_config, processors,
-                model_kwargs["past_key_values"], model_kwargs.get("attention_mask"), float(model_kwargs["lam"][0]),
+                model_kwargs["past_key_values"], model_kwargs.get("attention_mask"), model_kwargs["lam"][:1],
             )  # fmt: skip
         ours = () if isinstance(assistant_model, DialForCausalLM) else ("lam",)  # other draft models know no λ
         theirs = {key: value for key, value in model_kwargs.items() if key not in (*ours, "plausibility")}
@@ -369,7 +389,7 @@ class DeraForCausalLM(_LambdaModel):
         """θ_ref + λΔ over this mixture's own weights, λ for each row. Raises DeraError where the pair shares no weights."""
         if self.rows is None:
             raise DeraError("only models that share their weights (an adapter and its base) merge with a λ for each row")
-        return DialForCausalLM(self.rows, self.lam, self.config.vocab_size)
+        return DialForCausalLM(self.rows, self.lam, self.config.vocab_size, self.models)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.ref.get_input_embeddings()
@@ -391,11 +411,17 @@ class DeraForCausalLM(_LambdaModel):
             raise DeraError("only a mixture made by ModelPair.exact() knows where its models come from; save them yourself")
         config = copy.deepcopy(self.config)
         config.text_config._name_or_path = ""  # a path on this machine says nothing to others
-        for key, name in config.pair.items():
-            if isinstance(name, str) and Path(name).is_dir():
-                if push_to_hub:
-                    raise DeraError(f"{name} is a local directory, which nobody else could load; push that to the Hub first")
-                config.pair[key] = os.path.relpath(Path(name).resolve(), Path(save_directory).resolve())
+
+        def relative(name: Any) -> Any:
+            if isinstance(name, list):
+                return [relative(each) for each in name]
+            if not isinstance(name, str) or not Path(name).is_dir():
+                return name
+            if push_to_hub:
+                raise DeraError(f"{name} is a local directory, which nobody else could load; push that to the Hub first")
+            return os.path.relpath(Path(name).resolve(), Path(save_directory).resolve())
+
+        config.pair = {key: relative(name) for key, name in config.pair.items()}
         config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         self.generation_config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -419,7 +445,7 @@ class DeraForCausalLM(_LambdaModel):
 
 
 class DialForCausalLM(_LambdaModel):
-    """θ_ref + λΔ of a pair over one set of base weights, with a λ for each sequence of the batch.
+    """θ_ref + λΔ over one set of base weights, with a λ for each sequence of the batch.
 
     One model serves many λ in one forward pass: `generate(**inputs, lam=[0.0, 0.5, 2.0])`. It computes
     W·x + λ·scale·B·A·x where `ModelPair.merged` computes (W + λ·scale·B·A)·x; nothing is rounded to a storage dtype.
@@ -428,12 +454,15 @@ class DialForCausalLM(_LambdaModel):
         rows: from `rows.in_rows`; `ModelPair.dial` makes one.
         lam: the default λ.
         vocab_size: rows of the vocabulary that are given.
+        models: how many aligned models `rows` has.
     """
 
-    def __init__(self, rows: PreTrainedModel, lam: float = 1.0, vocab_size: int | None = None) -> None:
-        super().__init__(rows, lam, vocab_size or rows.config.vocab_size)
+    def __init__(
+        self, rows: PreTrainedModel, lam: float | Sequence[float] = 1.0, vocab_size: int | None = None, models: int = 1
+    ) -> None:
+        super().__init__(rows, lam, vocab_size or rows.config.vocab_size, models)
         self.rows = rows
-        self._arguments = frozenset(inspect.signature(rows.forward).parameters)
+        self._arguments = _arguments(rows)
         self.eval()
 
     def forward(
@@ -468,28 +497,39 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _twice(value: Any, batch: int) -> Any:
-    """What belongs to each sequence, for the sequences as reference rows and again as aligned rows."""
+def _repeated(value: Any, batch: int, sides: int) -> Any:
+    """What belongs to each sequence, for the sequences as the rows of each side, one side after another."""
     if isinstance(value, dict):
-        return {key: _twice(inner, batch) for key, inner in value.items()}
+        return {key: _repeated(inner, batch, sides) for key, inner in value.items()}
     if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch:
-        return torch.cat([value, value])
+        return torch.cat([value] * sides)
     return value
 
 
-def mix(ref: torch.Tensor, aligned: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
-    """(1-λ)·h_ref + λ·h_aligned in float32.
+def _arguments(model: PreTrainedModel) -> frozenset[str]:
+    """The arguments of a model's forward: an architecture without `position_ids`, say, derives its own."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def mix(ref: torch.Tensor, aligned: torch.Tensor | Sequence[torch.Tensor], lam: torch.Tensor) -> torch.Tensor:
+    """(1-Σ λ_k)·h_ref + Σ λ_k·h_k in float32.
 
     Args:
-        ref, aligned: logits (batch, tokens, vocabulary), any float dtype; the rows that both have are mixed.
-        lam: (batch,).
+        ref: logits (batch, tokens, vocabulary), any float dtype.
+        aligned: the same of the aligned model, or of each; the rows that all have are mixed.
+        lam: (batch,), or with several aligned models (batch, models).
     """
-    rows = min(ref.shape[-1], aligned.shape[-1])
+    aligned = [aligned] if isinstance(aligned, torch.Tensor) else aligned
+    rows = min(logits.shape[-1] for logits in (ref, *aligned))
     ref = ref[..., :rows].float()
-    aligned = aligned[..., :rows].to(ref.device).float()  # one copy, in the dtype that they came in
-    lam = lam[:, None, None]
-    # Equal logits stay equal at every λ, infinite ones included (a token that both models mask).
-    return torch.where(ref == aligned, ref, (1 - lam) * ref + lam * aligned)
+    lam = lam.reshape(len(lam), -1, 1, 1)
+    mixed, same = (1 - lam.sum(1)) * ref, None
+    for each, logits in zip(lam.unbind(1), aligned, strict=True):
+        logits = logits[..., :rows].to(ref.device).float()  # one copy, in the dtype that they came in
+        mixed = mixed.addcmul_(each, logits)
+        same = ref == logits if same is None else same & (ref == logits)
+    # Equal logits stay equal at every λ, infinite ones included (a token that all models mask).
+    return torch.where(same, ref, mixed)
 
 
 AutoModelForCausalLM.register(DeraConfig, DeraForCausalLM)

@@ -77,6 +77,7 @@ def export_exact(
     Raises:
         DeraError: the pair does not fit together, or the output cannot be written. Nothing is left of it then.
     """
+    pair.only_pair("export-exact is")
     lam = float(lam) + 0.0
     if not math.isfinite(lam):
         raise DeraError(f"λ must be finite, not {lam}")

@@ -26,8 +26,9 @@ from . import explain, lambdas, yardstick
 from . import prompts as prompt_files
 from .checkpoint import json_bytes, load_json, write_atomically
 from .curve import Curve, fingerprint, opened
-from .divergence import MEASURES, bootstrap, divergences, finite, summarise
+from .divergence import MEASURES, bootstrap, divergences, finite, gram, log_ratio, summarise
 from .errors import DeraError
+from .lambdas import Lam, Vector
 from .ledger import Ledger, gathered, launched
 from .merge import output_layout
 from .output import verify, weights_digest
@@ -71,8 +72,8 @@ class Report:
     texts: list[dict[str, Any]] = field(default_factory=list)
     command: str | None = None
     gated: dict[str, Any] | None = None
-    per_token: dict[float, dict[str, np.ndarray]] = field(default_factory=dict)
-    prompt_of: dict[float, np.ndarray] = field(default_factory=dict)
+    per_token: dict[Lam, dict[str, np.ndarray]] = field(default_factory=dict)
+    prompt_of: dict[Lam, np.ndarray] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` holds; never NaN or infinity."""
@@ -100,31 +101,33 @@ class Report:
         if not all(isinstance(row, dict) and "verdict" in row for row in data["results"]):
             raise DeraError(f"{place} was written by an older version, without verdicts; compare again")
         kept = ("ref", "aligned", "results", "settings", "prediction", "texts", "command")
+        for row in (*data["results"], *data.get("texts", ())):
+            row["lambda"] = lambdas.loaded(row["lambda"])
         return cls(**{key: data[key] for key in kept if key in data}, gated=data.get("gate"))
 
-    def at(self, lam: float) -> dict[str, Any]:
+    def at(self, lam: Lam) -> dict[str, Any]:
         """The result at one λ. Raises DeraError where it was not measured."""
         for result in self.results:
             if result["lambda"] == lam:
                 return result
         raise DeraError(f"the report has no λ={lam:g}; compare there too")
 
-    def safe_stretches(self) -> list[tuple[float, float]]:
-        """From which λ to which all that were measured are safe."""
-        stretches: list[tuple[float, float]] = []
-        before: float | None = None  # the λ before, if it is safe
+    def safe_stretches(self) -> list[tuple[Lam, Lam]]:
+        """From which λ to which all that were measured are safe; of several aligned models, each safe λ by itself."""
+        stretches: list[tuple[Lam, Lam]] = []
+        before: Lam | None = None  # the λ before, if it is safe
         for result in sorted(self.results, key=lambda result: result["lambda"]):
             lam = result["lambda"]
             if result.get("verdict") != "safe":
                 before = None
                 continue
             # Both ends are exact whatever lies between, so they alone say nothing of it.
-            joined = before is not None and not (before == 0.0 and lam == 1.0)
+            joined = before is not None and not (before == 0.0 and lam == 1.0) and not isinstance(lam, Vector)
             stretches.append((stretches.pop()[0] if joined else lam, lam))
             before = lam
         return stretches
 
-    def verdict(self) -> dict[str, list[float]]:
+    def verdict(self) -> dict[str, list[Lam]]:
         """The λ of each verdict."""
         return {
             word: [result["lambda"] for result in self.results if result["verdict"] == word]
@@ -157,7 +160,7 @@ class Report:
 
 def compare(
     pair: ModelPair,
-    lams: Sequence[float],
+    lams: Sequence[float | Sequence[float]],
     prompts: Sequence[str | dict[str, Any]] | None = None,
     *,
     approx: str | os.PathLike[str] | None = None,
@@ -184,7 +187,7 @@ def compare(
 
     Args:
         pair: the two models.
-        lams: the λ to measure.
+        lams: the λ to measure; with several aligned models, a number for each.
         prompts: texts, `{"prompt": …}` or `{"messages": …}`, all or none with a `"completion"` to score on; without
             completions, texts are sampled at temperature 1 for each λ. Default: 32 general ones.
         approx: a directory that `merge` wrote, or the parent of `lambda-*`, to measure instead of merging anew.
@@ -196,8 +199,8 @@ def compare(
         extras: what to measure beside the divergences:
             `"floor"`: what bfloat16 alone costs exact DeRa;
             `"ladder"`: what quantisation to 8, 6, 5, 4, 3 bits costs it;
-            `"predict"`: kl over the whole range of λ, from merges at ¼, ¾ and the largest λ;
-            `"layers"`: which tensors the error comes from, and where the features part;
+            `"predict"`: kl over the whole range of λ, from merges at ¼, ¾ and the largest λ (one aligned model);
+            `"layers"`: which tensors the error comes from, and where the features part (one aligned model);
             `"coupled"`: texts of both models under the same noise.
         extra_prompts: floor, ladder and layers look at the texts of this many prompts.
         reward: a text's reward, for `"coupled"`.
@@ -214,11 +217,13 @@ def compare(
     Raises:
         DeraError: the pair cannot be merged or run, prompts are unusable, or `approx` or `path` is for another λ or pair.
     """
-    lams = [float(lam) + 0.0 for lam in lams]
-    lambdas.check_names(lams)
+    lams = pair.known(lams)
     extras = tuple(extras)
     if unknown := sorted(set(extras) - set(EXTRAS)):
         raise DeraError(f"{unknown[0]!r} is nothing that can be measured; known are {', '.join(EXTRAS)}")
+    for extra in ("predict", "layers"):
+        if extra in extras:
+            pair.only_pair(f"--with {extra} is")
     if approx is not None and path is not None:
         raise DeraError("--approx measures a directory, --path merges anew; give one of the two")
     tokenizer = pair.tokenizer
@@ -278,16 +283,16 @@ def compare(
 
 
 def _compared(
-    lab: _Lab, lams: list[float], texts: str, extras: Sequence[Extra], extra_prompts: int,
+    lab: _Lab, lams: list[Lam], texts: str, extras: Sequence[Extra], extra_prompts: int,
     reward: Callable[[str], float] | None,
 ) -> Report:  # fmt: skip
     """All the measuring that `compare` promises."""
     pair, encoded, tokenizer, seed, curve = lab.pair, lab.prompts, lab.pair.tokenizer, lab.seed, lab.curve
     given = [prompt.completion is not None for prompt in encoded]
-    report = Report(pair.ref.source.name, pair.aligned.source.name, [], {})
+    report = Report(pair.ref.source.name, " + ".join(one.aligned.source.name for one in pair.pairs), [], {})
     # On given texts, reference and aligned model read once for all λ.
     groups = [(lams, lab.given())] if all(given) else [([lam], lab.sampled(texts, lam)) for lam in lams]
-    readings: dict[float, dict[str, np.ndarray]] = {}
+    readings: dict[Lam, dict[str, np.ndarray]] = {}
     for at, chosen in groups:
         readings |= lab.measure(at, chosen)
     resolution = max(float(reading["resolution"][0]) for reading in readings.values())
@@ -298,9 +303,11 @@ def _compared(
     for lam in lams:
         prompt_of = _each([text.prompt for text in texts_at[lam]], texts_at[lam])
         text_of = _each(range(len(texts_at[lam])), texts_at[lam])
-        per_token = {key: values for key, values in readings[lam].items() if key != "resolution"}
+        per_token = {key: values for key, values in readings[lam].items() if key not in ("resolution", "gram")}
         report.per_token[lam], report.prompt_of[lam] = per_token, prompt_of
         result = {"lambda": lam, **summarise(per_token, prompt_of, text_of, resolution, seed)}
+        if isinstance(lam, Vector):
+            result["log_ratio"] = log_ratio(readings[lam]["gram"], lam)
         if not lab.knows_path(lam):
             result |= {"kl_rounding": None, "kl_nonlinearity": None}
         if floors:
@@ -313,7 +320,7 @@ def _compared(
         result["verdict"], result["why"] = yardstick.verdict(result, floors.get(lam), resolution)
         result |= _where(per_token, texts_at[lam], tokenizer)
         report.results.append(result)
-    merged_texts: dict[float, tuple[list[Text], dict[str, np.ndarray]]] = {}
+    merged_texts: dict[Lam, tuple[list[Text], dict[str, np.ndarray]]] = {}
     if "coupled" in extras:
         for result in report.results:
             lam = result["lambda"]
@@ -323,7 +330,7 @@ def _compared(
             if texts != "merged":
                 (reading,) = lab.measure([lam], theirs, "merged-").values()
                 merged_texts[lam] = (theirs, reading)
-                kept = {key: values for key, values in reading.items() if key != "resolution"}
+                kept = {key: values for key, values in reading.items() if key not in ("resolution", "gram")}
                 prompt_of, text_of = _each([t.prompt for t in theirs], theirs), _each(range(len(theirs)), theirs)
                 figures = summarise(kept, prompt_of, text_of, resolution, seed)
                 result["on_merged_texts"] = {key: figures[key] for key in ("tokens", *MEASURES, "kl_ci", "captured")}
@@ -368,7 +375,7 @@ def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | 
             raise DeraError(f"prompt {number} and its completion have up to {count} tokens, the model takes {limit}")
 
 
-def _approximation(approx: str | os.PathLike[str], lam: float, pair: ModelPair) -> tuple[Path, dict[str, Any]]:
+def _approximation(approx: str | os.PathLike[str], lam: Lam, pair: ModelPair) -> tuple[Path, dict[str, Any]]:
     """The merged directory for λ, `approx` itself or `approx/lambda-<λ>`, and its recipe."""
     folder = Path(approx)
     if not (folder / "dera_merge.json").is_file() and (folder / lambdas.folder_name(lam)).is_dir():
@@ -376,8 +383,11 @@ def _approximation(approx: str | os.PathLike[str], lam: float, pair: ModelPair) 
     recipe = verify(folder)
     if recipe["lambda"] != lam:
         raise DeraError(f"{folder} was merged at λ={recipe['lambda']:g}, asked for is λ={lam:g}")
-    for key, side in (("ref", pair.ref), ("aligned", pair.aligned)):
-        name = str(recipe[key].get("name"))
+    made_of = [recipe["ref"], recipe["aligned"], *recipe.get("others", ())]
+    if len(made_of) != len(pair.every_side):
+        raise DeraError(f"{folder} was merged from {len(made_of)} models, compared are {len(pair.every_side)}")
+    for made, side in zip(made_of, pair.every_side, strict=True):
+        name = str(made.get("name"))
         if name != side.source.name and Path(name).resolve() != side.source.folder:
             warn(f"{folder} was merged from {name}, it is compared with {side.source.name}; are they the same model?")
     return folder, recipe
@@ -389,7 +399,7 @@ class _Lab:
 
     pair: ModelPair
     prompts: list[Prompt]
-    approximations: dict[float, tuple[Path, dict[str, Any]]]
+    approximations: dict[Lam, tuple[Path, dict[str, Any]]]
     curve: Curve | None
     dtype: torch.dtype | str | None
     rounding: Rounding
@@ -412,7 +422,7 @@ class _Lab:
     def exact(self) -> Any:
         return self.pair.exact(dtype=self.compute_dtype, device=self.device)
 
-    def _turned(self, what: str, lam: float, **how: Any) -> PreTrainedModel:
+    def _turned(self, what: str, lam: Lam, **how: Any) -> PreTrainedModel:
         """One live model for each kind of merge, at λ."""
         if what in self._live:
             self._live[what].set_lam(lam)
@@ -420,21 +430,21 @@ class _Lab:
             self._live[what] = self.pair.merged(lam, device=self.device, compute_dtype=self.compute_dtype, **how)
         return self._live[what]
 
-    def stored(self, lam: float) -> PreTrainedModel:
+    def stored(self, lam: Lam) -> PreTrainedModel:
         """The model to measure at λ."""
         if lam in self.approximations:
             return load_model(self.approximations[lam][0], self.compute_dtype, self.device)
         return self._turned("stored", lam, dtype=self.dtype, rounding=self.rounding, seed=self.seed, path=self.curve)
 
-    def smooth(self, lam: float) -> PreTrainedModel:
+    def smooth(self, lam: Lam) -> PreTrainedModel:
         """The same, not rounded."""
         return self._turned("smooth", lam, path=self.curve)
 
-    def line(self, lam: float) -> PreTrainedModel:
+    def line(self, lam: Lam) -> PreTrainedModel:
         """θ_ref + λΔ, not rounded, whatever path is measured."""
         return self.smooth(lam) if self.curve is None else self._turned("line", lam)
 
-    def knows_path(self, lam: float) -> bool:
+    def knows_path(self, lam: Lam) -> bool:
         """Whether what is measured lies on the path that we have, so that rounding can be told apart."""
         return lam not in self.approximations or self.approximations[lam][1].get("path", "line") == "line"
 
@@ -442,7 +452,7 @@ class _Lab:
         """The prompts with their completions."""
         return [Text(i, [*p.ids, *(p.completion or [])], len(p.ids)) for i, p in enumerate(self.prompts)]
 
-    def sampled(self, whose: str, lam: float) -> list[Text]:
+    def sampled(self, whose: str, lam: Lam) -> list[Text]:
         """Texts of exact DeRa or of the merged model, with noise that depends on (seed, prompt, sample) only."""
         streams = [(i, s) for i in range(len(self.prompts)) for s in range(self.samples)]
         mine = streams[self.process :: self.processes]
@@ -471,7 +481,7 @@ class _Lab:
             for (i, _), row in zip(streams, rows, strict=True)
         ]
 
-    def measured(self, lam: float) -> Iterator[tuple[str, PreTrainedModel]]:
+    def measured(self, lam: Lam) -> Iterator[tuple[str, PreTrainedModel]]:
         """What is compared at λ, and what its kl is called: the merge as stored, in float32, and on the straight line."""
         stored = self.split or lam in self.approximations
         if stored:
@@ -482,22 +492,22 @@ class _Lab:
             yield "kl_line", self.line(lam)
 
     def measure(
-        self, lams: Sequence[float], texts: list[Text], label: str = "",
-        models: Callable[[float], Iterable[tuple[str, PreTrainedModel]]] | None = None,
-    ) -> dict[float, dict[str, np.ndarray]]:  # fmt: skip
-        """Per-token figures at each λ on these texts, and `resolution` (1,)."""
+        self, lams: Sequence[Lam], texts: list[Text], label: str = "",
+        models: Callable[[Lam], Iterable[tuple[str, PreTrainedModel]]] | None = None,
+    ) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
+        """Per-token figures at each λ on these texts, `resolution` (1,), and with several aligned models `gram`."""
         missing = [lam for lam in lams if not self.ledger.has(f"{label}tokens-{lam:g}")]
         fresh = self._measure(missing, texts, models or self.measured) if missing else {}
         return {lam: self.ledger.step(f"{label}tokens-{lam:g}", lambda lam=lam: fresh[lam]) for lam in lams}
 
     def _measure(
-        self, lams: Sequence[float], texts: list[Text],
-        models: Callable[[float], Iterable[tuple[str, PreTrainedModel]]],
-    ) -> dict[float, dict[str, np.ndarray]]:  # fmt: skip
+        self, lams: Sequence[Lam], texts: list[Text],
+        models: Callable[[Lam], Iterable[tuple[str, PreTrainedModel]]],
+    ) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
         mine = list(range(len(texts)))[self.process :: self.processes]
         chosen = [texts[i] for i in mine]
         each = 1 + (self.split or bool(self.approximations)) + (self.curve is not None)
-        done, steps = itertools.count(1), each * len(lams) + 2
+        done, steps = itertools.count(1), each * len(lams) + len(self.pair.every_side)
         if not chosen:
             raise DeraError(f"{len(texts)} texts are fewer than the {self.processes} processes; start fewer")
 
@@ -506,26 +516,28 @@ class _Lab:
             self.tell("scoring", next(done), steps)
             return trace
 
-        exact = self.exact
-        ref, aligned = read(exact.ref), read(exact.aligned)
-        resolution = _resolution(exact.ref, ref, chosen)
+        sides = [read(model) for model in self.exact.sides]
+        resolution = _resolution(self.exact.ref, sides[0], chosen)
         heads: list[torch.nn.ModuleDict] = []  # turning the dial may change the head, so traces keep the one they had
         traces = []
         for lam in lams:
             traces.append((lam, {name: read(model, heads) for name, model in models(lam)}))
-        per_token = divergences(ref, aligned, traces, tokens_of(chosen), exact.config.vocab_size)
+        rows_of_vocabulary = self.exact.config.vocab_size
+        per_token = divergences(sides, traces, tokens_of(chosen), rows_of_vocabulary)
+        mine_of = gram(sides, rows_of_vocabulary) * len(sides[0].hidden) if len(sides) > 2 else None
         sizes = np.cumsum([len(text.completion) for text in chosen])[:-1]
         rows = {lam: {key: np.split(values, sizes) for key, values in row.items()} for lam, row in per_token.items()}
         every = gathered([(i, {lam: {k: v[n] for k, v in row.items()} for lam, row in rows.items()}, resolution)
                           for n, i in enumerate(mine)])  # fmt: skip
         every.sort(key=lambda entry: entry[0])
-        worst = np.array([max(entry[2] for entry in every)])
+        more = {"resolution": np.array([max(entry[2] for entry in every)])}
+        if mine_of is not None:
+            more["gram"] = np.sum(gathered([mine_of]), 0) / sum(len(text.completion) for text in texts)
         return {
-            lam: {key: np.concatenate([entry[1][lam][key] for entry in every]) for key in rows[lam]} | {"resolution": worst}
-            for lam in lams
+            lam: {key: np.concatenate([entry[1][lam][key] for entry in every]) for key in rows[lam]} | more for lam in lams
         }
 
-    def _pooled(self, few: dict[float, list[Text]]) -> tuple[list[Text], dict[float, slice]]:
+    def _pooled(self, few: dict[Lam, list[Text]]) -> tuple[list[Text], dict[Lam, slice]]:
         """The texts of all λ in one list, given texts once, and which tokens of it belong to each λ."""
         distinct: dict[int, slice] = {}
         texts: list[Text] = []
@@ -539,26 +551,27 @@ class _Lab:
             places[lam] = distinct[id(chosen[0])]
         return texts, places
 
-    def floor(self, few: dict[float, list[Text]]) -> dict[float, float]:
+    def floor(self, few: dict[Lam, list[Text]]) -> dict[Lam, float]:
         """What bfloat16 alone costs exact DeRa at each λ, nats per token."""
         texts, places = self._pooled(few)
         count = itertools.count(1)
 
         def work() -> dict[str, np.ndarray]:
-            tell = lambda: self.tell("measuring bfloat16", next(count), 4)  # noqa: E731
+            tell = lambda: self.tell("measuring bfloat16", next(count), 2 * len(self.pair.every_side))  # noqa: E731
             kl = yardstick.noise_floor(self.pair, texts, list(few), self.device, tell)
             return {f"{lam:g}": values for lam, values in kl.items()}
 
         found = self.ledger.step("floor", work)
         return {lam: float(found[f"{lam:g}"][places[lam]].mean()) for lam in few}
 
-    def ladder(self, few: dict[float, list[Text]]) -> dict[int, dict[float, float]]:
+    def ladder(self, few: dict[Lam, list[Text]]) -> dict[int, dict[Lam, float]]:
         """What quantisation costs exact DeRa: bits → λ → nats per token."""
         texts, places = self._pooled(few)
         count = itertools.count(1)
 
         def work() -> dict[str, np.ndarray]:
-            tell = lambda: self.tell("quantising", next(count), 2 * len(yardstick.BITS) + 2)  # noqa: E731
+            steps = len(self.pair.every_side) * (len(yardstick.BITS) + 1)
+            tell = lambda: self.tell("quantising", next(count), steps)  # noqa: E731
             rungs = yardstick.ladder(self.pair, texts, list(few), self.device, tell)
             return {f"{bits} {lam:g}": values for bits, row in rungs.items() for lam, values in row.items()}
 
@@ -687,8 +700,8 @@ def _coupled(
 
 
 def _shown(
-    whose: str, lams: Sequence[float], texts_at: dict[float, list[Text]], per_token: dict[float, dict[str, np.ndarray]],
-    merged: dict[float, tuple[list[Text], dict[str, np.ndarray]]], tokenizer: PreTrainedTokenizerBase,
+    whose: str, lams: Sequence[Lam], texts_at: dict[Lam, list[Text]], per_token: dict[Lam, dict[str, np.ndarray]],
+    merged: dict[Lam, tuple[list[Text], dict[str, np.ndarray]]], tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A few texts of each λ with the kl of each token: scored ones, and beside them the merged model's, if there are."""

@@ -57,7 +57,7 @@ class Target:
     """
 
     revision: str
-    lam: float | None
+    lam: lambdas.Lam | None
     files: dict[str, Path | bytes]
     delete: list[str]
     parent: str | None
@@ -170,7 +170,7 @@ def _planned(
     for number, place in enumerate(folders):
         tell("checking the files", number, len(folders))
         recipe = verify(place)
-        if (lam := float(recipe["lambda"])) in recipes:
+        if (lam := recipe["lambda"]) in recipes:
             raise DeraError(f"{place} and {recipes[lam][0]} both hold λ={lam:g}; move one away")
         recipes[lam] = place, recipe
     lams = sorted(recipes)
@@ -219,8 +219,8 @@ def merged_folders(folder: Path) -> list[Path]:
 
 
 def _branches(
-    lams: list[float], revision: str | None, main: float | Literal["none"] | None, create_pr: bool
-) -> list[tuple[str, float | None]]:
+    lams: list[lambdas.Lam], revision: str | None, main: lambdas.Lam | Literal["none"] | None, create_pr: bool
+) -> list[tuple[str, lambdas.Lam | None]]:
     """Branch and λ of each commit, main last; λ is None for a card alone."""
     if len(lams) > 1 and main is None:
         names = ", ".join(lambdas.name(lam) for lam in lams)

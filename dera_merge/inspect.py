@@ -51,7 +51,7 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
     }
     if (source.folder / RECIPE).is_file():
         written = read_recipe(source.folder)
-        found["merged"] = {key: written.get(key) for key in ("ref", "aligned", "lambda", "rounding", "seed")}
+        found["merged"] = {key: written.get(key) for key in ("ref", "aligned", "others", "lambda", "rounding", "seed")}
         if (source.folder / FIGURES).is_file():  # published with a report
             from .fidelity import Report
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from . import lambdas
 from .checkpoint import REAL, Buffers, ShardWriter, file_order, slices
 from .curve import Curve, fingerprint, opened
 from .errors import DeraError
+from .lambdas import Lam
 from .output import RECIPE, Layout, Output, Tally, open_outputs, read_recipe, total_bytes, writing
 from .pair import TOKENIZER_FILES, ModelPair, Side, warn
 from .path import Sums, output_dtype, stored_rows
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 def merge(
     pair: ModelPair,
     out: str | os.PathLike[str],
-    lams: Sequence[float],
+    lams: Sequence[float | Sequence[float]],
     *,
     dtype: torch.dtype | str | None = "auto",
     rounding: Rounding | None = None,
@@ -51,7 +51,7 @@ def merge(
     Args:
         pair: the two models.
         out: the directory of the one λ; with several, they go to `out/lambda-<λ>`.
-        lams: finite λ; 0 is the reference, 1 the aligned model.
+        lams: finite λ; 0 is the reference, 1 the aligned model. With several aligned models, a number for each.
         dtype: of the output: `"auto"` (each tensor's dtype in REF), or a torch dtype or its name.
         rounding: `"stochastic"` (default for bfloat16 and float16 output) or `"nearest"`.
         seed: of the stochastic rounding.
@@ -73,8 +73,7 @@ def merge(
             off, or a change that is not zero would be rounded away whole. Nothing is left of an output that failed; an
             interrupted one stays, marked as partial.
     """
-    lams = [float(lam) + 0.0 for lam in lams]
-    lambdas.check_names(lams)
+    lams = pair.known(lams)
     if shard and not (1 <= shard[0] <= shard[1]):
         raise DeraError(f"--shard {shard[0]}/{shard[1]} is not a share; give i/n with 1 ≤ i ≤ n")
     if shard and overwrite:
@@ -83,7 +82,7 @@ def merge(
     if report is not None:
         warn_of_unsafe(pair, lams, report, curve)
     if pair.new_tokens:
-        if set(lams) != {1.0}:
+        if set(lams) != {1.0} or pair.others:
             raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; only λ=1 can be merged")
         source = ModelPair(pair.aligned, pair.aligned, base_quantization=pair.base_quantization)
     layout, rounding = output_layout(source, dtype, rounding)
@@ -109,7 +108,7 @@ def merge(
     return [output.folder for output in outputs]
 
 
-def warn_of_unsafe(pair: ModelPair, lams: Sequence[float], report: str | os.PathLike[str], curve: Curve | None) -> None:
+def warn_of_unsafe(pair: ModelPair, lams: Sequence[Lam], report: str | os.PathLike[str], curve: Curve | None) -> None:
     """Warn of λ that lie outside of every stretch that a report calls safe.
 
     Raises:
@@ -264,6 +263,7 @@ def describe_pair(pair: ModelPair, curve: Curve | None = None) -> dict[str, Any]
         "schema_version": SCHEMA,
         "ref": describe(pair.ref),
         "aligned": describe(pair.aligned),
+        **({"others": [describe(other.aligned) for other in pair.others]} if pair.others else {}),
         "fingerprint": fingerprint(pair),
         "base_quantization": None if pair.base_quantization == "none" else pair.base_quantization,
         "path": curve.describe() if curve else "line",

@@ -99,7 +99,7 @@ class Output:
     """
 
     folder: Path
-    lam: float
+    lam: lambdas.Lam
     recipe: dict[str, Any]
     plan: str
     shards: dict[str, Layout]
@@ -123,7 +123,8 @@ class Output:
         partial, recipe = self.folder / PARTIAL, self.folder / RECIPE
         if (resume or together) and partial.is_file():
             state = load_json(partial)
-            if not isinstance(state, dict) or state.get("plan") != self.plan or state.get("lambda") != self.lam:
+            begun = (state.get("plan"), lambdas.loaded(state.get("lambda"))) if isinstance(state, dict) else None
+            if begun != (self.plan, self.lam):
                 raise DeraError(f"{self.folder} was begun by another call or from other inputs; --overwrite starts afresh")
             self.joined = True
         elif (resume or together) and recipe.is_file():
@@ -252,8 +253,8 @@ class Output:
 
 
 def open_outputs(
-    pair: ModelPair, out: str | os.PathLike[str], lams: Sequence[float], recipe: dict[str, Any], shards: dict[str, Layout],
-    *, resume: bool, overwrite: bool, together: bool = False,
+    pair: ModelPair, out: str | os.PathLike[str], lams: Sequence[lambdas.Lam], recipe: dict[str, Any],
+    shards: dict[str, Layout], *, resume: bool, overwrite: bool, together: bool = False,
 ) -> list[Output]:  # fmt: skip
     """The output of each λ, after every check that can be made before the first byte is written.
 
@@ -320,7 +321,7 @@ def _fingerprint(recipe: dict[str, Any], shards: dict[str, Layout], inputs: list
 def _input_files(pair: ModelPair) -> list[tuple[str, int, int]]:
     """Name, size in bytes and time of change (ns) of every weight file that the pair reads."""
     inputs = set()
-    for side in pair.sides:
+    for side in pair.every_side:
         checkpoints = [side.checkpoint] + ([side.adapter.checkpoint] if side.adapter else [])
         for checkpoint in checkpoints:
             for file in {info.file for info in checkpoint.tensors.values()}:
@@ -341,7 +342,7 @@ def check_space(root: Path, needed: int) -> None:
 def check_clear_of_inputs(folder: Path, pair: ModelPair) -> None:
     """Raises DeraError where `folder` is, holds or lies in a directory that is read."""
     place = folder.resolve()
-    for side in pair.sides:
+    for side in pair.every_side:
         for source in (side.source, side.base):
             if place == source.folder or source.folder.is_relative_to(place) or place.is_relative_to(source.folder):
                 raise DeraError(f"the output {folder} is, holds or lies in the input {source.name}; give another --output")
@@ -352,11 +353,12 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     if not (folder / RECIPE).is_file():
         raise DeraError(f"{folder} holds no {RECIPE}; it was not written by dera-merge")
     recipe = load_json(folder / RECIPE)
-    shape = {"ref": dict, "aligned": dict, "files": dict, "lambda": (int, float)}
+    shape = {"ref": dict, "aligned": dict, "files": dict, "lambda": (int, float, list)}
     fits = isinstance(recipe, dict) and all(isinstance(recipe.get(key), kind) for key, kind in shape.items())
-    if not fits or not math.isfinite(recipe["lambda"]):
+    each = recipe["lambda"] if fits and isinstance(recipe["lambda"], list) else [recipe["lambda"]] if fits else []
+    if not each or not all(isinstance(number, int | float) and math.isfinite(number) for number in each):
         raise DeraError(f"{folder / RECIPE} is not one that dera-merge wrote")
-    return recipe
+    return recipe | {"lambda": lambdas.loaded(recipe["lambda"])}
 
 
 def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from . import lambdas
 from .checkpoint import REAL, Buffers, Checkpoint, TensorInfo, load_json, slices
 from .delta import Adapter, Architecture, Piece, Replacement, empty_model
 from .errors import DeraError, DeraWarning
@@ -155,10 +156,13 @@ class Side:
 
 
 class ModelPair:
-    """A reference model and an aligned model; make one with `from_pretrained`.
+    """A reference model and an aligned model, or several; make one with `from_pretrained`.
+
+    With several aligned models λ is a vector: h_ref + Σ λ_k·(h_k - h_ref) exactly, θ_ref + Σ λ_k·Δ_k in weight space.
 
     Attributes:
-        ref, aligned: the two sides.
+        ref, aligned: the two sides; with several aligned models, the first of them.
+        others: for each further aligned model, a pair of it and the same reference.
         unties: whether θ(λ) has two tensors where REF's config says that one is shared (known once `tensors` is).
     """
 
@@ -170,9 +174,11 @@ class ModelPair:
         base_quantization: str | None = None,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
+        others: Sequence[ModelPair] = (),
     ) -> None:
         self.ref = ref
         self.aligned = aligned
+        self.others = tuple(others)
         self.base_quantization = base_quantization or self._recorded_quantisation()
         if base_quantization and base_quantization != "none" and not (ref.adapter or aligned.adapter):
             raise DeraError("--base-quantization is for adapters, whose base was quantised when they were trained")
@@ -186,7 +192,7 @@ class ModelPair:
     def from_pretrained(
         cls,
         ref: str | os.PathLike[str],
-        aligned: str | os.PathLike[str],
+        aligned: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         base: str | os.PathLike[str] | None = None,
         base_quantization: str | None = None,
@@ -199,7 +205,7 @@ class ModelPair:
 
         Args:
             ref: the reference (SFT) model.
-            aligned: the aligned (DPO, RLHF, …) model. An adapter beside a full `ref` applies to `ref`.
+            aligned: the aligned (DPO, RLHF, …) model, or several. An adapter beside a full `ref` applies to `ref`.
             base: the base model of adapters, where the one that their config names is not to be used.
             base_quantization: what the adapters' base was quantised to when they were trained: `"nf4"`, `"nf4-double"`
                 (QLoRA's), `"fp4"`, `"fp4-double"`; the reference is then dequant(base). None takes what the adapter's
@@ -212,6 +218,13 @@ class ModelPair:
             DeraError: one of the two cannot be found or read, or they do not belong together.
         """
         options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        others: list[ModelPair] = []
+        if not isinstance(aligned, str | os.PathLike):
+            if not aligned:
+                raise DeraError("no aligned model is given")
+            aligned, *more = aligned
+            how = {"base": base, "base_quantization": base_quantization, "ref_revision": ref_revision, **options}
+            others = [cls.from_pretrained(ref, each, **how) for each in more]
         ref_source = Source.locate(os.fspath(ref), ref_revision, **options)
         aligned_source = Source.locate(os.fspath(aligned), aligned_revision, **options)
         given = Source.locate(os.fspath(base), **options) if base is not None else None
@@ -233,7 +246,7 @@ class ModelPair:
 
         ref_side = open_side(ref_source, None)
         aligned_side = open_side(aligned_source, None if ref_source.is_adapter else ref_source)
-        return cls(ref_side, aligned_side, base_quantization=base_quantization, **options)
+        return cls(ref_side, aligned_side, base_quantization=base_quantization, **options, others=others)
 
     # What the two have in common
 
@@ -242,9 +255,41 @@ class ModelPair:
         return self.ref, self.aligned
 
     @property
+    def pairs(self) -> tuple[ModelPair, ...]:
+        """A pair for each aligned model, this one first."""
+        return self, *self.others
+
+    @property
+    def every_side(self) -> tuple[Side, ...]:
+        """The reference and all aligned models."""
+        return self.ref, *(pair.aligned for pair in self.pairs)
+
+    def known(self, lams: Iterable[Any]) -> list[lambdas.Lam]:
+        """λ as a program gives them, a number or a vector each, as this pair takes them.
+
+        Raises:
+            ValueError: not finite, a vector of another length than there are aligned models, or two with one name.
+        """
+        values = [lambdas.known(lam, len(self.pairs)) for lam in lams]
+        lambdas.check_names(values)
+        return values
+
+    def ends(self) -> list[lambdas.Lam]:
+        """λ of the reference and of each aligned model alone."""
+        if not self.others:
+            return [0.0, 1.0]
+        count = range(len(self.pairs))
+        return [lambdas.Vector([float(k == number) for k in count]) for number in range(-1, len(self.pairs))]
+
+    def only_pair(self, what: str) -> None:
+        """Raise DeraError where there are several aligned models, which `what` is not for."""
+        if self.others:
+            raise DeraError(f"{what} for one aligned model; there are {len(self.pairs)}")
+
+    @property
     def shared_base(self) -> bool:
-        """Both sides stand on the same base checkpoint: a LoRA pair."""
-        return self.ref.checkpoint is self.aligned.checkpoint
+        """All sides stand on the same base checkpoint: LoRA adapters."""
+        return len({side.checkpoint.folder for side in self.every_side}) == 1
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -273,11 +318,16 @@ class ModelPair:
         tensors = {name: self.ref.info(name) for name in self.ref.key}
         for name, info in tensors.items():
             self._check_tensor(name, info, self.aligned.info(name))
+        for other in self.others:
+            if odd := sorted(tensors.keys() ^ other.tensors.keys()):
+                names = f"{other.aligned.source.name} and {self.aligned.source.name}"
+                raise DeraError(f"{names} tie embeddings differently ({odd[0]}); they cannot be merged, decode exactly")
+            self.unties = self.unties or other.unties
         return tensors
 
     def adapts(self, name: str) -> bool:
         """Whether an adapter changes all of this tensor, so that losing the whole of it is a fault and not rounding."""
-        pieces = [piece for side in self.sides for piece in side.pieces.get(name, ())]
+        pieces = [piece for side in self.every_side for piece in side.pieces.get(name, ())]
         return any(not isinstance(piece, Replacement) for piece in pieces)
 
     def is_opaque(self, name: str) -> bool:
@@ -294,10 +344,11 @@ class ModelPair:
         return {name.rpartition(".")[0] for name, info in stored.items() if info.dtype not in REAL}
 
     def is_same(self, name: str) -> bool:
-        """Whether the two sides are one tensor, so that θ(λ) is its stored bits at every λ."""
+        """Whether all sides are one tensor, so that θ(λ) is its stored bits at every λ."""
         ref, aligned = self.ref.info(name), self.aligned.info(name)
         changed = name in self.ref.pieces or name in self.aligned.pieces
-        return self.is_opaque(name) or (ref is aligned and not changed)
+        same = self.is_opaque(name) or (ref is aligned and not changed)
+        return same and all(other.is_same(name) for other in self.others)
 
     def _match_names(self) -> None:
         """Find each tensor on both sides where names differ, tensors are tied, or an adapter speaks in module names."""
@@ -402,6 +453,8 @@ class ModelPair:
     @cached_property
     def new_tokens(self) -> bool:
         """Whether ALIGNED's tokenizer uses rows of the vocabulary that REF does not have."""
+        if any(other.new_tokens for other in self.others):
+            return True
         rows = [side.config.get("vocab_size") for side in self.sides]
         if None in rows or rows[1] <= rows[0]:
             return False
@@ -502,26 +555,27 @@ class ModelPair:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the vocabulary that both models have."""
-        return min(side.config["vocab_size"] for side in self.sides if side.config.get("vocab_size"))
+        """Rows of the vocabulary that all models have."""
+        return min(side.config["vocab_size"] for side in self.every_side if side.config.get("vocab_size"))
 
     @property
     def context_length(self) -> int | None:
-        """How many tokens both models take; None where their configs do not say."""
-        return min((side.config[key] for side in self.sides for key in _CONTEXT if side.config.get(key)), default=None)
+        """How many tokens all models take; None where their configs do not say."""
+        return min((side.config[key] for side in self.every_side for key in _CONTEXT if side.config.get(key)), default=None)
 
     # Loading
 
     def _load(
         self, dtype: torch.dtype | str, devices: tuple[torch.device, torch.device], **kwargs: Any
-    ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel | None]:
-        """Both models in evaluation mode, and both as rows of one where they share a base on one device."""
+    ) -> tuple[PreTrainedModel, list[PreTrainedModel], PreTrainedModel | None]:
+        """All models in evaluation mode, and all as rows of one where they share a base on one device."""
         from .rows import in_rows
 
         bases: dict[tuple[Path, torch.device], PreTrainedModel] = {}
         quantised = kwargs.get("quantization_config") is not None
-        if self.base_quantization not in (None, "none") and not quantised:
-            _ = self.tensors  # decides what is quantised
+        for pair in self.pairs:
+            if pair.base_quantization not in (None, "none") and not quantised:
+                _ = pair.tensors  # decides what is quantised
 
         def load(side: Side, device: torch.device) -> PreTrainedModel:
             folder = side.base.folder
@@ -535,13 +589,16 @@ class ModelPair:
             base = bases[folder, device]
             return _with_adapter(base, side.adapter, device) if side.adapter else base
 
-        ref, aligned = (load(side, device) for side, device in zip(self.sides, devices, strict=True))
-        rows = in_rows(next(iter(bases.values())), ref, aligned) if len(bases) == 1 and ref is not aligned else None
-        return ref, aligned if rows is None else rows, rows
+        ref, *aligned = (load(side, devices[side is not self.ref]) for side in self.every_side)
+        together = len(bases) == 1 and not any(ref is model for model in aligned)
+        rows = in_rows(next(iter(bases.values())), ref, *aligned) if together else None
+        if rows is not None and len(aligned) == 1:
+            aligned = [rows]  # outside of `DeraForCausalLM` it acts as the aligned model
+        return ref, aligned, rows
 
     def exact(
         self,
-        lam: float = 1.0,
+        lam: float | Sequence[float] | None = None,
         *,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | Sequence[str | torch.device] = "cpu",
@@ -552,7 +609,8 @@ class ModelPair:
         An adapter and its base are held once and decoded in one forward pass, as two rows of a batch.
 
         Args:
-            lam: the default λ, any finite number; `generate(..., lam=…)` overrides it per call or per sequence.
+            lam: the default λ, any finite number (default 1), or one for each aligned model (default: as much of each);
+                `generate(..., lam=…)` overrides it per call or per sequence.
             dtype: compute dtype; default float32 on CPU and the checkpoint's dtype elsewhere.
             device: where the two models go; two devices put the reference on the first and the aligned model on the second.
             kwargs: passed to transformers' `from_pretrained`: `quantization_config` loads both models quantised,
@@ -571,6 +629,8 @@ class ModelPair:
         devices = torch.device(places[0]), torch.device(places[1])
         if dtype is None:
             dtype = torch.float32 if devices[0].type == devices[1].type == "cpu" else "auto"
+        if lam is None:
+            lam = 1.0 if not self.others else [1 / len(self.pairs)] * len(self.pairs)
         ref, aligned, rows = self._load(dtype, devices, **kwargs)
         model = DeraForCausalLM(ref, aligned, lam=lam, rows=rows)
         model.config.pair = self._opened_as()
@@ -578,7 +638,7 @@ class ModelPair:
             model.generation_config = config
         return model
 
-    def dial(self, lam: float = 1.0, **kwargs: Any) -> DialForCausalLM:
+    def dial(self, lam: float | Sequence[float] | None = None, **kwargs: Any) -> DialForCausalLM:
         """θ_ref + λΔ of an adapter pair over one set of weights, with a λ for each sequence of a batch.
 
         Args:
@@ -595,18 +655,20 @@ class ModelPair:
 
     def _opened_as(self) -> dict[str, Any]:
         """What `from_pretrained` needs to open this pair again."""
-        homes = {side.base.folder: side.base for side in self.sides if side.adapter}
+        homes = {side.base.folder: side.base for side in self.every_side if side.adapter}
         names = {"ref": self.ref.source, "aligned": self.aligned.source, "base": next(iter(homes.values()), None)}
         if homes.keys() == {self.ref.source.folder}:  # an adapter beside its base
             names["base"] = None
         opened: dict[str, Any] = {key: source.pinned for key, source in names.items() if source}
+        if self.others:
+            opened["aligned"] = [pair.aligned.source.pinned for pair in self.pairs]
         if self.base_quantization:
             opened["base_quantization"] = self.base_quantization
         return opened
 
     def merged(
         self,
-        lam: float,
+        lam: float | Sequence[float],
         *,
         dtype: torch.dtype | str | None = None,
         rounding: Rounding | None = None,
@@ -625,7 +687,7 @@ class ModelPair:
     def merge(
         self,
         out: str | os.PathLike[str],
-        lams: Sequence[float],
+        lams: Sequence[float | Sequence[float]],
         *,
         format: Literal["full", "adapter"] = "full",
         **kwargs: Any,

@@ -17,6 +17,7 @@ from . import kernels
 from .checkpoint import REAL, SLICE, Buffers, TensorInfo, slices
 from .curve import Bend, Curve
 from .errors import DeraError
+from .lambdas import Lam, Vector
 from .pair import ModelPair
 from .rounding import Rounding, in_range, noise_for, round_to
 
@@ -190,6 +191,25 @@ class Slice:
         step_back(self.ref, aligned, 1.0, out=both[0])
         return self._compare(stored, aligned)
 
+    @staticmethod
+    def towards(pieces: Sequence[Slice], lam: Vector) -> Slice:
+        """The same rows with θ_ref + Σ λ_k·Δ_k in the place of the aligned model: λ = 1 of it is the merge of several.
+
+        Args:
+            pieces: of the reference and each aligned model.
+        """
+        differing = [(piece, each) for piece, each in zip(pieces, lam, strict=True) if piece.aligned is not None]
+        if not differing:
+            return pieces[0]
+        first = differing[0][0]
+        compute = torch.float32 if first.dtype.itemsize == 2 else torch.float64
+        ref = first.ref.to(compute)
+        moving = [(piece.aligned.to(compute), each) for piece, each in differing if each]
+        total = blend(ref, *moving[0]) if moving else ref  # one alone is blended as in a merge of it alone
+        for aligned, each in moving[1:]:
+            total = torch.where(ref == aligned, total, total - step_back(ref, aligned, each))
+        return replace(first, ref=ref, aligned=total)
+
     def _curved(self, value: torch.Tensor, bend: Bend) -> torch.Tensor:
         """`value` and the path's low-rank part, in memory of its own."""
         own = self.buffers.take("curved", tuple(value.shape), value.dtype).copy_(value)
@@ -234,7 +254,7 @@ def moments(both: torch.Tensor, buffers: Buffers) -> tuple[float, float, float]:
 
 
 def stored_rows(
-    pair: ModelPair, name: str, start: int, stop: int, lams: Sequence[float], dtype: torch.dtype, rounding: Rounding,
+    pair: ModelPair, name: str, start: int, stop: int, lams: Sequence[Lam], dtype: torch.dtype, rounding: Rounding,
     seed: int, scratch: Buffers, kept: Buffers, allow_nonfinite: bool = False, curve: Curve | None = None,
 ) -> list[tuple[torch.Tensor, Sums | None]]:  # fmt: skip
     """Rows [start, stop) of θ(λ) as stored for each λ, and what became of λΔ (None: the two sides are one tensor).
@@ -249,9 +269,11 @@ def stored_rows(
         for number in range(len(lams))
     ]
     for first, last in slices(info, SLICE, start, stop):
-        piece = Slice.read(pair, name, first, last, dtype, rounding, seed, scratch)
+        how = (name, first, last, dtype, rounding, seed)
+        pieces = [Slice.read(one, *how, scratch.part(number)) for number, one in enumerate(pair.pairs)]
         for lam, bend, (out, sums) in zip(lams, bends, results, strict=True):
-            piece.at(lam, out[first - start : last - start], sums, allow_nonfinite, bend)
+            piece, along = (Slice.towards(pieces, lam), 1.0) if isinstance(lam, Vector) else (pieces[0], lam)
+            piece.at(along, out[first - start : last - start], sums, allow_nonfinite, bend)
     return results
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DeraWarning
+from .lambdas import Vector, name
 from .yardstick import in_bits
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
             f"The straight line is at {number(line['kl'])}, {line['kl'] / result['kl']:.2g} times as far (path less line: "
             f"{low:.1e} to {high:.1e})."
         )
+    said += log_ratio_sentence(result.get("log_ratio"))
     if coupled := result.get("coupled"):
         text = f"Under the same noise {coupled['identical']:.0%} of texts come out the same"
         if coupled["first_difference"] is not None:
@@ -89,6 +91,17 @@ def sentences(result: dict[str, Any]) -> list[str]:
             text += f"; the merge's reward less exact DeRa's is {difference}"
         said.append(text + ".")
     return said
+
+
+def log_ratio_sentence(ratio: dict[str, Any] | None) -> list[str]:
+    """What mixing several log-ratios does to their size, where more than one is mixed."""
+    if ratio is None or ratio["scale"] is None or sum(value != 0 for value in ratio["restored"]) < 2:
+        return []
+    sizes, restored = ", ".join(map(number, ratio["sizes"])), "+".join(f"{value:g}" for value in ratio["restored"])
+    return [
+        f"The mixed log-ratio is {number(ratio['mixed'])} nats in size, the aligned models' own are {sizes}; "
+        f"λ = {restored} would restore their mean size."
+    ]
 
 
 def sequence_sentence(report: Report) -> str | None:
@@ -190,10 +203,20 @@ def draw_curve(
     axis: Any, results: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], **style: Any
 ) -> None:
     """A line over λ; what is None is a gap."""
-    rows = sorted(results, key=lambda result: result["lambda"])
+    rows, at = over_lambda(axis, results)
     values = [math.nan if (v := value(row)) is None else v for row in rows]
     if not all(map(math.isnan, values)):
-        axis.plot([row["lambda"] for row in rows], values, **style)
+        axis.plot(at, values, **style)
+
+
+def over_lambda(axis: Any, results: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]:
+    """Results in the order of λ, and where each is on the axis; λ of several aligned models stand side by side, named."""
+    rows = sorted(results, key=lambda result: result["lambda"])
+    if not any(isinstance(row["lambda"], Vector) for row in rows):
+        return rows, [row["lambda"] for row in rows]
+    names = [name(row["lambda"]) for row in rows]
+    axis.set_xticks(range(len(rows)), names, rotation=90 if len(rows) > 6 else 0, fontsize=7)
+    return rows, list(range(len(rows)))
 
 
 def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[dict[str, Any]] = ()) -> None:
@@ -207,8 +230,8 @@ def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[d
     rungs = sorted({bits for result in results for bits in result.get("ladder", {})}, key=int)
     for bits in rungs:
         draw_curve(axis, results, lambda r, bits=bits: above(r["ladder"][bits]), color="C2", linewidth=0.8, alpha=0.7)
-        last = max(results, key=lambda r: r["lambda"])
-        axis.annotate(f" {bits} bits", (last["lambda"], above(last["ladder"][bits])), color="C2", fontsize=7, va="center")
+        rows, at = over_lambda(axis, results)
+        axis.annotate(f" {bits} bits", (at[-1], above(rows[-1]["ladder"][bits])), color="C2", fontsize=7, va="center")
     draw_curve(axis, results, lambda r: above(r.get("noise_floor")), label="bfloat16 alone", color="C4", linewidth=0.8)
     if prediction:
         for holds, style in ((True, "-"), (False, ":")):
@@ -220,7 +243,7 @@ def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[d
     draw_curve(axis, results, lambda r: above(r.get("line", {}).get("kl")), label="line", **style)
     label = "merged along the path" if path else "merged"
     draw_curve(axis, results, lambda r: above(r["kl"]), label=label, color="C0", marker="o", markersize=4)
-    bands = [(r["lambda"], *r["kl_ci"]) for r in sorted(results, key=lambda r: r["lambda"]) if r.get("kl_ci")]
+    bands = [(at, *r["kl_ci"]) for r, at in zip(*over_lambda(axis, results), strict=True) if r.get("kl_ci")]
     if bands:
         at, low, high = zip(*bands, strict=True)
         axis.fill_between(at, [max(v, FLOOR) for v in low], [max(v, FLOOR) for v in high], color="C0", alpha=0.2, lw=0)
@@ -235,7 +258,7 @@ def draw_captured(axis: Any, results: Sequence[dict[str, Any]]) -> None:
     """The captured shift over λ."""
     draw_curve(axis, results, lambda r: r["captured"], color="C0", marker="o", markersize=4)
     axis.axhline(0, color="0.6", linewidth=0.8)
-    lams = [result["lambda"] for result in results]
+    _, lams = over_lambda(axis, results)
     low = min([r["captured"] for r in results if r["captured"] is not None], default=0)
     margin = 0.05 * (max(lams) - min(lams) or 1)
     axis.set_xlim(min(lams) - margin, max(lams) + margin)
@@ -247,8 +270,8 @@ def draw_captured(axis: Any, results: Sequence[dict[str, Any]]) -> None:
 
 def draw_rewards(axis: Any, results: Sequence[dict[str, Any]], rewards: dict[str, Sequence[float]]) -> None:
     """Mean rewards over λ."""
-    for (name, values), style in zip(rewards.items(), ("-o", "--s"), strict=False):
-        axis.plot([result["lambda"] for result in results], values, style, label=name, markersize=4)
+    for (what, values), style in zip(rewards.items(), ("-o", "--s"), strict=False):
+        axis.plot([result["lambda"] for result in results], values, style, label=what, markersize=4)
     axis.set_xlabel("λ")
     axis.set_ylabel("mean reward")
     axis.set_title("Reward")
@@ -345,8 +368,8 @@ def page(template: str, title: str, of: Any, draw: dict[str, Callable[[Any], Non
     environment = Environment(
         loader=PackageLoader("dera_merge", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "shade": _shade}
-    charts = {name: _svg(put, name) for name, put in draw.items()} if have_matplotlib() else {}
+    environment.filters |= {"number": number, "shade": _shade, "lam": name}
+    charts = {what: _svg(put, what) for what, put in draw.items()} if have_matplotlib() else {}
     return environment.get_template(template).render(title=title, of=of, charts=charts, **content)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .curve import Curve
 from .divergence import between_mixtures, bootstrap, densities, divergences
 from .errors import DeraError
+from .lambdas import Lam, numbers
 from .pair import ModelPair
 from .prompts import encode
 from .sampling import sample
@@ -39,18 +40,21 @@ def optimum(log_ref: torch.Tensor, reward: torch.Tensor, beta: float) -> torch.T
     return log_p - log_p.logsumexp(tuple(range(log_p.ndim)))
 
 
-def per_token(log_ref: torch.Tensor, log_aligned: torch.Tensor, lam: float) -> torch.Tensor:
-    """Exact DeRa between two distributions over answers of T tokens: each next token from the mixture of the two's.
+def per_token(log_ref: torch.Tensor, log_aligned: Sequence[torch.Tensor], lam: Lam) -> torch.Tensor:
+    """Exact DeRa between distributions over answers of T tokens: each next token from the mixture of all.
 
     Args:
-        log_ref, log_aligned: log-probabilities of every answer, shape (V,)·T, nats.
+        log_ref: log-probabilities of every answer, shape (V,)·T, nats.
+        log_aligned: the same of each aligned model.
+        lam: λ; of several aligned models, a vector.
 
     Returns:
         The same for the mixture; it sums to 1 over all answers.
     """
     total = torch.zeros_like(log_ref)
     for step in range(log_ref.ndim):
-        mixed = (1 - lam) * _next(log_ref, step) + lam * _next(log_aligned, step)
+        mixed = (1 - sum(numbers(lam))) * _next(log_ref, step)
+        mixed = mixed + sum(each * _next(log_p, step) for each, log_p in zip(numbers(lam), log_aligned, strict=True))
         mixed = mixed - mixed.logsumexp(-1, keepdim=True)
         total = total + mixed.reshape(*mixed.shape, *[1] * (log_ref.ndim - step - 1))
     return total
@@ -140,6 +144,7 @@ def agreement(
     """
     if not retrained:
         raise DeraError("no retrained model is given to compare with")
+    pair.only_pair("retraining is compared")
     tell = progress or (lambda what, done, total: None)
     encoded = encode(prompts, pair.tokenizer)
     lab = _Reader(pair, encoded, reward, samples, max_new_tokens, seed)
@@ -156,13 +161,13 @@ def agreement(
         texts = lab.texts(model)
         theirs, sides = trace_of(model, texts), [trace_of(side, texts) for side in (exact.ref, exact.aligned)]
         distances = {
-            "exact": between_mixtures(theirs, theirs, *sides, [lam], vocab)[lam],
+            "exact": between_mixtures([theirs, theirs], sides, [lam], vocab)[lam],
             "ref": _kl(theirs, sides[0], texts, vocab), "aligned": _kl(theirs, sides[1], texts, vocab),
         }  # fmt: skip
         kinds = {"retrained": lab.figures(texts, distances["ref"])}
         ours = lab.texts(exact, lam=lam)
         both = [trace_of(side, ours) for side in (exact.ref, exact.aligned)]
-        kinds["exact"] = lab.figures(ours, densities(*both, tokens_of(ours), [lam], vocab)[1][:, 0])
+        kinds["exact"] = lab.figures(ours, densities(both, tokens_of(ours), [lam], vocab)[1][:, 0])
         others = dict(lines)
         for line in lines.values():
             line.set_lam(lam)
@@ -184,7 +189,7 @@ def agreement(
 
 def _kl(p: Trace, q: Trace, texts: list[Text], vocab_size: int) -> np.ndarray:
     """KL(p‖q) at each scored token, nats."""
-    return divergences(p, p, [(0.0, {"kl": q})], tokens_of(texts), vocab_size)[0.0]["kl"]
+    return divergences([p, p], [(0.0, {"kl": q})], tokens_of(texts), vocab_size)[0.0]["kl"]
 
 
 def regret(

@@ -1,20 +1,20 @@
 """One set of weights, an adapter strength for each row of the batch.
 
-Reference and aligned model of a LoRA pair differ in what an adapter adds. So one forward pass can serve both, or many λ:
-each row (sequence) of the batch has a strength s, and an adapted module gives
+Reference and aligned models over one base differ in what an adapter adds. So one forward pass can serve all of them, or
+many λ: each row (sequence) of the batch has a strength s_k for each aligned model, and an adapted module gives
 
-    y = W·x + s·(scale·B·A·x)                   a low-rank sum
-    y = (1-s)·reference(x) + s·aligned(x)       other adapters of linear layers, embeddings and norms (DoRA, trained whole)
+    y = W·x + Σ s_k·(scale_k·B_k·A_k·x)                     low-rank sums
+    y = (1-Σ s_k)·reference(x) + Σ s_k·aligned_k(x)         other adapters of linear layers, embeddings and norms (DoRA, …)
 
-s = 0 is the reference, s = 1 the aligned model, and s = λ is θ_ref + λΔ, because the modules that adapters change are
-linear in their weights. The base weights are read once for all rows.
+s = 0 is the reference, s_k = 1 alone the k-th aligned model, and s = λ is θ_ref + Σ λ_k·Δ_k, because the modules that
+adapters change are linear in their weights. The base weights are read once for all rows.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,9 +25,11 @@ from .errors import DeraError
 
 
 class Strength(threading.local):
-    """The strengths of the forward pass that this thread is in; None outside, where modules act as the aligned model's."""
+    """The strengths of the forward pass that this thread is in; None outside, where modules act as the aligned model's
+    (of several, the first's).
+    """
 
-    rows: torch.Tensor | None = None  # (rows,)
+    rows: torch.Tensor | None = None  # (rows,); with several aligned models (rows, models)
     tokens: int = 0  # of each row, in this pass
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -35,7 +37,7 @@ class Strength(threading.local):
 
     @contextmanager
     def of(self, rows: torch.Tensor, tokens: int) -> Iterator[None]:
-        """Strengths (rows,) for one forward pass over (rows, tokens) ids."""
+        """Strengths (rows,) or (rows, models) for one forward pass over (rows, tokens) ids."""
         self.rows, self.tokens = rows, tokens
         try:
             yield
@@ -51,27 +53,34 @@ class Strength(threading.local):
         assert self.rows is not None
         return self.spread(self.rows, values)
 
+    def shares(self) -> torch.Tensor:
+        """How much of the reference and of each aligned model every row is, (rows, 1 + models)."""
+        assert self.rows is not None
+        each = self.rows if self.rows.ndim == 2 else self.rows[:, None]
+        return torch.cat([1 - each.sum(1, keepdim=True), each], 1)
+
     def spread(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """As `beside`, for other numbers (rows,)."""
+        """As `beside`, for other numbers (rows,), or for one of each of the last axis of `values`, (rows, n)."""
+        rows = rows[:, None] if rows.ndim == 1 else rows
         if values.ndim > 2 and len(values) == len(rows):
-            return rows.view(-1, *[1] * (values.ndim - 1))
+            return rows.view(len(rows), *[1] * (values.ndim - 2), -1)
         if values.ndim == 2 and len(values) == len(rows) * self.tokens:
-            return rows.repeat_interleave(self.tokens)[:, None]
+            return rows.repeat_interleave(self.tokens, 0)
         raise DeraError("this model regroups its tokens between layers, so that rows of a batch cannot have a λ each")
 
 
 class LowRankRows(torch.nn.Module):
-    """A linear layer with low-rank sums: the reference's own (strength 1-s), if it has one, and the aligned model's (s).
+    """A linear layer with low-rank sums: the reference's own (strength 1-Σs), if it has one, and the aligned models' (s).
 
     Args:
-        base: the layer that both sides share, quantised or not.
-        factors: (A (rank, in), scale·B (out, rank)) of the reference or None, and of the aligned model or None.
+        base: the layer that all sides share, quantised or not.
+        factors: (A (rank, in), scale·B (out, rank)) or None of the reference and of each aligned model.
     """
 
     def __init__(
         self,
         base: torch.nn.Module,
-        factors: tuple[tuple[torch.Tensor, torch.Tensor] | None, tuple[torch.Tensor, torch.Tensor] | None],
+        factors: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
         strength: Strength,
         dtype: torch.dtype,
     ) -> None:
@@ -81,39 +90,42 @@ class LowRankRows(torch.nn.Module):
         there = [pair for pair in factors if pair]
         self.register_buffer("down", torch.cat([a for a, _ in there]).to(dtype), persistent=False)
         self.register_buffer("up", torch.cat([b for _, b in there], 1).T.contiguous().to(dtype), persistent=False)
-        # Each rank's strength is offset + slope·s.
-        ranks = [0 if pair is None else len(pair[0]) for pair in factors]
-        slope = torch.tensor([-1.0] * ranks[0] + [1.0] * ranks[1], device=self.down.device)
-        self.register_buffer("slope", slope if ranks[0] else None, persistent=False)
+        whose = [number for number, pair in enumerate(factors) for _ in range(0 if pair is None else len(pair[0]))]
+        plain = len(factors) == 2 and 0 not in whose  # one aligned model's alone: each rank has its strength
+        self.register_buffer("whose", None if plain else torch.tensor(whose, device=self.down.device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(x)
         t = torch.nn.functional.linear(x.to(self.down.dtype), self.down)
         if self.strength.rows is not None:
-            s = self.strength.beside(t)
-            if self.slope is not None:
-                s = (self.slope < 0) + s * self.slope
+            s = self.strength.beside(t) if self.whose is None else self._by_rank(t)
             t = (t * s).to(t.dtype)
-        elif self.slope is not None:
-            t = t * (self.slope > 0)
+        elif self.whose is not None:
+            t = t * (self.whose == 1)
         return torch.addmm(y.flatten(0, -2), t.flatten(0, -2).to(y.dtype), self.up.to(y.dtype)).view(y.shape)
+
+    def _by_rank(self, t: torch.Tensor) -> torch.Tensor:
+        """The strength of each rank beside t (…, ranks): its model's."""
+        return self.strength.spread(self.strength.shares()[:, self.whose], t)
 
 
 class MixedRows(torch.nn.Module):
-    """A linear layer, embedding or norm that differs between the two sides: (1-s)·reference(x) + s·aligned(x)."""
+    """A linear layer, embedding or norm that differs between the sides: (1-Σs)·reference(x) + Σ s_k·aligned_k(x)."""
 
-    def __init__(self, ref: torch.nn.Module, aligned: torch.nn.Module, strength: Strength) -> None:
+    def __init__(self, ref: torch.nn.Module, aligned: Sequence[torch.nn.Module], strength: Strength) -> None:
         super().__init__()
         self.ref = ref
-        self.aligned = aligned
+        self.aligned = torch.nn.ModuleList(aligned)
         self.strength = strength
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        aligned = self.aligned(x, *args, **kwargs)
         if self.strength.rows is None:
-            return aligned
-        s = self.strength.beside(aligned)
-        return ((1 - s) * self.ref(x, *args, **kwargs) + s * aligned).to(aligned.dtype)
+            return self.aligned[0](x, *args, **kwargs)
+        mixed: torch.Tensor | float = 0.0
+        for share, side in zip(self.strength.shares().unbind(1), (self.ref, *self.aligned), strict=True):
+            y = side(x, *args, **kwargs)
+            mixed = mixed + self.strength.spread(share, y) * y
+        return mixed.to(y.dtype)
 
     def __getattr__(self, name: str) -> object:
         """What a model asks of the module itself (`embed_tokens.padding_idx`, `o_proj.weight.dtype`) is the reference's."""
@@ -123,12 +135,13 @@ class MixedRows(torch.nn.Module):
             return getattr(super().__getattr__("ref"), name)
 
 
-def in_rows(base: PreTrainedModel, ref: PreTrainedModel, aligned: PreTrainedModel) -> PreTrainedModel | None:
-    """Two models over one set of base weights as one model with a strength for each row.
+def in_rows(base: PreTrainedModel, ref: PreTrainedModel, *aligned: PreTrainedModel) -> PreTrainedModel | None:
+    """Models over one set of base weights as one model with strengths for each row.
 
     Args:
         base: the plain base model.
-        ref, aligned: `base`, or PEFT's model of it with an adapter unmerged, sharing the base's storages.
+        ref, aligned: `base`, or PEFT's model of it with an adapter unmerged, sharing the base's storages; one aligned model
+            or several.
 
     Returns:
         A model of the same class that shares all weights and acts as the aligned one, with its `Strength` as
@@ -140,23 +153,22 @@ def in_rows(base: PreTrainedModel, ref: PreTrainedModel, aligned: PreTrainedMode
     strength = Strength()
     model = second_tree(base)
 
-    def walk(name: str, base: torch.nn.Module, ref: torch.nn.Module, aligned: torch.nn.Module) -> bool:
-        """Put rows where the two differ; False where that cannot be done."""
-        ref, aligned = _trained_whole(ref), _trained_whole(aligned)
-        if _same(base, ref) and _same(base, aligned):
+    def walk(name: str, base: torch.nn.Module, sides: list[torch.nn.Module]) -> bool:
+        """Put rows where the sides differ; False where that cannot be done."""
+        sides = [_trained_whole(side) for side in sides]
+        if all(_same(base, side) for side in sides):
             return True
-        if (low_rank := _low_rank(base, ref, aligned, strength, model.dtype)) is not None:
+        if (low_rank := _low_rank(base, sides, strength, model.dtype)) is not None:
             model.set_submodule(name, low_rank)
             return True
-        if type(ref) is type(aligned) is type(base) and list(base.children()) and not list(base.parameters(False)):
-            children = base.named_children()
-            return all(walk(f"{name}.{c}", m, ref.get_submodule(c), aligned.get_submodule(c)) for c, m in children)
+        if {type(side) for side in sides} == {type(base)} and list(base.children()) and not list(base.parameters(False)):
+            return all(walk(f"{name}.{c}", m, [side.get_submodule(c) for side in sides]) for c, m in base.named_children())
         if not (isinstance(base, torch.nn.Linear | torch.nn.Embedding | Conv1D) or "Norm" in type(base).__name__):
             return False  # attention or a state-space layer, say: it has a cache, or methods besides forward
-        model.set_submodule(name, MixedRows(ref, aligned, strength))
+        model.set_submodule(name, MixedRows(sides[0], sides[1:], strength))
         return True
 
-    if not all(walk(c, m, ref.get_submodule(c), aligned.get_submodule(c)) for c, m in base.named_children()):
+    if not all(walk(c, m, [side.get_submodule(c) for side in (ref, *aligned)]) for c, m in base.named_children()):
         return None
     model.dera_strength = strength
     return model.eval()
@@ -186,17 +198,17 @@ def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def _low_rank(
-    base: torch.nn.Module, ref: torch.nn.Module, aligned: torch.nn.Module, strength: Strength, dtype: torch.dtype
+    base: torch.nn.Module, sides: Sequence[torch.nn.Module], strength: Strength, dtype: torch.dtype
 ) -> LowRankRows | None:
     factors = []
-    for side in (ref, aligned):
+    for side in sides:
         if _same(base, side):
             factors.append(None)
         elif (found := _factors(side)) and _same(base, side.get_base_layer()):
             factors.append(found)
         else:
             return None
-    return LowRankRows(base, tuple(factors), strength, dtype)
+    return LowRankRows(base, factors, strength, dtype)
 
 
 def _factors(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:

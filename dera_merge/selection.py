@@ -2,7 +2,8 @@
 
 `sweep` is the whole line. Texts are sampled from exact DeRa at a few λ (anchors), scored, and read once by both models;
 `reweighting.py` makes curves over all λ of them. Where the best λ is not known well enough, the next anchor goes there. The
-merged model, whose texts weigh nothing for exact DeRa, is sampled at the anchors, under the same noise.
+merged model, whose texts weigh nothing for exact DeRa, is sampled at the anchors, under the same noise. Without weights
+every λ is sampled, and a budget that is left is spent around the best.
 
 Every batch of texts is appended to `texts.jsonl` as it comes, with its rewards; an interrupted run goes on from there.
 """
@@ -29,8 +30,10 @@ from . import lambdas
 from . import prompts as prompt_files
 from .checkpoint import json_bytes, load_json, write_atomically
 from .curve import Curve, fingerprint, opened
-from .divergence import densities, finite
+from .divergence import densities, finite, gram, log_ratio
 from .errors import DeraError
+from .lambdas import Lam, Vector
+from .ledger import gathered, launched
 from .pair import ModelPair, warn
 from .prompts import Prompt
 from .rewards import Reward
@@ -46,6 +49,9 @@ Mode = Literal["exact", "merged"]
 
 ANCHORS = (0.0, 0.5, 1.0, 2.0)
 POINTS = 33  # of the grid between the smallest and the largest λ
+STEPS = {2: 0.125, 3: 0.25}  # of the grid from 0 to 1 of each of several aligned models; 0.5 for more of them
+CHOICES = 2000  # bootstrap draws
+FINEST = 1 / 64  # of the range: λ that are nearer to each other are not told apart
 KNOWN = 0.25  # effective texts a prompt, below which a curve is drawn as unknown
 SURE = 0.75  # of those at the best λ, below which an anchor is put there
 TEXTS = "texts.jsonl"
@@ -63,7 +69,7 @@ class Answer:
     """
 
     mode: Mode
-    lam: float
+    lam: Lam
     prompt: int
     sample: int
     ids: list[int]
@@ -77,11 +83,13 @@ class Sweep:
 
     Attributes:
         curve: for each λ of the grid `lambda`, `reward` (the weighted sum), `reward_ci`, each reward by name, `kl` (nats a
-            text, exact DeRa from the reference), `kl_ci`, `length` (tokens), `wins_aligned`, `wins_ref`, `gain` (over λ=1),
-            `gain_ci`, `ess` (effective texts a prompt), `known`.
+            text, exact DeRa from the reference), `kl_ci`, `length` (tokens), `wins_aligned`, `wins_ref`, `gain` (over λ=1;
+            of several aligned models, over the one that earns most alone), `gain_ci`, `ess` (effective texts a prompt),
+            `known`.
         points: for each λ that was sampled and each mode, `reward`, `kl`, `length`, `distinct` (share of different word
             pairs), `failed`, `texts`.
-        best: the recommended λ, `lambda`, `interval`, what it gains, and where that lies.
+        best: the recommended λ, `lambda`, `interval` (of several aligned models, one for each), what it gains, and where
+            that lies.
         answers: all texts.
     """
 
@@ -120,10 +128,10 @@ def sweep(
     pair: ModelPair,
     prompts: Sequence[str | dict[str, Any]],
     rewards: Sequence[Reward],
-    lams: Sequence[float] | None = None,
+    lams: Sequence[float | Sequence[float]] | None = None,
     *,
     weights: Sequence[float] | None = None,
-    anchors: Sequence[float] | None = None,
+    anchors: Sequence[float | Sequence[float]] | None = None,
     samples: int = 1,
     max_new_tokens: int = 64,
     reweight: bool = True,
@@ -143,20 +151,26 @@ def sweep(
 ) -> Sweep:
     """Find the λ that rewards on a validation set want.
 
+    Started by `accelerate launch` or `torchrun`, each process samples and reads a share; all return the same.
+
     Args:
         pair: the two models.
         prompts: texts, `{"prompt": …}` or `{"messages": …}`.
         rewards: what texts are worth.
-        lams: the λ of interest; with `reweight`, the curve spans them. Default: 0 to 2.
+        lams: the λ of interest; with `reweight`, the curve spans them. Default: 0 to 2. With several aligned models a number
+            for each, and those that are given are the grid; default: every combination from 0 to 1.
         weights: of the rewards; default 1 each.
-        anchors: where texts are sampled; default 0, 0.5, 1 and 2 as far as they lie within the span, and its ends.
+        anchors: where texts are sampled; default 0, 0.5, 1 and 2 as far as they lie within the span, and its ends; with
+            several aligned models, each alone, none, and their mean.
         samples: texts for each prompt at each anchor.
         max_new_tokens: their length, in tokens.
-        reweight: make curves over all λ of the texts of a few; without it every one of `lams` is sampled.
+        reweight: make curves over all λ of the texts of a few; without it every one of `lams` is sampled, and what a budget
+            leaves goes half-way between the best and its neighbours, or, with several aligned models, where optuna's sampler
+            proposes within the box that `lams` span.
         merged: sample the merged model at the anchors too.
         path: a path that `calibrate` learned, for the merged model.
         scored: texts that were sampled before, see `read_scored`; nothing is sampled then.
-        budget: texts of exact DeRa in all; default: those of the anchors, and of three more.
+        budget: texts of exact DeRa in all; default: those of the anchors, and with `reweight` of three more.
         check: measure how far the merged model at the recommended λ is from exact DeRa.
         beta: the KL coefficient that ALIGNED was trained with; default: what its directory says, if it does.
         seed: of sampling and bootstrap.
@@ -173,8 +187,7 @@ def sweep(
     Raises:
         DeraError: prompts, rewards or λ are unusable, or a reward fails on every text.
     """
-    lams = [float(lam) + 0.0 for lam in lams] if lams is not None else [0.0, 2.0]
-    lambdas.check_names(lams)
+    lams = pair.known(lams) if lams is not None else _default(pair)
     names = [reward.name for reward in rewards]
     if not rewards or len(set(names)) < len(names):
         raise DeraError("give one reward or more, each once")
@@ -189,12 +202,8 @@ def sweep(
     prompt_files.check_lengths(encoded, max_new_tokens, pair.context_length)
     curve = opened(path, pair, lams)
     tell = progress or (lambda what, done, total: None)
-    between = np.linspace(min(lams), max(lams), POINTS).round(4) + 0.0
-    grid = sorted({*lams, *between.tolist()}) if reweight else sorted(lams)
-    if anchors is None:
-        inside = {lam for lam in ANCHORS if min(lams) <= lam <= max(lams)}
-        anchors = sorted({*inside, min(lams), max(lams)}) if reweight else grid
-    anchors = [float(lam) + 0.0 for lam in anchors]
+    grid = sorted({*lams, *_between(lams)}) if reweight else sorted(lams)
+    anchors = pair.known(anchors) if anchors is not None else _anchors(pair, lams) if reweight else grid
     grid = sorted({*grid, *anchors})
     settings = {
         "prompts": len(encoded), "samples": samples, "max_new_tokens": max_new_tokens, "anchors": anchors, "seed": seed,
@@ -204,10 +213,11 @@ def sweep(
     }  # fmt: skip
     mark = {"pair": fingerprint(pair), "prompts": [prompt.ids for prompt in encoded]}
     mark |= {key: value for key, value in settings.items() if key not in ("anchors", "budget")}  # texts are the same
-    store = _Store(None if out is None else Path(out), mark, resume)
+    process, processes = launched()
+    store = _Store(None if out is None else Path(out), mark, resume, writes=process == 0)
     lab = _Sampler(
         pair, encoded, [_plain(entry) for entry in prompts], list(rewards), samples, max_new_tokens, seed, device,
-        compute_dtype, curve, reweight, store, tell,
+        compute_dtype, curve, reweight, store, tell, process, processes,
     )  # fmt: skip
 
     if scored is not None:
@@ -217,19 +227,21 @@ def sweep(
     else:
         with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
             lab.sample("exact", anchors)
-            most = budget or (len(anchors) + 3) * len(encoded) * samples
-            while reweight and (wanted := lab.next_anchor(grid, weights)) is not None:
-                if (len(anchors) + 1) * len(encoded) * samples > most:
+            most = budget or (len(anchors) + 3 * reweight) * len(encoded) * samples
+            search = None if reweight else _Search.of(anchors, seed)
+            while (len(anchors) + 1) * len(encoded) * samples <= most:
+                wanted = lab.next_anchor(grid, weights) if reweight else search.next(lab.means("exact", weights))
+                if wanted is None:
                     break
-                anchors = sorted([*anchors, wanted])
+                anchors, grid = sorted([*anchors, wanted]), sorted({*grid, wanted})
                 lab.sample("exact", [wanted])
     if merged and scored is None:
-        lab.sample("merged", [lam for lam in anchors if lam not in (0.0, 1.0)])
+        lab.sample("merged", [lam for lam in anchors if lam not in pair.ends()])
     result = lab.result(grid if reweight else anchors, weights, settings | {"anchors": anchors})
     lam = result.best["lambda"]
-    if (beta := beta if beta is not None else recorded_beta(pair)) is not None:
+    if not pair.others and (beta := beta if beta is not None else recorded_beta(pair)) is not None:
         result.best |= {"beta": beta, "equivalent_beta": beta / lam if lam else None}
-    if check and result.best["tells_apart"] and lam not in (0.0, 1.0):
+    if check and result.best["tells_apart"] and lam not in pair.ends():
         from .fidelity import compare
 
         few = prompts[: min(len(prompts), 16)]
@@ -240,6 +252,33 @@ def sweep(
         ).at(lam)  # fmt: skip
         result.faithful = {key: row[key] for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict", "why")}
     return result
+
+
+def _default(pair: ModelPair) -> list[Lam]:
+    """The λ of interest where none are given."""
+    models = len(pair.pairs)
+    if models == 1:
+        return [0.0, 2.0]
+    return lambdas.parse_lambdas(["+".join([f"0:1:{STEPS.get(models, 0.5)}"] * models)], models)
+
+
+def _between(lams: Sequence[Lam]) -> list[float]:
+    """A grid from the smallest to the largest λ of one aligned model; those of several are a grid already."""
+    if isinstance(lams[0], Vector):
+        return []
+    return (np.linspace(min(lams), max(lams), POINTS).round(4) + 0.0).tolist()
+
+
+def _anchors(pair: ModelPair, lams: Sequence[Lam]) -> list[Lam]:
+    """Where to sample first: known places within the box that `lams` span, and its ends."""
+    if not pair.others:
+        inside = {lam for lam in ANCHORS if min(lams) <= lam <= max(lams)}
+        return sorted({*inside, min(lams), max(lams)})
+    box = [(min(each), max(each)) for each in zip(*lams, strict=True)]
+    mean = Vector([1 / len(box)] * len(box))
+    places = [lam for lam in (*pair.ends(), mean) if all(a <= x <= b for x, (a, b) in zip(lam, box, strict=True))]
+    corners = [Vector(corner) for corner in zip(*box, strict=True)]
+    return sorted({*places, *corners})
 
 
 def recorded_beta(pair: ModelPair) -> float | None:
@@ -258,8 +297,8 @@ def read_scored(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Texts that were sampled and scored before, from JSON Lines.
 
     Each line has `"prompt"` (text, or number of the prompt) or `"messages"`, `"completion"`, where it came from as
-    `"lambda": 0.5` or `"from": "ref"|"aligned"`, and `"reward"` or `"rewards": {name: number}`. `texts.jsonl` of an earlier
-    sweep will do.
+    `"lambda": 0.5` (`[0.5, 0.25]` of several aligned models) or `"from": "ref"|"aligned"`, and `"reward"` or
+    `"rewards": {name: number}`. `texts.jsonl` of an earlier sweep will do.
 
     Raises:
         DeraError: the file cannot be read, or a line lacks something.
@@ -281,7 +320,8 @@ def read_scored(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if entry.get("mode", "exact") != "exact":
                 continue
             where = {"ref": 0.0, "aligned": 1.0}.get(entry.get("from"), entry.get("lambda"))
-            if isinstance(where, bool) or not isinstance(where, int | float) or not math.isfinite(where):
+            each = where if isinstance(where, list) and where else [where]
+            if not all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in each):
                 raise ValueError('expected "lambda": number, or "from": "ref" or "aligned"')
             text = entry.get("completion", entry.get("text"))
             if not isinstance(text, str) and not isinstance(entry.get("token_ids"), list):
@@ -289,7 +329,8 @@ def read_scored(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
             given = entry.get("rewards", {"reward": entry["reward"]} if "reward" in entry else {})
             numbers = {k: v for k, v in given.items() if isinstance(v, int | float) and math.isfinite(v)}
             rewards = dict.fromkeys(given) | numbers
-            lines.append(entry | {"lambda": float(where) + 0.0, "completion": text, "rewards": rewards})
+            where = Vector(where) if isinstance(where, list) else float(where) + 0.0
+            lines.append(entry | {"lambda": where, "completion": text, "rewards": rewards})
         except (ValueError, RecursionError, AttributeError, TypeError) as error:
             raise DeraError(f"{file}, line {number}: {error}") from error
     if not lines:
@@ -311,26 +352,29 @@ class _Store:
         DeraError: what lies there was made by another call.
     """
 
-    def __init__(self, folder: Path | None, settings: dict[str, Any], resume: bool) -> None:
+    def __init__(self, folder: Path | None, settings: dict[str, Any], resume: bool, writes: bool) -> None:
         self.answers: list[Answer] = []
         self._file = None if folder is None else folder / TEXTS
+        self._writes = writes  # the first of several processes does; all read what is there
         self._head: dict[str, str] | None = {"settings": hashlib.sha256(json_bytes(settings)).hexdigest()}  # till written
         if self._file is not None and resume and self._file.is_file():
             first, *lines = self._file.read_text(encoding="utf-8").split("\n")
             if json.loads(first or "{}") != self._head:
                 raise DeraError(f"{self._file} was begun by another call or from other inputs; leave out --resume")
             whole = lines[:-1]  # what follows the last newline was cut off
-            keys = ("mode", "lambda", "prompt", "sample", "token_ids", "text", "rewards")
+            keys = ("prompt", "sample", "token_ids", "text", "rewards")
             try:
-                self.answers += [Answer(*map(json.loads(line).__getitem__, keys)) for line in whole]
+                for row in map(json.loads, whole):
+                    self.answers.append(Answer(row["mode"], lambdas.loaded(row["lambda"]), *(row[key] for key in keys)))
             except (ValueError, KeyError, AttributeError) as error:
                 raise DeraError(f"{self._file} is broken ({error}); leave out --resume") from error
-            write_atomically(self._file, "".join(f"{line}\n" for line in [first, *whole]).encode())
+            if writes:
+                write_atomically(self._file, "".join(f"{line}\n" for line in [first, *whole]).encode())
             self._head = None
 
     def add(self, answers: Sequence[Answer]) -> None:
         self.answers += answers
-        if self._file is None:
+        if self._file is None or not self._writes:
             return
         if self._head is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -360,21 +404,25 @@ class _Sampler:
     reweight: bool
     store: _Store
     tell: Progress
+    process: int
+    processes: int
 
     def __post_init__(self) -> None:
         self.exact = self.pair.exact(dtype=self.compute_dtype, device=self.device)
         self._merged: Any = None
         self.engine: engines.Engine | None = None
         # Of each of exact DeRa's texts, log π_λ and KL from the reference, in nats: λ → number.
-        self._known: dict[int, dict[float, tuple[float, float]]] = {}
+        self._known: dict[int, dict[Lam, tuple[float, float]]] = {}
+        # Of all texts that were read with several aligned models: `gram` times tokens, and tokens.
+        self._gram: tuple[Any, int] = (0.0, 0)
 
-    def merged(self, lam: float) -> PreTrainedModel:
+    def merged(self, lam: Lam) -> PreTrainedModel:
         if self._merged is None:
             self._merged = self.pair.merged(lam, device=self.device, compute_dtype=self.compute_dtype, path=self.path)
         self._merged.set_lam(lam)
         return self._merged
 
-    def sample(self, mode: Mode, lams: Sequence[float]) -> None:
+    def sample(self, mode: Mode, lams: Sequence[Lam]) -> None:
         """Texts at each λ that are not there yet; exact DeRa's share batches, whatever their λ."""
         there = {(a.mode, a.lam, a.prompt, a.sample) for a in self.store.answers}
         tasks = [
@@ -387,14 +435,18 @@ class _Sampler:
             tasks.sort(key=lambda task: (task[0], len(self.prompts[task[1]].ids)))
         done = 0
         while done < len(tasks):
-            batch = tasks[done : done + (engines.AT_ONCE if self.engine and mode == "exact" else BATCH)]
+            most = engines.AT_ONCE if self.engine and mode == "exact" else BATCH
+            batch = tasks[done : done + most * self.processes]
             if mode == "merged":
                 batch = [task for task in batch if task[0] == batch[0][0]]
-            self.store.add(self._answers(mode, batch))
+            mine = batch[self.process :: self.processes]
+            fresh = gathered(self._answers(mode, mine) if mine else [])
+            place = {task: number for number, task in enumerate(batch)}
+            self.store.add(sorted(fresh, key=lambda a: place[a.lam, a.prompt, a.sample]))
             done += len(batch)
             self.tell(f"sampling from {'exact DeRa' if mode == 'exact' else 'the merged model'}", done, len(tasks))
 
-    def _answers(self, mode: Mode, batch: list[tuple[float, int, int]]) -> list[Answer]:
+    def _answers(self, mode: Mode, batch: list[tuple[Lam, int, int]]) -> list[Answer]:
         # Both modes have the same noise: their texts part only where distributions do. So have all λ, where they are
         # compared as they are; where texts of several λ are pooled, each λ's are to be news.
         own = {lam: zlib.crc32(lambdas.name(lam).encode()) % 9973 if self.reweight else 0 for lam, _, _ in batch}
@@ -427,7 +479,7 @@ class _Sampler:
         """Texts that were sampled and scored before; rewards that they lack are worked out."""
         places = {text: number for number, text in enumerate(self.plain)}
         answers: list[Answer] = []
-        counts: dict[tuple[float, int], int] = {}
+        counts: dict[tuple[Lam, int], int] = {}
         for number, entry in enumerate(scored, 1):
             asked = entry["prompt"] if "prompt" in entry else _plain(entry)
             prompt = asked if isinstance(asked, int) else places.get(asked)
@@ -440,15 +492,24 @@ class _Sampler:
             known = entry["rewards"]
             if len(self.rewards) == 1 and "reward" in known:  # what it is called does not matter then
                 known = {self.rewards[0].name: known["reward"]}
-            key = (entry["lambda"], prompt)
+            key = (self._place(entry["lambda"], number), prompt)
             counts[key] = counts.get(key, 0) + 1
-            answers.append(Answer("exact", entry["lambda"], prompt, counts[key] - 1, ids, text, dict(known)))
+            answers.append(Answer("exact", key[0], prompt, counts[key] - 1, ids, text, dict(known)))
         for reward in self.rewards:
             lacking = [a for a in answers if reward.name not in a.rewards]
             values = reward.score([(self.plain[a.prompt], a.text) for a in lacking]) if lacking else []
             for answer, value in zip(lacking, values, strict=True):
                 answer.rewards[reward.name] = value
         self.store.add(answers)
+
+    def _place(self, lam: Lam, number: int) -> Lam:
+        """The λ of scored text `number`; 0 and 1 of several aligned models are the reference and the first of them."""
+        if self.pair.others and lam in (0.0, 1.0):
+            return self.pair.ends()[int(lam)]
+        try:
+            return self.pair.known([lam])[0]
+        except (TypeError, ValueError) as error:
+            raise DeraError(f"scored text {number}: {error}") from None
 
     def _tokens(self, completion: str) -> list[int]:
         """A text as tokens, ended if it is shorter than texts may be."""
@@ -462,28 +523,36 @@ class _Sampler:
         prompts = [self.prompts[a.prompt].ids for a in answers]
         return [Text(a.prompt, [*ids, *a.ids], len(ids)) for a, ids in zip(answers, prompts, strict=True)]
 
-    def _densities(self, lams: Sequence[float]) -> tuple[list[Answer], np.ndarray, np.ndarray]:
+    def _densities(self, lams: Sequence[Lam]) -> tuple[list[Answer], np.ndarray, np.ndarray]:
         """Exact DeRa's texts, and log π_λ and KL from the reference of each at each λ, (texts, λ) in nats."""
         answers = [a for a in self.store.answers if a.mode == "exact"]
         fresh = [i for i in range(len(answers)) if any(lam not in self._known.get(i, {}) for lam in lams)]
         if fresh:
-            texts = self._texts([answers[i] for i in fresh])
-            self.tell("reading the texts", 0, 3)
-            ref = trace_of(self.exact.ref, texts)
-            self.tell("reading the texts", 1, 3)
-            aligned = trace_of(self.exact.aligned, texts)
-            self.tell("reading the texts", 2, 3)
-            starts = np.cumsum([0, *(len(text.completion) for text in texts)])[:-1]
-            found = densities(ref, aligned, tokens_of(texts), lams, self.exact.config.vocab_size)
-            logp, kl = (np.add.reduceat(each, starts) for each in found)
-            for row, i in enumerate(fresh):
-                self._known[i] = {lam: (logp[row, c], kl[row, c]) for c, lam in enumerate(lams)}
-            self.tell("reading the texts", 3, 3)
+            mine = fresh[self.process :: self.processes]
+            found = self._read([answers[i] for i in mine], lams) if mine else []
+            for i, row in gathered(list(zip(mine, found, strict=True))):
+                self._known[i] = row
         both = np.array([[self._known[i][lam] for lam in lams] for i in range(len(answers))])
         return answers, both[..., 0], both[..., 1]
 
+    def _read(self, answers: Sequence[Answer], lams: Sequence[Lam]) -> list[dict[Lam, tuple[float, float]]]:
+        """log π_λ and KL from the reference of these texts at each λ."""
+        texts, traces = self._texts(answers), []
+        for number, model in enumerate(self.exact.sides):
+            self.tell("reading the texts", number, len(self.exact.sides) + 1)
+            traces.append(trace_of(model, texts))
+        self.tell("reading the texts", len(traces), len(traces) + 1)
+        starts = np.cumsum([0, *(len(text.completion) for text in texts)])[:-1]
+        found = densities(traces, tokens_of(texts), lams, self.exact.config.vocab_size)
+        logp, kl = (np.add.reduceat(each, starts) for each in found)
+        if self.pair.others:
+            count = len(traces[0].hidden)
+            self._gram = (self._gram[0] + count * gram(traces, self.exact.config.vocab_size), self._gram[1] + count)
+        self.tell("reading the texts", len(traces) + 1, len(traces) + 1)
+        return [{lam: (logp[row, c], kl[row, c]) for c, lam in enumerate(lams)} for row in range(len(texts))]
+
     def _pool(
-        self, grid: Sequence[float], weights: Sequence[float]
+        self, grid: Sequence[Lam], weights: Sequence[float]
     ) -> tuple[Pool, list[Answer], np.ndarray, np.ndarray]:
         """Exact DeRa's texts that have a reward, as a pool; and of each its answer, reward and KL at each λ."""
         answers, logp, kl = self._densities(grid)
@@ -500,7 +569,15 @@ class _Sampler:
         """The weighted sum of each text's rewards; NaN where one failed."""
         return np.array([[a.rewards[r.name] for r in self.rewards] for a in answers], dtype=float) @ np.array(weights)
 
-    def next_anchor(self, grid: Sequence[float], weights: Sequence[float]) -> float | None:
+    def means(self, mode: Mode, weights: Sequence[float]) -> dict[Lam, float]:
+        """The mean reward of what was sampled at each λ, as it is."""
+        mine: dict[Lam, list[Answer]] = {}
+        for answer in self.store.answers:
+            if answer.mode == mode:
+                mine.setdefault(answer.lam, []).append(answer)
+        return {lam: float(np.nanmean(self._totals(answers, weights))) for lam, answers in mine.items()}
+
+    def next_anchor(self, grid: Sequence[Lam], weights: Sequence[float]) -> Lam | None:
         """Where another anchor tells most about the best λ; None where the best is known well enough.
 
         That is the λ with the highest upper bound of its reward, as long as few effective texts stand for it.
@@ -512,9 +589,11 @@ class _Sampler:
         best = int(np.argmax(upper - 1e-9 * pool.ess))
         return None if pool.ess[best] >= SURE or grid[best] in there else grid[best]
 
-    def result(self, grid: Sequence[float], weights: Sequence[float], settings: dict[str, Any]) -> Sweep:
+    def result(self, grid: Sequence[Lam], weights: Sequence[float], settings: dict[str, Any]) -> Sweep:
         """All curves, points and the answer."""
-        grid = sorted({*grid, 0.0, 1.0}) if min(grid) <= 0 and max(grid) >= 1 else list(grid)
+        ends, several = self.pair.ends(), bool(self.pair.others)
+        within = not several and min(grid) <= 0 and max(grid) >= 1 and settings["reweight"]
+        grid = sorted({*grid, *ends}) if within else list(grid)
         pool, answers, total, kl = self._pool(grid, weights)
         failed = sum(a.mode == "exact" for a in self.store.answers) - len(answers)
         if settings["reweight"] is False:
@@ -524,13 +603,14 @@ class _Sampler:
         columns["length"] = pool.mean(np.array([len(a.ids) for a in answers], dtype=float))
         if len(self.rewards) > 1:
             columns |= {r.name: pool.mean(np.array([a.rewards[r.name] for a in answers], dtype=float)) for r in self.rewards}
-        for name, lam in (("wins_aligned", 1.0), ("wins_ref", 0.0)):
-            if lam in grid:
-                columns[name] = pool.wins(total, grid.index(lam))
-        if 1.0 in grid:
-            one = grid.index(1.0)
-            columns["gain"] = reward - reward[one], draws - draws[:, [one]]
         known = pool.ess >= KNOWN
+        alone = [grid.index(lam) for lam in ends[1:] if lam in grid]
+        one = max(alone, key=lambda number: reward[number] if known[number] else -np.inf, default=None)
+        for name, number in (("wins_aligned", one), ("wins_ref", grid.index(ends[0]) if ends[0] in grid else None)):
+            if number is not None:
+                columns[name] = pool.wins(total, number)
+        if one is not None:
+            columns["gain"] = reward - reward[one], draws - draws[:, [one]]
         curve = []
         bounds = {name: interval(each) for name, (_, each) in columns.items()}
         for number, lam in enumerate(grid):
@@ -544,21 +624,65 @@ class _Sampler:
         chosen = np.where(known, reward, -np.inf)
         best = int(np.argmax(chosen))
         winners = np.array(grid)[np.argmax(np.where(known, draws, -np.inf), axis=1)]
-        low, high = np.quantile(winners, [0.025, 0.975])
-        edge = best in (0, len(grid) - 1) or not known[max(best - 1, 0)] or not known[min(best + 1, len(grid) - 1)]
-        answer: dict[str, Any] = {"lambda": grid[best], "interval": [float(low), float(high)], "at_the_edge": bool(edge)}
+        bounds_of_best = np.quantile(winners, [0.025, 0.975], axis=0).T.tolist()
+        if several:
+            reach = list(zip(*(grid[i] for i in np.flatnonzero(known)), strict=True))
+            edge = any(x in (min(each), max(each)) for x, each in zip(grid[best], reach, strict=True))
+        else:
+            edge = best in (0, len(grid) - 1) or not known[max(best - 1, 0)] or not known[min(best + 1, len(grid) - 1)]
+        answer: dict[str, Any] = {"lambda": grid[best], "interval": bounds_of_best, "at_the_edge": bool(edge)}
+        if several:
+            answer["log_ratio"] = self._log_ratio(grid[best])
+            answer["gain_over"] = None if one is None else grid[one]
         answer["tells_apart"] = bool(np.ptp(reward[known]) > 0)
         answer |= {key: curve[best][key] for key in ("reward", "reward_ci", "kl", "ess")}
         if "gain" in columns:
             answer |= {"gain": curve[best]["gain"], "gain_ci": curve[best]["gain_ci"]}
             answer["more_than_noise"] = bool(curve[best]["gain_ci"][0] > 0)
+        if (both := self._choices(weights)) is not None:
+            answer["sampled"] = both
         settings = settings | {"failed": failed}
         if failed:
             warn(f"a reward failed on {failed} of {failed + len(answers)} texts, twice; they are left out")
-        names = (self.pair.ref.source.name, self.pair.aligned.source.name)
+        names = (self.pair.ref.source.name, " + ".join(one.aligned.source.name for one in self.pair.pairs))
         result = Sweep(*names, curve, self._points(weights), answer, settings, None, [], self.plain, self.store.answers)
-        result.commands = _commands(result, self.path) if answer["tells_apart"] else []
+        result.commands = _commands(result, self.pair, self.path) if answer["tells_apart"] else []
         return result
+
+    def _log_ratio(self, lam: Vector) -> dict[str, Any] | None:
+        """See `divergence.log_ratio`; over the texts of all processes."""
+        parts = gathered([self._gram])
+        tokens = sum(count for _, count in parts)
+        return log_ratio(sum(total for total, _ in parts) / tokens, lam) if tokens else None
+
+    def _choices(self, weights: Sequence[float]) -> dict[str, Any] | None:
+        """Which of the λ that both were sampled at each of exact and merged would choose: mode → `lambda`, `interval`.
+
+        The noise is theirs in common, and at the ends they are one model. None where there are fewer than three such λ.
+        """
+        ends, prompts = self.pair.ends(), len(self.prompts)
+        places = {mode: {a.lam for a in self.store.answers if a.mode == mode} for mode in ("exact", "merged")}
+        common = sorted(places["exact"] & (places["merged"] | set(ends)))
+        if len(common) < 3 or not places["merged"]:
+            return None
+        draws = np.random.default_rng(self.seed).integers(prompts, size=(CHOICES, prompts))
+        found: dict[str, Any] = {}
+        for mode in ("exact", "merged"):
+            means = np.full((len(common), prompts), np.nan)
+            for number, lam in enumerate(common):
+                kind = "exact" if lam in ends else mode
+                mine = [a for a in self.store.answers if a.mode == kind and a.lam == lam]
+                total, of = self._totals(mine, weights), np.array([a.prompt for a in mine])
+                kept = ~np.isnan(total)
+                sums, counts = (np.bincount(of[kept], each, prompts) for each in (total[kept], None))
+                with np.errstate(invalid="ignore"):
+                    means[number] = sums / counts
+            best = np.array(common)[np.argmax(np.nanmean(means[:, draws], -1), 0)]
+            found[mode] = {
+                "lambda": common[int(np.argmax(np.nanmean(means, 1)))],
+                "interval": np.quantile(best, [0.025, 0.975], axis=0).T.tolist(),
+            }
+        return found
 
     def _points(self, weights: Sequence[float]) -> list[dict[str, Any]]:
         """What was sampled, as it is: no weights."""
@@ -582,11 +706,11 @@ class _Sampler:
                 points.append(point)
         return points
 
-    def _merged_kl(self, lam: float, answers: Sequence[Answer]) -> float:
+    def _merged_kl(self, lam: Lam, answers: Sequence[Answer]) -> float:
         """KL of the merged model from the reference on its own texts, nats a text."""
         texts = self._texts(answers)
-        traces = trace_of(self.exact.ref, texts), trace_of(self.merged(lam), texts)
-        _, kl = densities(*traces, tokens_of(texts), [1.0], self.exact.config.vocab_size)
+        traces = [trace_of(self.exact.ref, texts), trace_of(self.merged(lam), texts)]
+        _, kl = densities(traces, tokens_of(texts), [1.0], self.exact.config.vocab_size)
         return float(kl.sum() / len(texts))
 
 
@@ -602,12 +726,61 @@ def _distinct(texts: Sequence[str]) -> float:
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def _commands(result: Sweep, path: Curve | None) -> list[str]:
+class _Search:
+    """Where to sample next without weights: half-way between the best λ of one aligned model and its neighbours."""
+
+    def __init__(self, lams: Sequence[Lam]) -> None:
+        self.nearest = FINEST * (max(lams) - min(lams))
+
+    @staticmethod
+    def of(lams: Sequence[Lam], seed: int) -> _Search:
+        return _VectorSearch(lams, seed) if isinstance(lams[0], Vector) else _Search(lams)
+
+    def next(self, means: dict[Lam, float]) -> Lam | None:
+        """The next λ, knowing the mean reward of some; None where neighbours are near enough."""
+        lams = sorted(means)
+        best = lams.index(max(means, key=means.__getitem__))
+        gaps = [(lams[i + 1] - lams[i], i) for i in (best - 1, best) if 0 <= i < len(lams) - 1]
+        width, left = max(gaps, default=(0.0, 0))
+        return round(lams[left] + width / 2, 6) + 0.0 if width > self.nearest > 0 else None
+
+
+class _VectorSearch(_Search):
+    """The same for several aligned models: optuna's sampler (TPE), within the box that the first λ span.
+
+    Raises:
+        DeraError: optuna is not installed.
+    """
+
+    def __init__(self, lams: Sequence[Vector], seed: int) -> None:
+        self.box = [(min(each), max(each)) for each in zip(*lams, strict=True)]
+        self.seed = seed
+
+    def next(self, means: dict[Lam, float]) -> Lam | None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise DeraError("a search over several λ at once needs optuna: pip install 'dera-merge[sweep]'") from error
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        spread = {str(k): optuna.distributions.FloatDistribution(*each) for k, each in enumerate(self.box)}
+        # Made anew each time, so that a resumed sweep makes the same proposals.
+        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=self.seed + len(means)))
+        for lam, value in means.items():
+            params = {str(k): x for k, x in enumerate(lam)}
+            if all(a <= x <= b for x, (a, b) in zip(lam, self.box, strict=True)):
+                study.add_trial(optuna.trial.create_trial(params=params, distributions=spread, value=value))
+        asked = study.ask(spread)
+        found = Vector(round(asked.params[str(k)], 4) + 0.0 for k in range(len(self.box)))
+        return None if found in means else found
+
+
+def _commands(result: Sweep, pair: ModelPair, path: Curve | None) -> list[str]:
     """What to run to ship the recommended λ."""
     import shlex
 
-    lam = lambdas.name(result.best["lambda"])
-    words = ["dera-merge", "merge", result.ref, result.aligned, "-l", lam, "-o", "merged"]
+    lam, names = lambdas.name(result.best["lambda"]), [pair.ref.source.name, pair.aligned.source.name]
+    names += [word for other in pair.others for word in ("--aligned", other.aligned.source.name)]
+    words = ["dera-merge", "merge", *names, "-l", lam, "-o", "merged"]
     words += ["--path", path.name] if path else []
-    check = ["dera-merge", "compare", result.ref, result.aligned, "-l", lam, "--approx", "merged", "-o", "report"]
+    check = ["dera-merge", "compare", *names, "-l", lam, "--approx", "merged", "-o", "report"]
     return [shlex.join(words), shlex.join(check), "dera-merge push merged USER/NAME --report report"]

@@ -65,7 +65,7 @@ class MergedDraft(CandidateGenerator):
         logits_processor: what the draft's scores go through, as the call's do.
         past: the pair's cache.
         attention_mask: (1, tokens) of the prompt, or None.
-        lam: λ, for a draft that takes it with each call.
+        lam: λ, for a draft that takes it with each call; (1,), or with several aligned models (1, models).
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class MergedDraft(CandidateGenerator):
         logits_processor: LogitsProcessorList,
         past: PairCache | RowsCache,
         attention_mask: torch.Tensor | None,
-        lam: float,
+        lam: torch.Tensor,
     ) -> None:
         from .exact import DialForCausalLM
 
@@ -149,15 +149,20 @@ class MergedDraft(CandidateGenerator):
             return
         if any(getattr(layer, "keys", None) is None for layer in self.past.layers):  # a recurrent state, say
             return
-        layers = [self.past.both(layer) for layer in range(self.past.depth)]
+        layers = [self.past.sides(layer) for layer in range(self.past.depth)]
         heads = getattr(self.draft.config.get_text_config(), "num_key_value_heads", None)
-        if any(keys.shape[-2] != known or keys.shape[1] != heads for keys, *_ in layers):
+        if any(keys[0].shape[-2] != known or keys[0].shape[1] != heads for keys, _ in layers):
             return
         like = {"device": self.draft.device, "dtype": self.draft.dtype}
-        for number, (ref_keys, keys, ref_values, values) in enumerate(layers):
-            pairs = ((ref_keys, keys), (ref_values, values))
-            mixed = ((1 - self.lam) * r[..., have:, :] + self.lam * a[..., have:, :].to(r.device) for r, a in pairs)
-            self.cache.update(*(tensor.to(**like) for tensor in mixed), number)
+        lams = self.lam.flatten().tolist()
+        for number, kinds in enumerate(layers):
+            mixed = []
+            for ref, *aligned in kinds:  # keys, then values
+                total = (1 - sum(lams)) * ref[..., have:, :]
+                for lam, each in zip(lams, aligned, strict=True):
+                    total = total + lam * each[..., have:, :].to(ref.device)
+                mixed.append(total.to(**like))
+            self.cache.update(*mixed, number)
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Count what came of a draft."""

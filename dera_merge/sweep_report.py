@@ -9,61 +9,77 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .lambdas import name
-from .report import draw_curve, figure_of, have_matplotlib, no_plots, number, page
+from .lambdas import Lam, Vector, name
+from .report import draw_curve, figure_of, have_matplotlib, log_ratio_sentence, no_plots, number, over_lambda, page
 
 if TYPE_CHECKING:
     from .selection import Answer, Sweep
 
+MOST_BARS = 24  # λ of three or more aligned models that are drawn
 SHOWN = 3  # prompts whose texts are shown at each λ
 COLUMNS = ("lambda", "reward", "reward_ci", "kl", "length", "wins_aligned", "wins_ref", "gain_ci", "ess")
 LEGEND = (
     "reward: mean over prompts, with its 95 % interval. kl: KL of exact DeRa from the reference, nats a text. length: "
-    "tokens. wins_aligned, wins_ref: how often a text earns more than one of λ=1 and of λ=0, ties half. gain_ci: interval "
-    "of the reward less that of λ=1. ess: effective texts a prompt; 1 is what one text sampled there would be."
+    "tokens. wins_aligned, wins_ref: how often a text earns more than one of λ=1 (of several aligned models: of the best "
+    "alone) and of the reference, ties half. gain_ci: interval of the reward less that of λ=1 (likewise). ess: effective "
+    "texts a prompt; 1 is what one text sampled there would be."
 )
 
 
 def sentences(sweep: Sweep) -> list[str]:
     """The answer in words."""
     best = sweep.best
-    lam, (low, high) = name(best["lambda"]), best["interval"]
+    lam = name(best["lambda"])
     if not best["tells_apart"]:
         same = number(best["reward"])
         return [f"These texts tell no λ apart: each earns {same}. Another reward, more or longer texts may."]
     said = [
         f"λ = {lam} earns most: {number(best['reward'])} ({_range(best['reward_ci'])}), at {number(best['kl'])} nats a text "
-        f"from the reference; the best λ lies between {low:g} and {high:g} (95 %)."
+        f"from the reference; the best λ lies {_spans(best['interval'])} (95 %)."
     ]
-    if best.get("gain") is not None and best["lambda"] != 1.0:
+    alone = best.get("gain_over", 1.0)
+    if best.get("gain") is not None and best["lambda"] != alone:
         verdict = "more than noise" if best["more_than_noise"] else "not more than noise"
-        said.append(f"That is {best['gain']:+.2g} over the aligned model itself ({_range(best['gain_ci'])}): {verdict}.")
+        over = "the aligned model itself" if alone == 1.0 else f"the best aligned model alone ({name(alone)})"
+        said.append(f"That is {best['gain']:+.2g} over {over} ({_range(best['gain_ci'])}): {verdict}.")
     if best["at_the_edge"]:
         said.append("It lies at the edge of what is known here: the true best may lie beyond.")
     if best.get("equivalent_beta"):
         said.append(f"Retraining would take KL coefficient β/λ = {best['beta']:g}/{lam} = {best['equivalent_beta']:.3g}.")
+    said += log_ratio_sentence(best.get("log_ratio"))
     if sweep.faithful:
         row = sweep.faithful
         said.append(f"The merged model there is {row['verdict']}: kl {number(row['kl'])} nats a token; {row['why']}.")
+    if both := best.get("sampled"):
+        ours, theirs = both["exact"]["lambda"], both["merged"]["lambda"]
+        text = f"Of the λ that both were sampled at, exact DeRa and the merged model choose the same, {name(ours)}."
+        if ours != theirs:
+            spans = [_spans(both[mode]["interval"]) for mode in ("exact", "merged")]
+            text = (
+                f"Of the λ that both were sampled at, exact DeRa chooses {name(ours)} ({spans[0]}), the merged model "
+                f"{name(theirs)} ({spans[1]})."
+            )
+        said.append(text)
     unknown = [row["lambda"] for row in sweep.curve if not row["known"]]
     if unknown:
-        said.append(f"At {len(unknown)} of {len(sweep.curve)} λ too few texts say anything; the curve is dotted there.")
+        how = "is left out" if isinstance(best["lambda"], Vector) else "is dotted there"
+        said.append(f"At {len(unknown)} of {len(sweep.curve)} λ too few texts say anything; the curve {how}.")
     if front := pareto(sweep):
-        said.append(f"No λ beats these in every reward at once: {', '.join(map(name, front))}.")
+        more = f" and {len(front) - 8} more" if len(front) > 8 else ""
+        said.append(f"No λ beats these in every reward at once: {', '.join(map(name, front[:8]))}{more}.")
     return said
 
 
-def pareto(sweep: Sweep) -> list[float]:
-    """The λ that no other beats in every reward, where there are several rewards; else none."""
-    names = list(sweep.settings["rewards"])
+def pareto(sweep: Sweep) -> list[Lam]:
+    """The λ that no other beats in every reward, where there are several; a reward of negative weight is to be small."""
+    signs = {name: math.copysign(1.0, weight) for name, weight in sweep.settings["rewards"].items() if weight}
     rows = [row for row in sweep.curve if row["known"]]
-    if len(names) < 2:
+    if len(signs) < 2:
         return []
 
     def beaten(row: dict[str, Any]) -> bool:
-        return any(
-            all(other[n] >= row[n] for n in names) and any(other[n] > row[n] for n in names) for other in rows
-        )
+        ahead = ([sign * (other[name] - row[name]) for name, sign in signs.items()] for other in rows)
+        return any(min(each) >= 0 < max(each) for each in ahead)
 
     return [row["lambda"] for row in rows if not beaten(row)]
 
@@ -84,6 +100,12 @@ def cells(row: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> list[str]:
         else:
             found.append(number(value) if row["known"] or column == "ess" else "–")
     return found
+
+
+def _spans(interval: list[Any]) -> str:
+    """An interval of λ, or of several aligned models' one each."""
+    spans = interval if isinstance(interval[0], list) else [interval]
+    return " and ".join(f"between {low:g} and {high:g}" for low, high in spans)
 
 
 def _range(bounds: list[float]) -> str:
@@ -126,13 +148,17 @@ def plot_sweep(sweep: Sweep, file: Path) -> Path | None:
     if not have_matplotlib():
         no_plots()
         return None
-    figure = figure_of([lambda axis: draw_reward(axis, sweep), lambda axis: draw_frontier(axis, sweep)], (10, 4))
+    draw = [lambda axis: draw_reward(axis, sweep), lambda axis: draw_frontier(axis, sweep)]
+    draw += [lambda axis: draw_pareto(axis, sweep)] if len(sweep.settings["rewards"]) > 1 else []
+    figure = figure_of(draw, (5 * len(draw), 4))
     figure.savefig(file, dpi=140)
     return file
 
 
 def draw_reward(axis: Any, sweep: Sweep) -> None:
     """Reward over λ with its band; dotted where it is not known; what was sampled as points."""
+    if isinstance(sweep.best["lambda"], Vector):
+        return draw_rewards_of_several(axis, sweep)
     rows = [row for row in sweep.curve if row["known"]]
     draw_curve(axis, sweep.curve, lambda r: r["reward"], color="C0", linestyle=":", linewidth=1)
     draw_curve(axis, sweep.curve, lambda r: r["reward"] if r["known"] else None, color="C0", label="exact DeRa")
@@ -154,17 +180,55 @@ def draw_reward(axis: Any, sweep: Sweep) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
+def draw_rewards_of_several(axis: Any, sweep: Sweep) -> None:
+    """Reward of each λ of several aligned models: of two as a map, of more side by side."""
+    rows = [row for row in sweep.curve if row["known"]]
+    best, sampled = sweep.best["lambda"], {p["lambda"] for p in sweep.points if p["mode"] == "exact"}
+    if len(best) == 2:
+        x, y = zip(*(row["lambda"] for row in rows), strict=True)
+        seen = axis.scatter(x, y, c=[row["reward"] for row in rows], s=90, marker="s", cmap="viridis")
+        axis.figure.colorbar(seen, ax=axis, label="reward")
+        axis.plot(*zip(*sampled, strict=True), "o", markersize=4, color="w", markeredgecolor="k", label="sampled")
+        axis.plot(*best, "*", color="C3", markersize=12, label=f"best: {name(best)}")
+        axis.set(xlabel="λ of the first aligned model", ylabel="λ of the second", title="What λ earns")
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+        return
+    rows = sorted(rows, key=lambda row: -row["reward"])[:MOST_BARS]
+    rows, at = over_lambda(axis, rows)
+    values = [row["reward"] for row in rows]
+    bars = np.abs(np.array([row["reward_ci"] for row in rows]).T - np.array(values))
+    axis.errorbar(at, values, bars, fmt="o", color="C0", markersize=4, elinewidth=0.8)
+    axis.set(xlabel="λ", ylabel="reward", title=f"What λ earns (the best {len(rows)})")
+
+
+def draw_pareto(axis: Any, sweep: Sweep) -> None:
+    """The first two rewards against each other; λ that none beats in every reward are named."""
+    one, other = list(sweep.settings["rewards"])[:2]
+    rows, front = [row for row in sweep.curve if row["known"]], set(pareto(sweep))
+    axis.plot([row[one] for row in rows], [row[other] for row in rows], ".", color="C7", label="λ")
+    best = sorted((row for row in rows if row["lambda"] in front), key=lambda row: row[one])
+    at = [row[one] for row in best], [row[other] for row in best]
+    axis.plot(*at, "o-", color="C0", markersize=4, label="none beats it")
+    for row in best[:: max(1, math.ceil(len(best) / 8))]:
+        axis.annotate(f" {name(row['lambda'])}", (row[one], row[other]), fontsize=7, va="bottom")
+    axis.set(xlabel=one, ylabel=other, title="Rewards against each other")
+    axis.legend(frameon=False, fontsize=8)
+
+
 def draw_frontier(axis: Any, sweep: Sweep) -> None:
     """Reward against KL from the reference, λ along the curve; exact and merged."""
     rows = [row for row in sweep.curve if row["known"]]
-    axis.plot([row["kl"] for row in rows], [row["reward"] for row in rows], color="C0", label="exact DeRa")
+    several = isinstance(sweep.best["lambda"], Vector)
+    style = {"linestyle": "", "marker": "."} if several else {}
+    axis.plot([row["kl"] for row in rows], [row["reward"] for row in rows], color="C0", label="exact DeRa", **style)
     merged = [p for p in sweep.points if p["mode"] == "merged" and "reward" in p]
     ends = [{"lambda": p["lambda"], "kl": row["kl"], "reward": p["reward"]} for p in sweep.points
             for row in sweep.curve if p["mode"] == "exact" and p["lambda"] in (0.0, 1.0) and row["lambda"] == p["lambda"]
             and "reward" in p]  # fmt: skip
     if merged:  # at λ = 0 and 1 both are one model
         line = sorted([*merged, *ends], key=lambda p: p["lambda"])
-        axis.plot([p["kl"] for p in line], [p["reward"] for p in line], "s--", color="C1", markersize=4, label="merged")
+        how = "s" if several else "s--"
+        axis.plot([p["kl"] for p in line], [p["reward"] for p in line], how, color="C1", markersize=4, label="merged")
     sampled = {p["lambda"] for p in sweep.points}
     for row in rows:
         if row["lambda"] in sampled or row["lambda"] == sweep.best["lambda"]:
@@ -198,9 +262,12 @@ def html(sweep: Sweep) -> str:
     draw: dict[str, Callable[[Any], None]] = {
         "reward": lambda axis: draw_reward(axis, sweep), "frontier": lambda axis: draw_frontier(axis, sweep),
     }  # fmt: skip
-    if any("wins_ref" in row for row in sweep.curve):
-        draw["wins"] = lambda axis: draw_wins(axis, sweep)
-    draw["ess"] = lambda axis: draw_ess(axis, sweep)
+    if not isinstance(sweep.best["lambda"], Vector):
+        if any("wins_ref" in row for row in sweep.curve):
+            draw["wins"] = lambda axis: draw_wins(axis, sweep)
+        draw["ess"] = lambda axis: draw_ess(axis, sweep)
+    if len(sweep.settings["rewards"]) > 1:
+        draw["pareto"] = lambda axis: draw_pareto(axis, sweep)
     wanted = columns(sweep)
     return page(
         "sweep.html", "Which λ?", sweep, draw, said=sentences(sweep), columns=wanted, legend=LEGEND,

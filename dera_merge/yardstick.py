@@ -46,25 +46,28 @@ def quantise(weight: torch.Tensor, bits: int) -> torch.Tensor:
 def noise_floor(
     pair: ModelPair, texts: list[Text], lams: Sequence[float], device: str | torch.device, tell: Callable[[], None]
 ) -> dict[float, np.ndarray]:
-    """KL(exact in float32‖exact in bfloat16) of each scored token, for each λ; (tokens,) float64. 4 passes."""
-    wide, narrow = (pair.exact(dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
+    """KL(exact in float32‖exact in bfloat16) of each scored token, for each λ; (tokens,) float64. Two passes a model."""
     traces = []
-    for model in (wide.ref, wide.aligned, narrow.ref, narrow.aligned):
-        traces.append(trace_of(model, texts, []))
-        tell()
-    return between_mixtures(*traces, lams, wide.config.vocab_size)
+    for dtype in (torch.float32, torch.bfloat16):
+        exact = pair.exact(dtype=dtype, device=device)
+        traces.append([])
+        for model in exact.sides:
+            traces[-1].append(trace_of(model, texts, []))
+            tell()
+    return between_mixtures(*traces, lams, pair.vocab_size)
 
 
 def ladder(
     pair: ModelPair, texts: list[Text], lams: Sequence[float], device: str | torch.device, tell: Callable[[], None]
 ) -> dict[int, dict[float, np.ndarray]]:
-    """KL(exact‖exact of quantised weights) of each scored token: bits → λ → (tokens,) float64. 2 + 2·5 passes.
+    """KL(exact‖exact of quantised weights) of each scored token: bits → λ → (tokens,) float64. 6 passes a model.
 
-    All matrices of both models are quantised, embeddings and head too, nothing else.
+    All matrices of all models are quantised, embeddings and head too, nothing else.
     """
-    model = pair.merged(0.0, device=device)
+    ends = pair.ends()
+    model = pair.merged(ends[0], device=device)
     sides: list[list[Any]] = []
-    for lam in (0.0, 1.0):
+    for lam in ends:
         model.set_lam(lam)
         kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim == 2}
         heads: list[torch.nn.ModuleDict] = []  # of this side; quantised ones are copies of their own
@@ -75,11 +78,8 @@ def ladder(
             traces.append(trace_of(model, texts, heads))
             tell()
         sides.append(traces)
-    (ref, *refs), (aligned, *aligneds) = sides
-    return {
-        bits: between_mixtures(ref, aligned, one, other, lams, pair.vocab_size)
-        for bits, one, other in zip(BITS, refs, aligneds, strict=True)
-    }
+    whole, *rounded = zip(*sides, strict=True)
+    return {bits: between_mixtures(whole, each, lams, pair.vocab_size) for bits, each in zip(BITS, rounded, strict=True)}
 
 
 @torch.no_grad()

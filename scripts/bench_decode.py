@@ -2,6 +2,7 @@
 """What exact DeRa costs: time per token as a ratio to one model, beside other ways of doing it.
 
     python scripts/bench_decode.py REF ALIGNED [--dtype float32] [--batch 1,8,32] [--lambda 0.5] [--memory]
+    python scripts/bench_decode.py REF ALIGNED --more ALIGNED2          # two adapters on one base
     python scripts/bench_decode.py --random 7b --device cuda --dtype bfloat16 --batch 1,8
 
 Contestants: one merged model (1.0 by definition); a plain loop over two models with a cache each; a logits processor that
@@ -201,6 +202,22 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
         found["dial, λ for each row"] = lambda: generated(exact().dial())
         if not args.random:
             found["PEFT mixed batch"] = lambda: peft_mixed_batch(exact().ref, args.aligned, lam, new, dtype)
+    if args.more:
+        several = ModelPair.from_pretrained(args.ref, [args.aligned, args.more])
+
+        def together() -> DeraForCausalLM:
+            if "several" not in loaded:
+                loaded["several"] = several.exact([lam / 2, lam / 2], **options)
+            return loaded["several"]
+
+        apart = [lam / 2, lam / 2]
+        found["two aligned models, a pass each"] = lambda: generated(
+            DeraForCausalLM(together().ref, together().sides[1:], apart)
+        )
+        found["two aligned models, one pass"] = lambda: generated(together())
+        found["three rows through the base alone"] = lambda: lambda ids: exact().ref.generate(
+            ids.repeat(3, 1), max_new_tokens=new, **QUIET
+        )
     if batch == 1 and not args.random:
         for block in (2, 4, 8):
             found[f"CoS, blocks of {block}"] = lambda block=block: cos(exact().ref, exact().aligned, lam, new, block)
@@ -234,6 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ref", nargs="?")
     parser.add_argument("aligned", nargs="?")
+    parser.add_argument("--more", metavar="ADAPTER", help="a second aligned model on the same base")
     parser.add_argument("--random", choices=SHAPES)
     parser.add_argument("--dir", default="bench-pair", help="where a random pair is made")
     parser.add_argument("--lambda", dest="lam", type=float, default=0.5)
@@ -251,7 +269,7 @@ def main() -> None:
     if args.random:
         args.ref, args.aligned = random_pair(args.random, args.dir)
     torch.set_grad_enabled(False)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     pair = ModelPair.from_pretrained(args.ref, args.aligned)
 
     def wanted(name: str) -> bool:

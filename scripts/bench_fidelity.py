@@ -73,7 +73,7 @@ def memory() -> None:
     traces = [Trace(torch.randn(tokens, hidden), lambda h, w=w: h @ w.T) for w in weights]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     at, own = [(lam, {"kl": traces[2]}) for lam in LAMS], torch.zeros(tokens, dtype=torch.long)
-    took = seconds(lambda: divergences(traces[0], traces[1], at, own, vocabulary))
+    took = seconds(lambda: divergences(traces[:2], at, own, vocabulary))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     whole = tokens * vocabulary * 8 / 1e6
     print(f"vocabulary {vocabulary}, {tokens} tokens, {len(LAMS)} λ: {after - before:.0f} MB above heads and traces")

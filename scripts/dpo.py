@@ -21,16 +21,20 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Conversation = list[dict[str, str]]
-Objective = Literal["dpo", "ipo"]
+Objective = Literal["dpo", "ipo", "rebel"]
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt as token ids, with the end token unless they were cut at the length limit."""
+    """Two answers to one prompt as token ids, with the end token unless they were cut at the length limit.
+
+    `gap` is the reward of the first less that of the second, for objectives that ask for more than which is better.
+    """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    gap: float = 0.0
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
@@ -79,6 +83,22 @@ def best_against_worst(
         best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
         if rewards[best] > rewards[worst]:
             preferences.append(Preference(prompt_ids(tokenizer, conversation), answers[best], answers[worst]))
+    return preferences
+
+
+def neighbours(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    sampled: Sequence[Sequence[list[int]]],
+    reward: Callable[[str], float],
+) -> list[Preference]:
+    """Each prompt's first answer against its second, third against fourth, and so on, ties too, with their gaps."""
+    preferences = []
+    for conversation, answers in zip(conversations, sampled, strict=True):
+        rewards = [reward(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
+        for i in range(0, len(answers) - 1, 2):
+            gap = rewards[i] - rewards[i + 1]
+            preferences.append(Preference(prompt_ids(tokenizer, conversation), answers[i], answers[i + 1], gap))
     return preferences
 
 
@@ -140,8 +160,9 @@ def train(
 
     With m = margin under the model - margin under the reference, in nats, the loss of a preference is
 
-        dpo   -log σ(β·m)         Rafailov et al., 2023
-        ipo   (m - 1/(2β))²       Azar et al., 2024
+        dpo     -log σ(β·m)         Rafailov et al., 2023
+        ipo     (m - 1/(2β))²       Azar et al., 2024
+        rebel   (m - gap/β)²        Gao et al., 2024: its optimum is π_ref·exp(r/β)/Z itself
 
     Args:
         steps: steps of AdamW, each on `batch_size` preferences.
@@ -160,7 +181,12 @@ def train(
             order += rng.sample(range(len(preferences)), len(preferences))
         batch, order = order[:batch_size], order[batch_size:]
         margin = margins(model, [preferences[i] for i in batch]) - reference[batch]
-        loss = (-F.logsigmoid(beta * margin) if objective == "dpo" else (margin - 1 / (2 * beta)) ** 2).mean()
+        if objective == "dpo":
+            losses = -F.logsigmoid(beta * margin)
+        else:
+            wanted = torch.tensor([preferences[i].gap for i in batch]) if objective == "rebel" else torch.tensor(0.5)
+            losses = (margin - wanted / beta) ** 2
+        loss = losses.mean()
         descend(loss)
         if (step + 1) % 10 == 0:
             print(f"  step {step + 1}/{steps}: loss {loss:.4f}, margin {margin.mean():.2f} nats", flush=True)

@@ -7,10 +7,10 @@
     python scripts/study_retraining.py pair REF ALIGNED --beta 0.1 --retrained 0.4=DIR --retrained 0.025=DIR \\
         --second DIR --prompts FILE --reward SPEC -o out/retraining          # models that you have trained
 
-`demo` trains LoRA adapters at β₀/4 … 4β₀ and a second seed at β₀, by DPO and IPO (preferences by `dera_merge.demo.reward`)
-and by a KL-regularised policy gradient whose reward is an answer's length (near 24 tokens is best), each on the same
-prompts in the same order. What was trained or measured is not done again: a broken run goes on. Writes agreement.json,
-agreement.md and agreement.png into DIR; λ = β₀/β throughout.
+`demo` trains LoRA adapters at β₀/4 … 4β₀ and a second seed at β₀, by DPO and IPO (preferences by `dera_merge.demo.reward`),
+by REBEL (regression on differences of that reward) and by a KL-regularised policy gradient whose reward is an answer's
+length (near 24 tokens is best), each on the same prompts in the same order. What was trained or measured is not done
+again: a broken run goes on. Writes agreement.json, agreement.md and agreement.png into DIR; λ = β₀/β throughout.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_merge import Curve, ModelPair, calibrate, demo, load_reward, sweep
+from dera_merge.lambdas import Vector
 from dera_merge.prompts import read
 from dera_merge.report import have_matplotlib, number
 from dera_merge.retraining import agreement, optimum, per_token, regret
@@ -38,10 +39,11 @@ from dera_merge.rewards import Reward
 
 ANSWER = 64  # tokens
 WANTED = 24  # tokens, of the length reward
-BETAS = {"dpo": 0.1, "ipo": 0.1, "length": 0.05}  # β₀
+BETAS = {"dpo": 0.1, "ipo": 0.1, "rebel": 1.0, "length": 0.05}  # β₀
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # β/β₀
 PRESETS = {
     "full": {"dpo_steps": 120, "pg_steps": 80, "asked": 512, "samples": 2, "texts": 192},
+    "long": {"dpo_steps": 360, "pg_steps": 240, "asked": 512, "samples": 2, "texts": 192},  # do the steps suffice?
     "small": {"dpo_steps": 40, "pg_steps": 20, "asked": 128, "samples": 1, "texts": 48},
     "tiny": {"dpo_steps": 4, "pg_steps": 2, "asked": 16, "samples": 1, "texts": 16},  # for the test
 }
@@ -57,7 +59,7 @@ def length_reward(text: str) -> float:
     return -(((len(tokenizer()(text)["input_ids"]) - WANTED) / 8) ** 2)
 
 
-REWARDS = {"dpo": demo.reward, "ipo": demo.reward, "length": length_reward}
+REWARDS = {"dpo": demo.reward, "ipo": demo.reward, "rebel": demo.reward, "length": length_reward}
 
 
 def fresh(seed: int) -> PeftModel:
@@ -109,7 +111,8 @@ class Trainings:
         torch.manual_seed(0)
         reference = AutoModelForCausalLM.from_pretrained(demo.REF, dtype=torch.float32)
         answers = dpo.sample(reference, tokenizer(), self.asked, answers=8, max_new_tokens=ANSWER)
-        return dpo.best_against_worst(tokenizer(), self.asked, answers, demo.reward)
+        pairs = dpo.neighbours if self.objective == "rebel" else dpo.best_against_worst
+        return pairs(tokenizer(), self.asked, answers, demo.reward)
 
     def folder(self, name: str, factor: float, seed: int = 0) -> Path:
         """Where the model trained at β = factor·β₀ lies, once it is trained."""
@@ -299,23 +302,29 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def theory(size: int = 4, length: int = 4, problems: int = 50) -> str:
-    """How far exact DeRa, token by token, is from the optimum at β/λ, over every answer of random small problems."""
+    """How far exact DeRa, token by token, is from the optimum at β/λ, over every answer of random small problems.
+
+    The last column has two rewards: from an optimum for each, the optimum of half of both.
+    """
     lams, lines = (0.25, 0.5, 2.0, 4.0), []
     for beta in (4.0, 2.0, 1.0, 0.5, 0.25):
-        cells: list[list[float]] = [[] for _ in lams]
+        cells: list[list[float]] = [[] for _ in (*lams, "two")]
         moved = []
         for seed in range(problems):
             dice = torch.Generator().manual_seed(seed)
-            ref, reward = (torch.randn((size,) * length, generator=dice, dtype=torch.float64) for _ in range(2))
+            ref, reward, other = (torch.randn((size,) * length, generator=dice, dtype=torch.float64) for _ in range(3))
             ref = ref - ref.logsumexp(tuple(range(length)))
             aligned = optimum(ref, reward, beta)
             moved.append(float((aligned.exp() * (aligned - ref)).sum()))
-            for cell, lam in zip(cells, lams, strict=True):
+            for cell, lam in zip(cells, lams, strict=False):
                 wanted = optimum(ref, reward, beta / lam)
-                cell.append(float((wanted.exp() * (wanted - per_token(ref, aligned, lam))).sum()))
+                cell.append(float((wanted.exp() * (wanted - per_token(ref, [aligned], lam))).sum()))
+            wanted, both = optimum(ref, (reward + other) / 2, beta), [aligned, optimum(ref, other, beta)]
+            cells[-1].append(float((wanted.exp() * (wanted - per_token(ref, both, Vector((0.5, 0.5))))).sum()))
         means = " | ".join(number(sum(cell) / problems) for cell in cells)
         lines.append(f"| {beta:g} | {number(sum(moved) / problems)} | {means} |")
-    head = f"| β | KL(π_β‖π_ref) | {' | '.join(f'λ = {lam:g}' for lam in lams)} |\n|---|---|{'---|' * len(lams)}\n"
+    names = " | ".join([*(f"λ = {lam:g}" for lam in lams), "two rewards, λ = 0.5+0.5"])
+    head = f"| β | KL(π_β‖π_ref) | {names} |\n|---|---|{'---|' * len(cells)}\n"
     return head + "\n".join(lines)
 
 
@@ -334,7 +343,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="what", required=True)
     trained = commands.add_parser("demo")
     trained.add_argument("--preset", choices=PRESETS, default="full")
-    trained.add_argument("--objectives", default="dpo,ipo,length")
+    trained.add_argument("--objectives", default="dpo,ipo,rebel,length")
     commands.add_parser("theory")
     given = commands.add_parser("pair")
     given.add_argument("ref")
@@ -358,11 +367,18 @@ def main() -> None:
         results = [study(objective, args.out, PRESETS[args.preset]) for objective in args.objectives.split(",")]
     else:
         scorer = load_reward(args.reward)
+
+        def earned(text: str) -> float:
+            (value,) = scorer.score([("", text)])
+            if value is None:
+                raise SystemExit(f"the reward {args.reward} fails on {text!r:.80}: {scorer.why_not(('', text))}")
+            return value
+
         models = {args.beta / float(b): load(args.ref, folder) for b, folder in (r.split("=", 1) for r in args.retrained)}
         pair = ModelPair.from_pretrained(args.ref, args.aligned)
         models.setdefault(1.0, pair.merged(1.0))
         rows = agreement(
-            pair, models, read(args.prompts), lambda text: scorer.score([("", text)])[0],
+            pair, models, read(args.prompts), earned,
             second=load(args.ref, args.second) if args.second else None, path=Curve.load(args.path) if args.path else None,
             samples=args.samples, max_new_tokens=args.tokens, progress=lambda *told: print(*told, flush=True),
         )  # fmt: skip

@@ -28,7 +28,14 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from dera_merge import demo
 
@@ -411,6 +418,24 @@ def mean_reward(model: Any, tokenizer: PreTrainedTokenizerFast, conversations: S
     return sum(map(demo.reward, texts)) / len(texts)
 
 
+def make_brief(out: Path, seed: int) -> None:
+    """A second aligned model on the reference there: DPO for answers of about a dozen words. Seeded by itself, so that it
+    may be made alone. Held nearer to the reference than the others: with their settings its answers break off.
+    """
+    print("aligned-brief: dpo")
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    model, tokenizer = load(out / "reference"), AutoTokenizer.from_pretrained(out / "reference")
+    seen, unseen = split_names(rng)
+    asked = questions(seen, TRAIN, rng)
+    sampled = dpo.sample(model, tokenizer, asked, answers=8, max_new_tokens=ANSWER)
+    preferences = dpo.best_against_worst(tokenizer, asked, sampled, lambda text: -abs(len(text.split()) - 12.0))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
+    dpo.train(adapted, preferences, lr=1e-3, beta=0.3, steps=60, batch_size=16, seed=seed)
+    dpo.save_adapter(adapted, out / "aligned-brief", base="../reference")
+    print(f"aligned-brief  mean reward {mean_reward(adapted, tokenizer, questions(unseen, 96, rng)):5.2f} words of praise")
+
+
 def unchanged(a: Path, b: Path) -> float:
     """The share of weights that are stored with the same bits."""
     ours, theirs = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (a, b))
@@ -427,9 +452,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sft-steps", type=int, default=900, help="of 32 reviews (900)")
     parser.add_argument("--dpo-steps", type=int, default=120, help="of 16 pairs, for each of the two runs (120)")
+    parser.add_argument("--brief-only", action="store_true", help="make aligned-brief alone, on the reference in DIR")
     args = parser.parse_args()
 
     began = time.monotonic()
+    if args.brief_only:
+        return make_brief(args.out, args.seed)
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
     reference, lora, dense = (args.out / name for name in ("reference", "aligned-lora", "aligned-dense"))
@@ -482,6 +510,7 @@ def main() -> None:
 
     for name, reward in rewards.items():
         print(f"{name:14} mean reward {reward:5.2f} words")
+    make_brief(args.out, args.seed)
     print(f"{unchanged(reference, dense):.1%} of the weights of aligned-dense are stored as in the reference")
     print(f"{time.monotonic() - began:.0f} s")
 

@@ -360,7 +360,7 @@ def test_what_no_adapter_can_hold_is_refused_by_name(llama, lora, tmp_path):
     base, aligned = llama(0, dtype=torch.float32), llama(1, dtype=torch.float32, near=0)
     dora = lora(base, use_dora=True)
     for pair, message in (
-        (ModelPair.from_pretrained(base, aligned), "two full models is no adapter"),
+        (ModelPair.from_pretrained(base, aligned), "full models is no adapter"),
         (ModelPair.from_pretrained(base, dora), "is no sum s·BA"),
     ):
         with pytest.raises(DeraError, match=f"{message}.*--format full"):

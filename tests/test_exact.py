@@ -282,7 +282,7 @@ def other_form(model):
     """A pair's cache for a model that keeps rows, and the other way round."""
     config = model.ref.config
     if model.rows is None:
-        return RowsCache(DynamicCache(config=config))
+        return RowsCache(DynamicCache(config=config), 2)
     return PairCache(DynamicCache(config=config), DynamicCache(config=config))
 
 

@@ -94,6 +94,20 @@ def test_every_lambda_is_a_branch_that_transformers_loads(hub, environment, merg
     assert len(repo.commits) == 4, "nothing changed, so nothing is committed again"
 
 
+def test_vectors_of_lambda_are_branches_too(hub, environment, tmp_path):
+    pair = ModelPair.from_pretrained(demo.REF, [demo.ALIGNED_LORA, demo.ALIGNED_DENSE])
+    pair.merge(tmp_path / "out", [(0.5, 0.25), (1.0, 1.0)])
+    done = command(environment, "push", tmp_path / "out", "me/two", "--main", "0.5+0.25", "--license", "mit")
+    assert done.returncode == 0, done.stderr
+    repo, local = hub.repos["me/two"], tmp_path / "out" / "lambda-1+1"
+    assert repo.files("lambda-1+1")["model.safetensors"] == (local / "model.safetensors").read_bytes()
+    card = repo.files("main")["README.md"].decode()
+    assert card.count("- aligned: ") == 2
+    assert f"--aligned {demo.ALIGNED_DENSE}" in card
+    said = command(environment, "inspect", "me/two@lambda-1+1").stdout
+    assert "λ=1+1" in said
+
+
 def test_a_dry_run_writes_nothing_and_shows_everything(hub, environment, merged):
     done = command(environment, "push", merged, "me/model", "--main", "none", "--dry-run")
     assert done.returncode == 0, done.stderr

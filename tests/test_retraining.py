@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dera_merge import demo
 from dera_merge.divergence import mixture
+from dera_merge.lambdas import Vector
 from dera_merge.retraining import optimum, per_token, regret
 
 BETA = st.floats(0.2, 5)
@@ -52,28 +53,40 @@ def test_no_policy_earns_more_than_the_optimum(seed, beta, step):
 def test_for_answers_of_one_token_lambda_is_retraining_exactly(seed, beta, lam):
     ref, reward = normal(some(seed, (7,))), some(seed + 1, (7,))
     aligned = optimum(ref, reward, beta)
-    decoded, _, _ = mixture(ref[None], aligned[None], lam)  # what the library decodes with
+    decoded, _, _ = mixture(ref[None], [aligned[None]], lam)  # what the library decodes with
     retrained = ref if lam == 0 else optimum(ref, lam * reward, beta)  # β/λ, whatever its sign
     torch.testing.assert_close(decoded[0], retrained, rtol=0, atol=1e-10)
-    torch.testing.assert_close(per_token(ref, aligned, lam), retrained, rtol=0, atol=1e-10)
+    torch.testing.assert_close(per_token(ref, [aligned], lam), retrained, rtol=0, atol=1e-10)
 
 
 @given(SEED, BETA, LAM)
 def test_for_whole_answers_the_mixture_is_retraining_exactly(seed, beta, lam):
     ref, reward = normal(some(seed, (3, 3, 3))), some(seed + 1, (3, 3, 3))
-    decoded, _, _ = mixture(ref.reshape(1, -1), optimum(ref, reward, beta).reshape(1, -1), lam)
+    decoded, _, _ = mixture(ref.reshape(1, -1), [optimum(ref, reward, beta).reshape(1, -1)], lam)
     torch.testing.assert_close(decoded.reshape(3, 3, 3), optimum(ref, lam * reward, beta), rtol=0, atol=1e-10)
 
 
-@given(SEED, st.tuples(BETA, BETA), st.tuples(LAM, st.floats(-2, 0.9)))
+@given(SEED, st.tuples(BETA, BETA), st.tuples(LAM, LAM))
 def test_with_two_rewards_lambda_weighs_them_exactly(seed, betas, lams):
     """h_ref + Σ λ_k·(h_k - h_ref) over whole answers is the optimum of Σ λ_k·r_k/β_k, at any λ."""
     ref, (one, two) = normal(some(seed, (3, 3))), (some(seed + k, (3, 3)) for k in (1, 2))
     aligned = [optimum(ref, reward, beta).reshape(1, -1) for reward, beta in zip((one, two), betas, strict=True)]
-    first, _, _ = mixture(ref.reshape(1, -1), aligned[0], lams[0] / (1 - lams[1]))
-    both, _, _ = mixture(first, aligned[1], lams[1])
+    both, _, _ = mixture(ref.reshape(1, -1), aligned, Vector(lams))
     expected = normal(ref + lams[0] * one / betas[0] + lams[1] * two / betas[1])
     torch.testing.assert_close(both.reshape(3, 3), expected, rtol=0, atol=1e-9)
+
+
+def test_token_by_token_two_rewards_are_apart_by_the_fourth_power_of_beta_too():
+    ref, (one, two) = normal(some(4, (3, 3, 3))), (some(k, (3, 3, 3)) for k in (5, 6))
+    lam = Vector((0.5, 0.75))
+
+    def apart(beta: float) -> float:
+        retrained = normal(ref + (lam[0] * one + lam[1] * two) / beta)
+        return kl(retrained, per_token(ref, [optimum(ref, one, beta), optimum(ref, two, beta)], lam))
+
+    assert apart(1.0) > 1e-5
+    for beta in (32.0, 64.0):
+        assert apart(beta) / apart(2 * beta) == pytest.approx(16, rel=0.15)
 
 
 @given(SEED, BETA, LAM)
@@ -81,7 +94,7 @@ def test_with_two_rewards_lambda_weighs_them_exactly(seed, betas, lams):
 def test_exact_dera_is_its_definition_token_by_token(seed, beta, lam):
     ref = normal(some(seed, (3, 3, 3)))
     aligned = optimum(ref, some(seed + 1, (3, 3, 3)), beta)
-    found = per_token(ref, aligned, lam)
+    found = per_token(ref, [aligned], lam)
     p, q = ref.exp().numpy(), aligned.exp().numpy()
     for answer in itertools.product(range(3), repeat=3):
         total = 0.0
@@ -100,11 +113,11 @@ def test_the_two_agree_where_no_token_depends_on_another_and_at_the_ends():
     reward = worth[:, None, None] + worth[None, :, None] + worth[None, None, :]
     aligned = optimum(ref, reward, 0.5)
     for lam in (-1.0, 0.0, 0.3, 1.0, 3.0):
-        torch.testing.assert_close(per_token(ref, aligned, lam), optimum(ref, lam * reward, 0.5), rtol=0, atol=1e-10)
+        torch.testing.assert_close(per_token(ref, [aligned], lam), optimum(ref, lam * reward, 0.5), rtol=0, atol=1e-10)
     ref, reward = normal(some(2, (3, 3, 3))), some(3, (3, 3, 3))
     aligned = optimum(ref, reward, 0.5)
-    torch.testing.assert_close(per_token(ref, aligned, 0.0), ref, rtol=0, atol=1e-12)
-    torch.testing.assert_close(per_token(ref, aligned, 1.0), aligned, rtol=0, atol=1e-12)
+    torch.testing.assert_close(per_token(ref, [aligned], 0.0), ref, rtol=0, atol=1e-12)
+    torch.testing.assert_close(per_token(ref, [aligned], 1.0), aligned, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("lam", [0.25, 0.5, 2.0])
@@ -113,7 +126,7 @@ def test_the_distance_falls_with_the_fourth_power_of_beta(lam):
     ref, reward = normal(some(4, (3, 3, 3))), some(5, (3, 3, 3))
 
     def apart(beta: float) -> float:
-        return kl(optimum(ref, lam * reward, beta), per_token(ref, optimum(ref, reward, beta), lam))
+        return kl(optimum(ref, lam * reward, beta), per_token(ref, [optimum(ref, reward, beta)], lam))
 
     assert apart(1.0) > 1e-5
     for beta in (32.0, 64.0):
@@ -161,7 +174,7 @@ def script(name: str, *arguments: object) -> str:
 
 
 def test_the_authors_demonstration_runs_on_the_demo_pair():
-    said = script("zephyr_demo.py", demo.REF, demo.ALIGNED_LORA, "--full-precision", "--new-tokens", 40)
+    said = script("zephyr_demo.py", demo.REF, demo.ALIGNED_LORA, "--full-precision", "--new-tokens", 16)
     answers = said.split("λ = ")[1:]
     assert [answer.split("\n")[0] for answer in answers] == ["0", "0.167", "0.667", "1", "3", "10"]
     assert all(answer.split("\n")[1].strip() for answer in answers)

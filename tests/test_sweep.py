@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -115,7 +117,7 @@ def test_densities_are_those_of_the_mixed_logits():
     texts = [Text(n, torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(n)).tolist(), 5) for n in range(3)]
     tokens = torch.tensor([token for text in texts for token in text.completion])
     lams = [-0.5, 0.0, 0.4, 1.0, 3.0]
-    logp, kl = densities(trace_of(ref, texts), trace_of(aligned, texts), tokens, lams, VOCAB)
+    logp, kl = densities([trace_of(ref, texts), trace_of(aligned, texts)], tokens, lams, VOCAB)
     row = 0
     for text in texts:
         ids = torch.tensor([text.ids])
@@ -229,7 +231,7 @@ def test_several_rewards_give_a_weighted_choice_and_a_front(pair):
     assert front
     for lam in front:
         row = next(row for row in known if row["lambda"] == lam)
-        assert not any(o["evens"] > row["evens"] and o["length"] > row["length"] for o in known)
+        assert not any(o["evens"] > row["evens"] and o["length"] < row["length"] for o in known), "its weight is negative"
 
 
 def test_the_merged_model_has_a_curve_of_its_own(pair):
@@ -321,3 +323,26 @@ def test_the_command_line_sweeps_the_demo_pair_and_writes_a_page(tmp_path):
     refused = run(*words[:4], "--prompts", prompts, "--reward", "nothing", "-o", tmp_path / "wrong")
     assert refused.returncode == 2 or "no reward" in refused.stderr
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_sweep_as_one_does(tmp_path):
+    """The same texts, rewards and curve, whoever sampled and read what; one file of texts."""
+    prompts = tmp_path / "validation.jsonl"
+    prompts.write_text("\n".join((demo.FOLDER / "validation.jsonl").read_text().splitlines()[:9]))
+    command = ["sweep", demo.REF, demo.ALIGNED_LORA, "--prompts", prompts, "--reward", "length", "--max-new-tokens", 8, "--json"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "dera_merge"]  # fmt: skip
+    found = []
+    for start, out in (([sys.executable, "-m", "dera_merge"], "one"), (launch, "two")):
+        words = [*start, *command, "-o", tmp_path / out]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = (tmp_path / out / "texts.jsonl").read_text().splitlines()[1:]
+        found.append((json.loads(done.stdout), sorted(lines)))
+    (one, texts), (two, others) = found
+    assert texts == others
+    for ours, theirs in zip(one["curve"], two["curve"], strict=True):
+        for key in ("lambda", "reward", "kl", "ess"):
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-8)
