@@ -104,8 +104,9 @@ def cells(row: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> list[str]:
 
 def _spans(interval: list[Any]) -> str:
     """An interval of λ, or of several aligned models' one each."""
-    spans = interval if isinstance(interval[0], list) else [interval]
-    return " and ".join(f"between {low:g} and {high:g}" for low, high in spans)
+    if isinstance(interval[0], list):
+        return "in " + " × ".join(f"[{low:g}, {high:g}]" for low, high in interval)
+    return f"between {interval[0]:g} and {interval[1]:g}"
 
 
 def _range(bounds: list[float]) -> str:

@@ -68,7 +68,7 @@ def timing(ref: str, aligned: str, count: int, tokens: int) -> None:
 
 
 def memory() -> None:
-    vocabulary, hidden, tokens = 128_256, 512, 4096
+    vocabulary, hidden, tokens = 128_256, 512, 1024
     weights = [torch.randn(vocabulary, hidden) * 0.05 for _ in range(3)]
     traces = [Trace(torch.randn(tokens, hidden), lambda h, w=w: h @ w.T) for w in weights]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -2,7 +2,7 @@
 
 A Llama of one million parameters writes short reviews of films, novels, hotels, restaurants and devices. `REF` was
 fine-tuned on reviews of mixed sentiment; `ALIGNED_LORA` and `ALIGNED_DENSE` are DPO runs on it that prefer varied
-praise. README.md beside this file says how they were made and what they measure.
+praise, `ALIGNED_BRIEF` one that prefers a dozen words. README.md beside this file says how they were made and what they measure.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ REF = FOLDER / "reference"
 
 ALIGNED_LORA = FOLDER / "aligned-lora"
 """A LoRA adapter on `REF`: a strong shift."""
+
+ALIGNED_BRIEF = FOLDER / "aligned-brief"
+"""A LoRA adapter on `REF` for short answers, to go with the other."""
 
 ALIGNED_DENSE = FOLDER / "aligned-dense"
 """A full checkpoint, trained from `REF` at a small learning rate: most of its bfloat16 weights are the reference's."""
