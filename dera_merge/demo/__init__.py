@@ -2,7 +2,8 @@
 
 A Llama of one million parameters writes short reviews of films, novels, hotels, restaurants and devices. `REF` was
 fine-tuned on reviews of mixed sentiment; `ALIGNED_LORA` and `ALIGNED_DENSE` are DPO runs on it that prefer varied
-praise, `ALIGNED_BRIEF` one that prefers a dozen words. README.md beside this file says how they were made and what they measure.
+praise, `ALIGNED_BRIEF` one that prefers a dozen words. README.md beside this file says how they were made and what they
+measure.
 """
 
 from __future__ import annotations
