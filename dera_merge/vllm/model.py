@@ -43,6 +43,7 @@ class DeraForCausalLM(nn.Module):
         config, trust = model_config.hf_config, model_config.trust_remote_code
         folder = Source.locate(str(model_config.model), model_config.revision, trust_remote_code=trust).folder
         self.pair: ModelPair = config.open_pair(folder, trust)
+        self.pair.only_pair("exact DeRa in vLLM is")
         self.lambdas = Lambdas.of(vllm_config)
         self.default = torch.tensor([float(config.lam)], device=vllm_config.device_config.device)
 
