@@ -205,6 +205,8 @@ def draw_curve(
     """A line over λ; what is None is a gap."""
     rows, at = over_lambda(axis, results)
     values = [math.nan if (v := value(row)) is None else v for row in rows]
+    if rows and isinstance(rows[0]["lambda"], Vector):  # no line leads from one to the next
+        style |= {"linestyle": "", "marker": style.get("marker", "_"), "markersize": 7 if "marker" in style else 14}
     if not all(map(math.isnan, values)):
         axis.plot(at, values, **style)
 
@@ -246,7 +248,11 @@ def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[d
     bands = [(at, *r["kl_ci"]) for r, at in zip(*over_lambda(axis, results), strict=True) if r.get("kl_ci")]
     if bands:
         at, low, high = zip(*bands, strict=True)
-        axis.fill_between(at, [max(v, FLOOR) for v in low], [max(v, FLOOR) for v in high], color="C0", alpha=0.2, lw=0)
+        bounds = [max(v, FLOOR) for v in low], [max(v, FLOOR) for v in high]
+        if isinstance(results[0]["lambda"], Vector):
+            axis.vlines(at, *bounds, color="C0", linewidth=1)
+        else:
+            axis.fill_between(at, *bounds, color="C0", alpha=0.2, lw=0)
     axis.set_yscale("log")
     axis.set_xlabel("λ")
     axis.set_ylabel("KL from exact DeRa, nats per token")

@@ -50,6 +50,7 @@ Mode = Literal["exact", "merged"]
 ANCHORS = (0.0, 0.5, 1.0, 2.0)
 POINTS = 33  # of the grid between the smallest and the largest λ
 STEPS = {2: 0.125, 3: 0.25}  # of the grid from 0 to 1 of each of several aligned models; 0.5 for more of them
+COLUMNS = ("lambda", "ess", "known", "reward", "kl", "length", "wins_aligned", "wins_ref", "gain")  # of the curve
 CHOICES = 2000  # bootstrap draws
 FINEST = 1 / 64  # of the range: λ that are nearer to each other are not told apart
 KNOWN = 0.25  # effective texts a prompt, below which a curve is drawn as unknown
@@ -82,10 +83,10 @@ class Sweep:
     """What `sweep` found.
 
     Attributes:
-        curve: for each λ of the grid `lambda`, `reward` (the weighted sum), `reward_ci`, each reward by name, `kl` (nats a
-            text, exact DeRa from the reference), `kl_ci`, `length` (tokens), `wins_aligned`, `wins_ref`, `gain` (over λ=1;
-            of several aligned models, over the one that earns most alone), `gain_ci`, `ess` (effective texts a prompt),
-            `known`.
+        curve: for each λ of the grid `lambda`, `reward` (the weighted sum), `reward_ci`, each reward by name
+            (`length_reward` where the name is one of these), `kl` (nats a text, exact DeRa from the reference), `kl_ci`, `length` (tokens),
+            `wins_aligned`, `wins_ref`, `gain` (over λ=1; of several aligned models, over the one that earns most alone),
+            `gain_ci`, `ess` (effective texts a prompt), `known`.
         points: for each λ that was sampled and each mode, `reward`, `kl`, `length`, `distinct` (share of different word
             pairs), `failed`, `texts`.
         best: the recommended λ, `lambda`, `interval` (of several aligned models, one for each), what it gains, and where
@@ -602,7 +603,8 @@ class _Sampler:
         columns: dict[str, tuple[np.ndarray, np.ndarray]] = {"reward": (reward, draws), "kl": pool.mean(kl)}
         columns["length"] = pool.mean(np.array([len(a.ids) for a in answers], dtype=float))
         if len(self.rewards) > 1:
-            columns |= {r.name: pool.mean(np.array([a.rewards[r.name] for a in answers], dtype=float)) for r in self.rewards}
+            earned = {r.name: np.array([a.rewards[r.name] for a in answers], dtype=float) for r in self.rewards}
+            columns |= {column_of(reward): pool.mean(values) for reward, values in earned.items()}
         known = pool.ess >= KNOWN
         alone = [grid.index(lam) for lam in ends[1:] if lam in grid]
         one = max(alone, key=lambda number: reward[number] if known[number] else -np.inf, default=None)
@@ -724,6 +726,11 @@ def _distinct(texts: Sequence[str]) -> float:
     """Share of different ones among all pairs of neighbouring words."""
     pairs = [pair for text in texts for words in [text.split()] for pair in itertools.pairwise(words)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def column_of(reward: str) -> str:
+    """What a reward is called in the curve, where some names have another meaning."""
+    return f"{reward}_reward" if reward in COLUMNS else reward
 
 
 class _Search:

@@ -11,6 +11,7 @@ import numpy as np
 
 from .lambdas import Lam, Vector, name
 from .report import draw_curve, figure_of, have_matplotlib, log_ratio_sentence, no_plots, number, over_lambda, page
+from .selection import KNOWN, column_of
 
 if TYPE_CHECKING:
     from .selection import Answer, Sweep
@@ -72,7 +73,7 @@ def sentences(sweep: Sweep) -> list[str]:
 
 def pareto(sweep: Sweep) -> list[Lam]:
     """The λ that no other beats in every reward, where there are several; a reward of negative weight is to be small."""
-    signs = {name: math.copysign(1.0, weight) for name, weight in sweep.settings["rewards"].items() if weight}
+    signs = {column_of(r): math.copysign(1.0, weight) for r, weight in sweep.settings["rewards"].items() if weight}
     rows = [row for row in sweep.curve if row["known"]]
     if len(signs) < 2:
         return []
@@ -115,7 +116,7 @@ def _range(bounds: list[float]) -> str:
 
 def columns(sweep: Sweep) -> tuple[str, ...]:
     """The columns that this sweep has, its rewards by name where there are several."""
-    names = list(sweep.settings["rewards"])
+    names = [column_of(reward) for reward in sweep.settings["rewards"]]
     wanted = (*COLUMNS[:3], *(names if len(names) > 1 else ()), *COLUMNS[3:])
     return tuple(column for column in wanted if column in sweep.curve[0])
 
@@ -204,7 +205,7 @@ def draw_rewards_of_several(axis: Any, sweep: Sweep) -> None:
 
 def draw_pareto(axis: Any, sweep: Sweep) -> None:
     """The first two rewards against each other; λ that none beats in every reward are named."""
-    one, other = list(sweep.settings["rewards"])[:2]
+    one, other = (column_of(reward) for reward in list(sweep.settings["rewards"])[:2])
     rows, front = [row for row in sweep.curve if row["known"]], set(pareto(sweep))
     axis.plot([row[one] for row in rows], [row[other] for row in rows], ".", color="C7", label="λ")
     best = sorted((row for row in rows if row["lambda"] in front), key=lambda row: row[one])
@@ -250,8 +251,6 @@ def draw_wins(axis: Any, sweep: Sweep) -> None:
 
 def draw_ess(axis: Any, sweep: Sweep) -> None:
     """How many texts stand for each λ."""
-    from .selection import KNOWN
-
     draw_curve(axis, sweep.curve, lambda r: r["ess"], color="C0")
     axis.axhline(KNOWN, color="C3", linewidth=0.8, label="below: not known")
     axis.set(xlabel="λ", ylabel="effective texts a prompt", title="How many texts stand for it")

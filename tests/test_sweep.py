@@ -226,12 +226,13 @@ def test_several_rewards_give_a_weighted_choice_and_a_front(pair):
     rewards = [Reward("evens", lambda texts: [evens(text) for _, text in texts]), load_reward("length")]
     result = sweep(pair, PROMPTS, rewards, [0.0, 2.0], **HOW, weights=[1.0, -0.5], merged=False)
     for row in result.curve:
-        assert row["reward"] == pytest.approx(row["evens"] - 0.5 * row["length"])
+        assert row["reward"] == pytest.approx(row["evens"] - 0.5 * row["length_reward"])
+        assert row["length"] != row["length_reward"], "tokens, and words"
     front, known = pareto(result), [row for row in result.curve if row["known"]]
     assert front
     for lam in front:
         row = next(row for row in known if row["lambda"] == lam)
-        assert not any(o["evens"] > row["evens"] and o["length"] < row["length"] for o in known), "its weight is negative"
+        assert not any(o["evens"] > row["evens"] and o["length_reward"] < row["length_reward"] for o in known), "its weight is negative"
 
 
 def test_the_merged_model_has_a_curve_of_its_own(pair):
