@@ -84,9 +84,9 @@ class Sweep:
 
     Attributes:
         curve: for each λ of the grid `lambda`, `reward` (the weighted sum), `reward_ci`, each reward by name
-            (`length_reward` where the name is one of these), `kl` (nats a text, exact DeRa from the reference), `kl_ci`, `length` (tokens),
-            `wins_aligned`, `wins_ref`, `gain` (over λ=1; of several aligned models, over the one that earns most alone),
-            `gain_ci`, `ess` (effective texts a prompt), `known`.
+            (`length_reward` where the name is one of these), `kl` (nats a text, exact DeRa from the reference), `kl_ci`,
+            `length` (tokens), `wins_aligned`, `wins_ref`, `gain` (over λ=1; of several aligned models, over the one that
+            earns most alone), `gain_ci`, `ess` (effective texts a prompt), `known`.
         points: for each λ that was sampled and each mode, `reward`, `kl`, `length`, `distinct` (share of different word
             pairs), `failed`, `texts`.
         best: the recommended λ, `lambda`, `interval` (of several aligned models, one for each), what it gains, and where
