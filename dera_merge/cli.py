@@ -437,6 +437,7 @@ def sweep(
     anchors: Annotated[str | None, typer.Option(help="λ to sample at. Default: 0,0.5,1,2 and the ends.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt at each anchor.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of sampled texts.")] = 64,
+    mode: Annotated[Mode, typer.Option(help="Whose texts; speculative: exact DeRa's, the merged model drafting.")] = "exact",
     reweight: Annotated[bool, typer.Option("--reweight/--no-reweight", help="Curves from the texts of a few λ.")] = True,
     merged: Annotated[bool, typer.Option("--merged/--no-merged", help="Sample the merged model at the anchors too.")] = True,
     budget: Annotated[int | None, typer.Option(min=1, help="Texts of exact DeRa in all; default: 3 more anchors.")] = None,
@@ -484,8 +485,8 @@ def sweep(
     with _progress("sweeping") as tell:
         result = choose(
             pair, read(prompts), rewards, lams, weights=shares, anchors=places, samples=samples,
-            max_new_tokens=max_new_tokens, reweight=reweight, merged=merged, budget=budget, scored=scored, beta=beta,
-            path=path, seed=seed, engine=engine, device=place, out=output, resume=resume, progress=tell,
+            max_new_tokens=max_new_tokens, mode=mode, reweight=reweight, merged=merged, budget=budget, scored=scored,
+            beta=beta, path=path, seed=seed, engine=engine, device=place, out=output, resume=resume, progress=tell,
             compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
         )  # fmt: skip
     if launched()[0]:  # another process writes and prints

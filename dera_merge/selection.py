@@ -18,12 +18,13 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, set_seed
 
 from . import engine as engines
 from . import lambdas
@@ -39,13 +40,15 @@ from .prompts import Prompt
 from .rewards import Reward
 from .reweighting import Pool, interval
 from .sampling import BATCH, GumbelNoise, decode_batch
+from .speculation import Speculation
 from .traces import Text, tokens_of, trace_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[str, int, int], None]
-Mode = Literal["exact", "merged"]
+Kind = Literal["exact", "merged"]
+Mode = Literal["exact", "merged", "speculative"]
 
 ANCHORS = (0.0, 0.5, 1.0, 2.0)
 POINTS = 33  # of the grid between the smallest and the largest λ
@@ -63,13 +66,13 @@ class Answer:
     """A text of a model at one λ.
 
     Attributes:
-        mode: `"exact"`, or `"merged"`.
+        mode: `"exact"`, or `"merged"`: whose it is.
         prompt, sample: its prompt, and which of that prompt's texts it is.
         ids: its new tokens.
         rewards: name → number, None where the reward failed.
     """
 
-    mode: Mode
+    mode: Kind
     lam: Lam
     prompt: int
     sample: int
@@ -135,6 +138,7 @@ def sweep(
     anchors: Sequence[float | Sequence[float]] | None = None,
     samples: int = 1,
     max_new_tokens: int = 64,
+    mode: Mode = "exact",
     reweight: bool = True,
     merged: bool = True,
     path: str | os.PathLike[str] | Curve | None = None,
@@ -165,6 +169,8 @@ def sweep(
             several aligned models, each alone, none, and their mean.
         samples: texts for each prompt at each anchor.
         max_new_tokens: their length, in tokens.
+        mode: whose texts answer the question: exact DeRa's, the same sampled one by one with the merged model drafting
+            (`"speculative"`), or the merged model's alone (`"merged"`; they cannot be reweighted).
         reweight: make curves over all λ of the texts of a few; without it every one of `lams` is sampled, and what a budget
             leaves goes half-way between the best and its neighbours, or, with several aligned models, where optuna's sampler
             proposes within the box that `lams` span.
@@ -188,7 +194,13 @@ def sweep(
     Raises:
         DeraError: prompts, rewards or λ are unusable, or a reward fails on every text.
     """
-    lams = pair.known(lams) if lams is not None else _default(pair)
+    if mode == "merged":
+        if scored is not None or engine:
+            raise DeraError("--from-scored and --engine bring exact DeRa's texts; leave out --mode merged")
+        reweight = False
+    if mode == "speculative" and engine:
+        raise DeraError("--engine samples by itself; leave out --mode speculative")
+    lams = pair.known(lams) if lams is not None else _default(pair, reweight)
     names = [reward.name for reward in rewards]
     if not rewards or len(set(names)) < len(names):
         raise DeraError("give one reward or more, each once")
@@ -210,7 +222,7 @@ def sweep(
         "prompts": len(encoded), "samples": samples, "max_new_tokens": max_new_tokens, "anchors": anchors, "seed": seed,
         "rewards": dict(zip(names, weights, strict=True)), "reweight": reweight, "budget": budget,
         "path": curve.describe() if curve else None, "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "engine": "vllm" if engine else None,
+        "engine": "vllm" if engine else None, "mode": mode,
     }  # fmt: skip
     mark = {"pair": fingerprint(pair), "prompts": [prompt.ids for prompt in encoded]}
     mark |= {key: value for key, value in settings.items() if key not in ("anchors", "budget")}  # texts are the same
@@ -218,7 +230,7 @@ def sweep(
     store = _Store(None if out is None else Path(out), mark, resume, writes=process == 0)
     lab = _Sampler(
         pair, encoded, [_plain(entry) for entry in prompts], list(rewards), samples, max_new_tokens, seed, device,
-        compute_dtype, curve, reweight, store, tell, process, processes,
+        compute_dtype, curve, reweight, mode, store, tell, process, processes,
     )  # fmt: skip
 
     if scored is not None:
@@ -227,16 +239,16 @@ def sweep(
         grid = sorted({*grid, *anchors})
     else:
         with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
-            lab.sample("exact", anchors)
+            lab.sample(lab.kind, anchors)
             most = budget or (len(anchors) + 3 * reweight) * len(encoded) * samples
             search = None if reweight else _Search.of(anchors, seed)
             while (len(anchors) + 1) * len(encoded) * samples <= most:
-                wanted = lab.next_anchor(grid, weights) if reweight else search.next(lab.means("exact", weights))
+                wanted = lab.next_anchor(grid, weights) if reweight else search.next(lab.means(lab.kind, weights))
                 if wanted is None:
                     break
                 anchors, grid = sorted([*anchors, wanted]), sorted({*grid, wanted})
-                lab.sample("exact", [wanted])
-    if merged and scored is None:
+                lab.sample(lab.kind, [wanted])
+    if merged and scored is None and mode != "merged":
         lab.sample("merged", [lam for lam in anchors if lam not in pair.ends()])
     result = lab.result(grid if reweight else anchors, weights, settings | {"anchors": anchors})
     lam = result.best["lambda"]
@@ -255,11 +267,11 @@ def sweep(
     return result
 
 
-def _default(pair: ModelPair) -> list[Lam]:
-    """The λ of interest where none are given."""
+def _default(pair: ModelPair, reweight: bool) -> list[Lam]:
+    """The λ of interest where none are given: what a curve spans, or all that are sampled."""
     models = len(pair.pairs)
     if models == 1:
-        return [0.0, 2.0]
+        return [0.0, 2.0] if reweight else lambdas.parse_lambdas(["0:2:0.25"])
     return lambdas.parse_lambdas(["+".join([f"0:1:{STEPS.get(models, 0.5)}"] * models)], models)
 
 
@@ -403,6 +415,7 @@ class _Sampler:
     compute_dtype: torch.dtype | str
     path: Curve | None
     reweight: bool
+    mode: Mode
     store: _Store
     tell: Progress
     process: int
@@ -410,7 +423,9 @@ class _Sampler:
 
     def __post_init__(self) -> None:
         self.exact = self.pair.exact(dtype=self.compute_dtype, device=self.device)
+        self.kind: Kind = "merged" if self.mode == "merged" else "exact"  # whose texts answer the question
         self._merged: Any = None
+        self._merged_at: Lam | None = None
         self.engine: engines.Engine | None = None
         # Of each of exact DeRa's texts, log π_λ and KL from the reference, in nats: λ → number.
         self._known: dict[int, dict[Lam, tuple[float, float]]] = {}
@@ -420,17 +435,23 @@ class _Sampler:
     def merged(self, lam: Lam) -> PreTrainedModel:
         if self._merged is None:
             self._merged = self.pair.merged(lam, device=self.device, compute_dtype=self.compute_dtype, path=self.path)
-        self._merged.set_lam(lam)
+        if lam != self._merged_at:
+            self._merged.set_lam(lam)
+            self._merged_at = lam
         return self._merged
 
-    def sample(self, mode: Mode, lams: Sequence[Lam]) -> None:
+    @cached_property
+    def _dial(self) -> Any:
+        return self.exact.dial()
+
+    def sample(self, mode: Kind, lams: Sequence[Lam]) -> None:
         """Texts at each λ that are not there yet; exact DeRa's share batches, whatever their λ."""
         there = {(a.mode, a.lam, a.prompt, a.sample) for a in self.store.answers}
         tasks = [
             (lam, prompt, number) for lam in lams for prompt in range(len(self.prompts)) for number in range(self.samples)
             if (mode, lam, prompt, number) not in there
         ]  # fmt: skip
-        if mode == "exact":
+        if mode == "exact" and self.mode != "speculative":
             tasks.sort(key=lambda task: len(self.prompts[task[1]].ids))
         else:  # one λ at a time
             tasks.sort(key=lambda task: (task[0], len(self.prompts[task[1]].ids)))
@@ -447,7 +468,7 @@ class _Sampler:
             done += len(batch)
             self.tell(f"sampling from {'exact DeRa' if mode == 'exact' else 'the merged model'}", done, len(tasks))
 
-    def _answers(self, mode: Mode, batch: list[tuple[Lam, int, int]]) -> list[Answer]:
+    def _answers(self, mode: Kind, batch: list[tuple[Lam, int, int]]) -> list[Answer]:
         # Both modes have the same noise: their texts part only where distributions do. So have all λ, where they are
         # compared as they are; where texts of several λ are pooled, each λ's are to be news.
         own = {lam: zlib.crc32(lambdas.name(lam).encode()) % 9973 if self.reweight else 0 for lam, _, _ in batch}
@@ -455,6 +476,8 @@ class _Sampler:
         asked, lams = [self.prompts[p].ids for _, p, _ in batch], [lam for lam, _, _ in batch]
         if self.engine and mode == "exact":
             new = self.engine.sample(asked, lams, max_new_tokens=self.max_new_tokens)
+        elif self.mode == "speculative" and mode == "exact":
+            new = [self._drafted(*each) for each in zip(asked, lams, streams, strict=True)]
         else:
             noise = LogitsProcessorList([GumbelNoise(streams, self.seed, self.pair.vocab_size)])
             how = {"do_sample": False, "max_new_tokens": self.max_new_tokens, "logits_processor": noise}
@@ -464,6 +487,16 @@ class _Sampler:
         rows = self._scored([(self.plain[p], text) for (_, p, _), text in zip(batch, texts, strict=True)])
         return [Answer(mode, lam, p, n, ids, text, row)
                 for (lam, p, n), ids, text, row in zip(batch, new, texts, rows, strict=True)]  # fmt: skip
+
+    def _drafted(self, ids: list[int], lam: Lam, stream: int) -> list[int]:
+        """A text of exact DeRa, the merged model drafting. Its noise is its own: drafts use it up."""
+        draft = self._dial if self.exact.rows is not None and self.path is None else self.merged(lam)
+        set_seed((self.seed * 1_000_003 + stream) % 2**32)
+        (new,) = decode_batch(
+            self.exact, self.pair.tokenizer, [ids], do_sample=True, temperature=1.0, top_k=0, top_p=1.0, lam=lam,
+            max_new_tokens=self.max_new_tokens, assistant_model=draft, speculation=Speculation(),
+        )  # fmt: skip
+        return new
 
     def _scored(self, texts: list[tuple[str, str]]) -> list[dict[str, float | None]]:
         rows: list[dict[str, float | None]] = [{} for _ in texts]
@@ -526,7 +559,9 @@ class _Sampler:
 
     def _densities(self, lams: Sequence[Lam]) -> tuple[list[Answer], np.ndarray, np.ndarray]:
         """Exact DeRa's texts, and log π_λ and KL from the reference of each at each λ, (texts, λ) in nats."""
-        answers = [a for a in self.store.answers if a.mode == "exact"]
+        answers = [a for a in self.store.answers if a.mode == self.kind]
+        if self.kind == "merged":
+            return answers, *self._own_densities(answers, lams)
         fresh = [i for i in range(len(answers)) if any(lam not in self._known.get(i, {}) for lam in lams)]
         if fresh:
             mine = fresh[self.process :: self.processes]
@@ -535,6 +570,14 @@ class _Sampler:
                 self._known[i] = row
         both = np.array([[self._known[i][lam] for lam in lams] for i in range(len(answers))])
         return answers, both[..., 0], both[..., 1]
+
+    def _own_densities(self, answers: Sequence[Answer], lams: Sequence[Lam]) -> tuple[np.ndarray, np.ndarray]:
+        """Of the merged model's texts KL from the reference at the λ that each was drawn at; they say nothing of others."""
+        kl, where = np.zeros((len(answers), len(lams))), {lam: number for number, lam in enumerate(lams)}
+        for lam in sorted({a.lam for a in answers}):
+            mine = [i for i, a in enumerate(answers) if a.lam == lam]
+            kl[mine, where[lam]] = self._merged_kl(lam, [answers[i] for i in mine])
+        return np.zeros_like(kl), kl
 
     def _read(self, answers: Sequence[Answer], lams: Sequence[Lam]) -> list[dict[Lam, tuple[float, float]]]:
         """log π_λ and KL from the reference of these texts at each λ."""
@@ -570,7 +613,7 @@ class _Sampler:
         """The weighted sum of each text's rewards; NaN where one failed."""
         return np.array([[a.rewards[r.name] for r in self.rewards] for a in answers], dtype=float) @ np.array(weights)
 
-    def means(self, mode: Mode, weights: Sequence[float]) -> dict[Lam, float]:
+    def means(self, mode: Kind, weights: Sequence[float]) -> dict[Lam, float]:
         """The mean reward of what was sampled at each λ, as it is."""
         mine: dict[Lam, list[Answer]] = {}
         for answer in self.store.answers:
@@ -596,7 +639,7 @@ class _Sampler:
         within = not several and min(grid) <= 0 and max(grid) >= 1 and settings["reweight"]
         grid = sorted({*grid, *ends}) if within else list(grid)
         pool, answers, total, kl = self._pool(grid, weights)
-        failed = sum(a.mode == "exact" for a in self.store.answers) - len(answers)
+        failed = sum(a.mode == self.kind for a in self.store.answers) - len(answers)
         if settings["reweight"] is False:
             pool = _direct(pool)
         reward, draws = pool.mean(total)
@@ -704,16 +747,16 @@ class _Sampler:
                     value, draws = one.mean(total[kept])
                     point |= {"reward": float(value[0]), "reward_ci": interval(draws)[:, 0].tolist()}
                 if mode == "merged":
-                    point["kl"] = self._merged_kl(lam, mine)
+                    point["kl"] = float(self._merged_kl(lam, mine).mean())
                 points.append(point)
         return points
 
-    def _merged_kl(self, lam: Lam, answers: Sequence[Answer]) -> float:
-        """KL of the merged model from the reference on its own texts, nats a text."""
+    def _merged_kl(self, lam: Lam, answers: Sequence[Answer]) -> np.ndarray:
+        """KL of the merged model from the reference on each of its own texts, nats; (texts,)."""
         texts = self._texts(answers)
         traces = [trace_of(self.exact.ref, texts), trace_of(self.merged(lam), texts)]
         _, kl = densities(traces, tokens_of(texts), [1.0], self.exact.config.vocab_size)
-        return float(kl.sum() / len(texts))
+        return np.add.reduceat(kl[:, 0], np.cumsum([0, *(len(text.completion) for text in texts)])[:-1])
 
 
 def _direct(pool: Pool) -> Pool:

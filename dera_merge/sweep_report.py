@@ -20,7 +20,7 @@ MOST_BARS = 24  # λ of three or more aligned models that are drawn
 SHOWN = 3  # prompts whose texts are shown at each λ
 COLUMNS = ("lambda", "reward", "reward_ci", "kl", "length", "wins_aligned", "wins_ref", "gain_ci", "ess")
 LEGEND = (
-    "reward: mean over prompts, with its 95 % interval. kl: KL of exact DeRa from the reference, nats a text. length: "
+    "reward: mean over prompts, with its 95 % interval. kl: KL from the reference, nats a text. length: "
     "tokens. wins_aligned, wins_ref: how often a text earns more than one of λ=1 (of several aligned models: of the best "
     "alone) and of the reference, ties half. gain_ci: interval of the reward less that of λ=1 (likewise). ess: effective "
     "texts a prompt; 1 is what one text sampled there would be."
@@ -157,13 +157,18 @@ def plot_sweep(sweep: Sweep, file: Path) -> Path | None:
     return file
 
 
+def whose(sweep: Sweep) -> str:
+    """Whose curve it is."""
+    return "merged" if sweep.settings.get("mode") == "merged" else "exact DeRa"
+
+
 def draw_reward(axis: Any, sweep: Sweep) -> None:
     """Reward over λ with its band; dotted where it is not known; what was sampled as points."""
     if isinstance(sweep.best["lambda"], Vector):
         return draw_rewards_of_several(axis, sweep)
     rows = [row for row in sweep.curve if row["known"]]
     draw_curve(axis, sweep.curve, lambda r: r["reward"], color="C0", linestyle=":", linewidth=1)
-    draw_curve(axis, sweep.curve, lambda r: r["reward"] if r["known"] else None, color="C0", label="exact DeRa")
+    draw_curve(axis, sweep.curve, lambda r: r["reward"] if r["known"] else None, color="C0", label=whose(sweep))
     at, low, high = zip(*((row["lambda"], *row["reward_ci"]) for row in rows), strict=True)
     axis.fill_between(at, low, high, color="C0", alpha=0.2, lw=0)
     for mode, color, marker in (("exact", "C0", "o"), ("merged", "C1", "s")):
@@ -172,7 +177,7 @@ def draw_reward(axis: Any, sweep: Sweep) -> None:
             values = [p["reward"] for p in points]
             bars = np.abs(np.array([p["reward_ci"] for p in points]).T - np.array(values))
             axis.errorbar([p["lambda"] for p in points], values, bars, fmt=marker, color=color, markersize=4, elinewidth=0.8,
-                          label=f"{'sampled' if mode == 'exact' else 'merged, sampled'}")  # fmt: skip
+                          label="merged, sampled" if mode == "merged" else "sampled")  # fmt: skip
     axis.axvspan(*sweep.best["interval"], color="C2", alpha=0.12, lw=0)
     axis.axvline(sweep.best["lambda"], color="C2", linewidth=1, label=f"best: {name(sweep.best['lambda'])}")
     axis.set(xlabel="λ", ylabel="reward", title="What λ earns")
@@ -222,7 +227,7 @@ def draw_frontier(axis: Any, sweep: Sweep) -> None:
     rows = [row for row in sweep.curve if row["known"]]
     several = isinstance(sweep.best["lambda"], Vector)
     style = {"linestyle": "", "marker": "."} if several else {}
-    axis.plot([row["kl"] for row in rows], [row["reward"] for row in rows], color="C0", label="exact DeRa", **style)
+    axis.plot([row["kl"] for row in rows], [row["reward"] for row in rows], color="C0", label=whose(sweep), **style)
     merged = [p for p in sweep.points if p["mode"] == "merged" and "reward" in p]
     ends = [{"lambda": p["lambda"], "kl": row["kl"], "reward": p["reward"]} for p in sweep.points
             for row in sweep.curve if p["mode"] == "exact" and p["lambda"] in (0.0, 1.0) and row["lambda"] == p["lambda"]

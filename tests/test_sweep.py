@@ -243,6 +243,36 @@ def test_the_merged_model_has_a_curve_of_its_own(pair):
     assert {point["lambda"] for point in merged}.isdisjoint({0.0, 1.0})
 
 
+def test_the_merged_model_alone_earns_what_it_earns_beside_exact_dera(pair):
+    """Under the same noise its texts are the same, whoever asks."""
+    lams, how = [0.0, 0.5, 2.0], {**HOW, "anchors": None}
+    alone = sweep(pair, PROMPTS, [load_reward("length")], lams, **how, mode="merged")
+    beside = sweep(pair, PROMPTS, [load_reward("length")], lams, **how, reweight=False)
+    ours, theirs = ({p["lambda"]: p for p in found.points if p["mode"] == "merged"} for found in (alone, beside))
+    assert ours.keys() == {0.0, 0.5, 2.0}
+    for lam in (0.5, 2.0):
+        assert ours[lam] == theirs[lam]
+    for row in alone.curve:
+        assert row["reward"] == pytest.approx(ours[row["lambda"]]["reward"])
+        assert row["kl"] == pytest.approx(ours[row["lambda"]]["kl"])
+    with pytest.raises(DeraError, match="leave out --mode merged"):
+        sweep(pair, PROMPTS, [load_reward("length")], lams, **how, mode="merged", scored=[{}])
+
+
+def test_texts_that_were_drafted_stand_for_exact_dera(pair):
+    """Their mean agrees with batches of exact DeRa's within the noise of both, at an λ where the draft's own does not."""
+    how = {**HOW, "samples": 24, "max_new_tokens": 4, "anchors": [2.0], "reweight": False}
+    found = {
+        mode: sweep(pair, PROMPTS[:8], [Reward("evens", lambda texts: [evens(text) for _, text in texts])], [2.0], **how, mode=mode)
+        for mode in ("exact", "speculative")
+    }
+    earned = {mode: np.array([a.rewards["evens"] for a in result.answers if a.mode == "exact"]) for mode, result in found.items()}
+    assert len(earned["speculative"]) == len(earned["exact"])
+    error = np.sqrt(sum(each.var() / len(each) for each in earned.values()))
+    assert abs(earned["exact"].mean() - earned["speculative"].mean()) < 3.5 * error
+    assert [a.ids for a in found["exact"].answers] != [a.ids for a in found["speculative"].answers]
+
+
 def test_a_coefficient_of_training_is_divided_by_lambda(llama, tmp_path):
     import shutil
 
