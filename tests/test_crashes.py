@@ -84,7 +84,8 @@ def assert_complete_or_says_that_it_is_not(out: Path, whole: dict[str, bytes]) -
     return done
 
 
-@pytest.mark.parametrize("wanted", [2, pytest.param(24, marks=pytest.mark.slow)])
+@pytest.mark.slow  # one kill, and going on, is in test_cli.py
+@pytest.mark.parametrize("wanted", [24])
 def test_kills_at_random_moments_leave_no_half_truth_and_resume_to_the_same_bytes(pair, whole, tmp_path, wanted):
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", FORKER, *map(str, pair), str(out)], stdin=subprocess.PIPE,
