@@ -32,7 +32,7 @@ from .curve import BRANCHES, Curve, Part, fingerprint
 from .errors import DeraError
 from .exact import mix
 from .pair import ModelPair
-from .rows import LowRankRows, MixedRows, Strength, in_rows
+from .rows import LowRankRows, MixedRows, Strength, in_rows, shares_of
 from .sampling import decode_batch
 from .traces import Head, Text, Trace, batches, head_of, padded, scored, trace_of
 
@@ -126,7 +126,7 @@ class Bent(torch.nn.Module):
         if self.strength.rows is None or not len(self.down):
             return y
         t = torch.nn.functional.linear(x.to(self.down[self.branch].dtype), self.down[self.branch])
-        lam = self.strength.beside(t)
+        lam = self.strength.spread(self.strength.rows, t)
         return y + torch.nn.functional.linear(t * (lam * (1 - lam)), self.up[self.branch]).to(y.dtype)
 
 
@@ -140,12 +140,9 @@ class _Gained:
     def rows(self) -> torch.Tensor | None:
         return None if self._layer.strength.rows is None else self._layer.gains()
 
-    def beside(self, values: torch.Tensor) -> torch.Tensor:
-        return self.spread(self._layer.gains(), values)
-
+    @property
     def shares(self) -> torch.Tensor:
-        gains = self._layer.gains()[:, None]
-        return torch.cat([1 - gains, gains], 1)
+        return shares_of(self._layer.gains())
 
     def spread(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return self._layer.strength.spread(rows, values)

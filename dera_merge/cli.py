@@ -118,7 +118,7 @@ def merge(
         raise typer.BadParameter("goes with --format adapter", param_hint="--rank")
     else:
         common |= {"max_shard_size": max_shard_size, "allow_nonfinite": allow_nonfinite, "shard": share}
-    pair = _open(ref, [aligned, *(more or ())], base, allow_pickle, trust_remote_code, base_quantization)
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, base_quantization, more)
     with _progress("merging") as tell:
         unit = 0 if "format" in common else 20  # tensors, or MiB
         folders = pair.merge(output, lams, **common, progress=lambda done, all: tell(None, done >> unit, all >> unit))
@@ -214,7 +214,7 @@ def generate(
         raise typer.BadParameter("is for exact and speculative decoding", param_hint=hint)
     if mode == "exact" and path:
         raise typer.BadParameter("is for --mode merged and speculative; exact decoding merges nothing", param_hint="--path")
-    pair = _open(ref, [aligned, *(more or ())], base, allow_pickle, trust_remote_code, base_quantization)
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, base_quantization, more)
     places = [_device(name) for name in device.split(",")]
     if len(places) > 2 or (len(places) == 2 and mode == "merged"):
         raise typer.BadParameter("one device, or two for exact decoding", param_hint="--device")
@@ -282,7 +282,7 @@ def compare(
         raise typer.BadParameter("needs --with coupled (or all)", param_hint="--reward")
     if any(limit is not None and not math.isfinite(limit) for limit in (max_kl, min_top1)):
         raise typer.BadParameter("a gate must be a finite number", param_hint="--max-kl, --min-top1")
-    pair = _open(ref, [aligned, *(more or ())], base, allow_pickle, trust_remote_code)
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, more=more)
     place = _device(device)
     _check_report_folder(output, pair)
     from . import fidelity
@@ -471,7 +471,7 @@ def sweep(
         raise typer.BadParameter("samples nothing, as --from-scored brings the texts", param_hint="--engine")
     if beta is not None and not 0 < beta < math.inf:
         raise typer.BadParameter("must be above 0", param_hint="--beta")
-    pair = _open(ref, [aligned, *(more or ())], base, allow_pickle, trust_remote_code)
+    pair = _open(ref, aligned, base, allow_pickle, trust_remote_code, more=more)
     place = _device(device)
     _check_report_folder(output, pair)
     from .ledger import launched
@@ -498,6 +498,7 @@ def sweep(
 
     table = Table(title="What λ earns and costs", **PLAIN)
     left_out = ("length", "wins_aligned", "wins_ref")  # so that it fits 80 columns; the report has all
+    left_out += ("gain_ci",) if len(rewards) > 1 else ()  # each reward has a column then
     wanted = tuple(column for column in columns(result) if column not in left_out)
     for column in wanted:
         table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
@@ -616,18 +617,19 @@ def _models(more: list[str] | None) -> int:
 
 
 def _open(
-    ref: str, aligned: str | list[str], base: str | None, allow_pickle: bool, trust_remote_code: bool,
-    base_quantization: str | None = None,
+    ref: str, aligned: str, base: str | None, allow_pickle: bool, trust_remote_code: bool,
+    base_quantization: str | None = None, more: list[str] | None = None,
 ) -> ModelPair:  # fmt: skip
     from .pair import ModelPair
 
     return ModelPair.from_pretrained(
-        ref, aligned, base=base, base_quantization=base_quantization, allow_pickle=allow_pickle,
+        ref, [aligned, *(more or ())], base=base, base_quantization=base_quantization, allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
 
 
 def _named(aligned: str, more: list[str] | None) -> dict[str, Any]:
+    """What JSON says of the aligned model, or of several."""
     return {"aligned": [aligned, *more] if more else aligned}
 
 

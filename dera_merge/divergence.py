@@ -73,8 +73,9 @@ def divergences(
         vocab_size: rows of the vocabulary that all have.
 
     Returns:
-        λ → measure → float64 array (tokens,): `MEASURES`, `CHOSEN`, `log_z`, and kl of the others; what is said of the
-        aligned model is said of further ones too, as `kl_aligned_2` and so on.
+        λ → measure → float64 array (tokens,): `MEASURES`, `CHOSEN`, `log_z`, and kl of the others; with several aligned
+        models what is said of the first is said of the others too, as `kl_aligned_2` and so on, and there are the
+        covariances of their log-ratios, `cov_1_2` and so on.
     """
     found: dict[Lam, dict[str, list[torch.Tensor]]] = {lam: {} for lam, _ in approximations}
     device = exact[0].hidden.device
@@ -90,6 +91,9 @@ def divergences(
             own = chosen[part][:, None]
             here = {"logp_ref": log_ref.gather(1, own)[:, 0]}
             here |= {aligned_name("logp", k): each.gather(1, own)[:, 0] for k, each in enumerate(log_aligned, 1)}
+            if len(log_aligned) > 1:
+                both = covariances(log_ref, log_aligned)
+                here |= {_cov(k, m): both[:, k, m] for k in range(len(log_aligned)) for m in range(k + 1)}
             for (lam, _), logits in zip(approximations, others, strict=True):
                 row = here | _at(log_ref, log_aligned, lam, {name: each[part] for name, each in logits.items()}, own)
                 for measure, values in row.items():
@@ -186,24 +190,35 @@ def densities(
     return torch.cat(logp).numpy(), torch.cat(kl).numpy()
 
 
+def covariances(log_ref: torch.Tensor, log_aligned: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of the log-ratios log p_k - log p_ref under the reference, (rows, models, models), in nats squared.
+
+    The root of the k-th diagonal element, in the mean over tokens, is the size of that model's log-ratio.
+    """
+    ratios, p = torch.stack([each - log_ref for each in log_aligned]), log_ref.exp()
+    ratios -= (ratios * p).sum(-1, keepdim=True)
+    return torch.einsum("ktv,ltv,tv->tkl", ratios, ratios, p)
+
+
+def _cov(one: int, other: int) -> str:
+    return f"cov_{min(one, other) + 1}_{max(one, other) + 1}"
+
+
+def gram_of(per_token: dict[str, np.ndarray], models: int) -> np.ndarray:
+    """The mean of `covariances` over tokens, (models, models), from the figures of `divergences`."""
+    return np.array([[per_token[_cov(k, m)].mean() for m in range(models)] for k in range(models)])
+
+
 @torch.no_grad()
 def gram(exact: Sequence[Trace], vocab_size: int) -> np.ndarray:
-    """Covariances of the log-ratios log p_k - log p_ref under the reference, in the mean over tokens: (models, models).
-
-    The root of the k-th diagonal element is the size of that model's log-ratio, in nats.
-
-    Args:
-        exact: what the reference, and then each aligned model, makes of the texts.
-    """
-    total = torch.zeros(len(exact) - 1, len(exact) - 1, dtype=torch.float64)
+    """The same from what the reference, and then each aligned model, makes of texts."""
+    found = []
     for chunk, parts in chunks(len(exact[0].hidden), vocab_size, exact[0].hidden.device):
         sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in exact]
         for part in parts:
             log_ref, *log_aligned = (log_softmax(side[part]) for side in sides)
-            ratios, p = torch.stack([each - log_ref for each in log_aligned]), log_ref.exp()
-            ratios -= (ratios * p).sum(-1, keepdim=True)
-            total += torch.einsum("ktv,ltv,tv->kl", ratios, ratios, p).cpu()
-    return (total / len(exact[0].hidden)).numpy()
+            found.append(covariances(log_ref, log_aligned).cpu())
+    return torch.cat(found).mean(0).numpy()
 
 
 def log_ratio(matrix: np.ndarray, lam: Vector) -> dict[str, Any]:
@@ -213,7 +228,7 @@ def log_ratio(matrix: np.ndarray, lam: Vector) -> dict[str, Any]:
     that add up to 1 the scaled mixture is as large as the parts are in the mean (of squares).
 
     Args:
-        matrix: G, of `gram`.
+        matrix: G, of `gram` or `gram_of`.
 
     Returns:
         `sizes`: of each part, and `mixed`, in nats; `scale`; `restored`: scale·λ. None where nothing is mixed.

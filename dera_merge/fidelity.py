@@ -26,7 +26,7 @@ from . import explain, lambdas, yardstick
 from . import prompts as prompt_files
 from .checkpoint import json_bytes, load_json, write_atomically
 from .curve import Curve, fingerprint, opened
-from .divergence import MEASURES, bootstrap, divergences, finite, gram, log_ratio, summarise
+from .divergence import MEASURES, bootstrap, divergences, finite, gram_of, log_ratio, summarise
 from .errors import DeraError
 from .lambdas import Lam, Vector
 from .ledger import Ledger, gathered, launched
@@ -289,7 +289,7 @@ def _compared(
     """All the measuring that `compare` promises."""
     pair, encoded, tokenizer, seed, curve = lab.pair, lab.prompts, lab.pair.tokenizer, lab.seed, lab.curve
     given = [prompt.completion is not None for prompt in encoded]
-    report = Report(pair.ref.source.name, " + ".join(one.aligned.source.name for one in pair.pairs), [], {})
+    report = Report(pair.ref.source.name, pair.aligned_name, [], {})
     # On given texts, reference and aligned model read once for all λ.
     groups = [(lams, lab.given())] if all(given) else [([lam], lab.sampled(texts, lam)) for lam in lams]
     readings: dict[Lam, dict[str, np.ndarray]] = {}
@@ -303,11 +303,11 @@ def _compared(
     for lam in lams:
         prompt_of = _each([text.prompt for text in texts_at[lam]], texts_at[lam])
         text_of = _each(range(len(texts_at[lam])), texts_at[lam])
-        per_token = {key: values for key, values in readings[lam].items() if key not in ("resolution", "gram")}
+        per_token = {key: values for key, values in readings[lam].items() if key != "resolution"}
         report.per_token[lam], report.prompt_of[lam] = per_token, prompt_of
         result = {"lambda": lam, **summarise(per_token, prompt_of, text_of, resolution, seed)}
         if isinstance(lam, Vector):
-            result["log_ratio"] = log_ratio(readings[lam]["gram"], lam)
+            result["log_ratio"] = log_ratio(gram_of(per_token, len(lam)), lam)
         if not lab.knows_path(lam):
             result |= {"kl_rounding": None, "kl_nonlinearity": None}
         if floors:
@@ -330,7 +330,7 @@ def _compared(
             if texts != "merged":
                 (reading,) = lab.measure([lam], theirs, "merged-").values()
                 merged_texts[lam] = (theirs, reading)
-                kept = {key: values for key, values in reading.items() if key not in ("resolution", "gram")}
+                kept = {key: values for key, values in reading.items() if key != "resolution"}
                 prompt_of, text_of = _each([t.prompt for t in theirs], theirs), _each(range(len(theirs)), theirs)
                 figures = summarise(kept, prompt_of, text_of, resolution, seed)
                 result["on_merged_texts"] = {key: figures[key] for key in ("tokens", *MEASURES, "kl_ci", "captured")}
@@ -495,7 +495,7 @@ class _Lab:
         self, lams: Sequence[Lam], texts: list[Text], label: str = "",
         models: Callable[[Lam], Iterable[tuple[str, PreTrainedModel]]] | None = None,
     ) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
-        """Per-token figures at each λ on these texts, `resolution` (1,), and with several aligned models `gram`."""
+        """Per-token figures at each λ on these texts, and `resolution` (1,)."""
         missing = [lam for lam in lams if not self.ledger.has(f"{label}tokens-{lam:g}")]
         fresh = self._measure(missing, texts, models or self.measured) if missing else {}
         return {lam: self.ledger.step(f"{label}tokens-{lam:g}", lambda lam=lam: fresh[lam]) for lam in lams}
@@ -522,19 +522,16 @@ class _Lab:
         traces = []
         for lam in lams:
             traces.append((lam, {name: read(model, heads) for name, model in models(lam)}))
-        rows_of_vocabulary = self.exact.config.vocab_size
-        per_token = divergences(sides, traces, tokens_of(chosen), rows_of_vocabulary)
-        mine_of = gram(sides, rows_of_vocabulary) * len(sides[0].hidden) if len(sides) > 2 else None
+        per_token = divergences(sides, traces, tokens_of(chosen), self.exact.config.vocab_size)
         sizes = np.cumsum([len(text.completion) for text in chosen])[:-1]
         rows = {lam: {key: np.split(values, sizes) for key, values in row.items()} for lam, row in per_token.items()}
         every = gathered([(i, {lam: {k: v[n] for k, v in row.items()} for lam, row in rows.items()}, resolution)
                           for n, i in enumerate(mine)])  # fmt: skip
         every.sort(key=lambda entry: entry[0])
-        more = {"resolution": np.array([max(entry[2] for entry in every)])}
-        if mine_of is not None:
-            more["gram"] = np.sum(gathered([mine_of]), 0) / sum(len(text.completion) for text in texts)
+        worst = np.array([max(entry[2] for entry in every)])
         return {
-            lam: {key: np.concatenate([entry[1][lam][key] for entry in every]) for key in rows[lam]} | more for lam in lams
+            lam: {key: np.concatenate([entry[1][lam][key] for entry in every]) for key in rows[lam]} | {"resolution": worst}
+            for lam in lams
         }
 
     def _pooled(self, few: dict[Lam, list[Text]]) -> tuple[list[Text], dict[Lam, slice]]:

@@ -264,6 +264,11 @@ class ModelPair:
         """The reference and all aligned models."""
         return self.ref, *(pair.aligned for pair in self.pairs)
 
+    @property
+    def aligned_name(self) -> str:
+        """What reports call the aligned model, or all of them."""
+        return " + ".join(pair.aligned.source.name for pair in self.pairs)
+
     def known(self, lams: Iterable[Any]) -> list[lambdas.Lam]:
         """λ as a program gives them, a number or a vector each, as this pair takes them.
 

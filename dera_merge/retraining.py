@@ -23,7 +23,7 @@ from .lambdas import Lam, numbers
 from .pair import ModelPair
 from .prompts import encode
 from .sampling import sample
-from .traces import Text, Trace, tokens_of, trace_of
+from .traces import Text, Trace, per_text, tokens_of, trace_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -91,12 +91,11 @@ class _Reader:
     def figures(self, texts: list[Text], kl_ref: np.ndarray) -> dict[str, Any]:
         """Reward, length and KL to the reference (nats a text) of texts; means and intervals over prompts."""
         prompt_of = np.array([text.prompt for text in texts])
-        starts = np.cumsum([0, *(len(text.completion) for text in texts)])[:-1]
         decoded = [self.pair.tokenizer.decode(text.completion, skip_special_tokens=True) for text in texts]
         values = {
             "reward": np.array([self.reward(text) for text in decoded]),
             "length": np.array([float(len(text.completion)) for text in texts]),
-            "kl": np.add.reduceat(kl_ref, starts),
+            "kl": per_text(kl_ref, texts),
         }
         found: dict[str, Any] = {"texts": decoded[:4], "rewards": values["reward"].tolist(), "prompts": prompt_of.tolist()}
         for name, each in values.items():

@@ -30,6 +30,7 @@ class Strength(threading.local):
     """
 
     rows: torch.Tensor | None = None  # (rows,); with several aligned models (rows, models)
+    shares: torch.Tensor | None = None  # how much of the reference and of each aligned model a row is, (rows, 1 + models)
     tokens: int = 0  # of each row, in this pass
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -38,35 +39,31 @@ class Strength(threading.local):
     @contextmanager
     def of(self, rows: torch.Tensor, tokens: int) -> Iterator[None]:
         """Strengths (rows,) or (rows, models) for one forward pass over (rows, tokens) ids."""
-        self.rows, self.tokens = rows, tokens
+        self.rows, self.shares, self.tokens = rows, shares_of(rows), tokens
         try:
             yield
         finally:
-            self.rows = None
+            self.rows = self.shares = None
 
-    def beside(self, values: torch.Tensor) -> torch.Tensor:
-        """The strengths in a shape that multiplies `values`, a module's (rows, tokens, …) or (rows·tokens, n).
+    def spread(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """A number for each row (rows,), or for each row and place on the last axis (rows, n), in a shape that multiplies
+        `values`, a module's (rows, tokens, …) or (rows·tokens, n).
 
         Raises:
             DeraError: the model regroups its tokens (experts do), so that rows cannot be told apart.
         """
-        assert self.rows is not None
-        return self.spread(self.rows, values)
-
-    def shares(self) -> torch.Tensor:
-        """How much of the reference and of each aligned model every row is, (rows, 1 + models)."""
-        assert self.rows is not None
-        each = self.rows if self.rows.ndim == 2 else self.rows[:, None]
-        return torch.cat([1 - each.sum(1, keepdim=True), each], 1)
-
-    def spread(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """As `beside`, for other numbers (rows,), or for one of each of the last axis of `values`, (rows, n)."""
         rows = rows[:, None] if rows.ndim == 1 else rows
         if values.ndim > 2 and len(values) == len(rows):
             return rows.view(len(rows), *[1] * (values.ndim - 2), -1)
         if values.ndim == 2 and len(values) == len(rows) * self.tokens:
             return rows.repeat_interleave(self.tokens, 0)
         raise DeraError("this model regroups its tokens between layers, so that rows of a batch cannot have a λ each")
+
+
+def shares_of(rows: torch.Tensor) -> torch.Tensor:
+    """1 - Σ s_k, the reference's share, and the strengths s_k themselves, (rows, 1 + models)."""
+    each = rows if rows.ndim == 2 else rows[:, None]
+    return torch.cat([1 - each.sum(1, keepdim=True), each], 1)
 
 
 class LowRankRows(torch.nn.Module):
@@ -98,15 +95,12 @@ class LowRankRows(torch.nn.Module):
         y = self.base_layer(x)
         t = torch.nn.functional.linear(x.to(self.down.dtype), self.down)
         if self.strength.rows is not None:
-            s = self.strength.beside(t) if self.whose is None else self._by_rank(t)
+            by_rank = self.strength.rows if self.whose is None else self.strength.shares[:, self.whose]
+            s = self.strength.spread(by_rank, t)
             t = (t * s).to(t.dtype)
         elif self.whose is not None:
             t = t * (self.whose == 1)
         return torch.addmm(y.flatten(0, -2), t.flatten(0, -2).to(y.dtype), self.up.to(y.dtype)).view(y.shape)
-
-    def _by_rank(self, t: torch.Tensor) -> torch.Tensor:
-        """The strength of each rank beside t (…, ranks): its model's."""
-        return self.strength.spread(self.strength.shares()[:, self.whose], t)
 
 
 class MixedRows(torch.nn.Module):
@@ -122,7 +116,7 @@ class MixedRows(torch.nn.Module):
         if self.strength.rows is None:
             return self.aligned[0](x, *args, **kwargs)
         mixed: torch.Tensor | float = 0.0
-        for share, side in zip(self.strength.shares().unbind(1), (self.ref, *self.aligned), strict=True):
+        for share, side in zip(self.strength.shares.unbind(1), (self.ref, *self.aligned), strict=True):
             y = side(x, *args, **kwargs)
             mixed = mixed + self.strength.spread(share, y) * y
         return mixed.to(y.dtype)

@@ -41,7 +41,7 @@ from .rewards import Reward
 from .reweighting import Pool, interval
 from .sampling import BATCH, GumbelNoise, decode_batch
 from .speculation import Speculation
-from .traces import Text, tokens_of, trace_of
+from .traces import Text, per_text, tokens_of, trace_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,6 @@ ANCHORS = (0.0, 0.5, 1.0, 2.0)
 POINTS = 33  # of the grid between the smallest and the largest λ
 STEPS = {2: 0.125, 3: 0.25}  # of the grid from 0 to 1 of each of several aligned models; 0.5 for more of them
 COLUMNS = ("lambda", "ess", "known", "reward", "kl", "length", "wins_aligned", "wins_ref", "gain")  # of the curve
-CHOICES = 2000  # bootstrap draws
 FINEST = 1 / 64  # of the range: λ that are nearer to each other are not told apart
 KNOWN = 0.25  # effective texts a prompt, below which a curve is drawn as unknown
 SURE = 0.75  # of those at the best λ, below which an anchor is put there
@@ -241,9 +240,9 @@ def sweep(
         with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
             lab.sample(lab.kind, anchors)
             most = budget or (len(anchors) + 3 * reweight) * len(encoded) * samples
-            search = None if reweight else _Search.of(anchors, seed)
+            first = anchors
             while (len(anchors) + 1) * len(encoded) * samples <= most:
-                wanted = lab.next_anchor(grid, weights) if reweight else search.next(lab.means(lab.kind, weights))
+                wanted = lab.next_anchor(grid, weights) if reweight else _next_point(lab.means(weights), first, seed)
                 if wanted is None:
                     break
                 anchors, grid = sorted([*anchors, wanted]), sorted({*grid, wanted})
@@ -429,6 +428,7 @@ class _Sampler:
         self.engine: engines.Engine | None = None
         # Of each of exact DeRa's texts, log π_λ and KL from the reference, in nats: λ → number.
         self._known: dict[int, dict[Lam, tuple[float, float]]] = {}
+        self._kls: dict[Lam, np.ndarray] = {}  # KL of the merged model from the reference on its own texts
         # Of all texts that were read with several aligned models: `gram` times tokens, and tokens.
         self._gram: tuple[Any, int] = (0.0, 0)
 
@@ -558,7 +558,7 @@ class _Sampler:
         return [Text(a.prompt, [*ids, *a.ids], len(ids)) for a, ids in zip(answers, prompts, strict=True)]
 
     def _densities(self, lams: Sequence[Lam]) -> tuple[list[Answer], np.ndarray, np.ndarray]:
-        """Exact DeRa's texts, and log π_λ and KL from the reference of each at each λ, (texts, λ) in nats."""
+        """The texts that answer, and log π_λ and KL from the reference of each at each λ, (texts, λ) in nats."""
         answers = [a for a in self.store.answers if a.mode == self.kind]
         if self.kind == "merged":
             return answers, *self._own_densities(answers, lams)
@@ -575,8 +575,7 @@ class _Sampler:
         """Of the merged model's texts KL from the reference at the λ that each was drawn at; they say nothing of others."""
         kl, where = np.zeros((len(answers), len(lams))), {lam: number for number, lam in enumerate(lams)}
         for lam in sorted({a.lam for a in answers}):
-            mine = [i for i, a in enumerate(answers) if a.lam == lam]
-            kl[mine, where[lam]] = self._merged_kl(lam, [answers[i] for i in mine])
+            kl[[a.lam == lam for a in answers], where[lam]] = self._merged_kl(lam)
         return np.zeros_like(kl), kl
 
     def _read(self, answers: Sequence[Answer], lams: Sequence[Lam]) -> list[dict[Lam, tuple[float, float]]]:
@@ -586,9 +585,8 @@ class _Sampler:
             self.tell("reading the texts", number, len(self.exact.sides) + 1)
             traces.append(trace_of(model, texts))
         self.tell("reading the texts", len(traces), len(traces) + 1)
-        starts = np.cumsum([0, *(len(text.completion) for text in texts)])[:-1]
         found = densities(traces, tokens_of(texts), lams, self.exact.config.vocab_size)
-        logp, kl = (np.add.reduceat(each, starts) for each in found)
+        logp, kl = (per_text(each, texts) for each in found)
         if self.pair.others:
             count = len(traces[0].hidden)
             self._gram = (self._gram[0] + count * gram(traces, self.exact.config.vocab_size), self._gram[1] + count)
@@ -613,11 +611,11 @@ class _Sampler:
         """The weighted sum of each text's rewards; NaN where one failed."""
         return np.array([[a.rewards[r.name] for r in self.rewards] for a in answers], dtype=float) @ np.array(weights)
 
-    def means(self, mode: Kind, weights: Sequence[float]) -> dict[Lam, float]:
+    def means(self, weights: Sequence[float]) -> dict[Lam, float]:
         """The mean reward of what was sampled at each λ, as it is."""
         mine: dict[Lam, list[Answer]] = {}
         for answer in self.store.answers:
-            if answer.mode == mode:
+            if answer.mode == self.kind:
                 mine.setdefault(answer.lam, []).append(answer)
         return {lam: float(np.nanmean(self._totals(answers, weights))) for lam, answers in mine.items()}
 
@@ -668,14 +666,13 @@ class _Sampler:
             raise DeraError("no λ has enough texts to say anything; give more --samples, or shorter texts")
         chosen = np.where(known, reward, -np.inf)
         best = int(np.argmax(chosen))
-        winners = np.array(grid)[np.argmax(np.where(known, draws, -np.inf), axis=1)]
-        bounds_of_best = np.quantile(winners, [0.025, 0.975], axis=0).T.tolist()
+        where = _where_best(grid, np.where(known, draws, -np.inf))
         if several:
             reach = list(zip(*(grid[i] for i in np.flatnonzero(known)), strict=True))
             edge = any(x in (min(each), max(each)) for x, each in zip(grid[best], reach, strict=True))
         else:
             edge = best in (0, len(grid) - 1) or not known[max(best - 1, 0)] or not known[min(best + 1, len(grid) - 1)]
-        answer: dict[str, Any] = {"lambda": grid[best], "interval": bounds_of_best, "at_the_edge": bool(edge)}
+        answer: dict[str, Any] = {"lambda": grid[best], "interval": where, "at_the_edge": bool(edge)}
         if several:
             answer["log_ratio"] = self._log_ratio(grid[best])
             answer["gain_over"] = None if one is None else grid[one]
@@ -689,7 +686,7 @@ class _Sampler:
         settings = settings | {"failed": failed}
         if failed:
             warn(f"a reward failed on {failed} of {failed + len(answers)} texts, twice; they are left out")
-        names = (self.pair.ref.source.name, " + ".join(one.aligned.source.name for one in self.pair.pairs))
+        names = (self.pair.ref.source.name, self.pair.aligned_name)
         result = Sweep(*names, curve, self._points(weights), answer, settings, None, [], self.plain, self.store.answers)
         result.commands = _commands(result, self.pair, self.path) if answer["tells_apart"] else []
         return result
@@ -705,29 +702,27 @@ class _Sampler:
 
         The noise is theirs in common, and at the ends they are one model. None where there are fewer than three such λ.
         """
-        ends, prompts = self.pair.ends(), len(self.prompts)
+        ends = self.pair.ends()
         places = {mode: {a.lam for a in self.store.answers if a.mode == mode} for mode in ("exact", "merged")}
         common = sorted(places["exact"] & (places["merged"] | set(ends)))
         if len(common) < 3 or not places["merged"]:
             return None
-        draws = np.random.default_rng(self.seed).integers(prompts, size=(CHOICES, prompts))
         found: dict[str, Any] = {}
         for mode in ("exact", "merged"):
-            means = np.full((len(common), prompts), np.nan)
-            for number, lam in enumerate(common):
-                kind = "exact" if lam in ends else mode
-                mine = [a for a in self.store.answers if a.mode == kind and a.lam == lam]
-                total, of = self._totals(mine, weights), np.array([a.prompt for a in mine])
-                kept = ~np.isnan(total)
-                sums, counts = (np.bincount(of[kept], each, prompts) for each in (total[kept], None))
-                with np.errstate(invalid="ignore"):
-                    means[number] = sums / counts
-            best = np.array(common)[np.argmax(np.nanmean(means[:, draws], -1), 0)]
-            found[mode] = {
-                "lambda": common[int(np.argmax(np.nanmean(means, 1)))],
-                "interval": np.quantile(best, [0.025, 0.975], axis=0).T.tolist(),
-            }
+            mine = [a for a in self.store.answers if a.lam in common and a.mode == ("exact" if a.lam in ends else mode)]
+            reward, draws = self._as_sampled(mine, common, self._totals(mine, weights))
+            found[mode] = {"lambda": common[int(np.argmax(reward))], "interval": _where_best(common, draws)}
         return found
+
+    def _as_sampled(
+        self, answers: Sequence[Answer], lams: Sequence[Lam], total: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`Pool.mean` of these rewards, each for the λ that its text was drawn at; texts without one (NaN) are left out."""
+        kept = ~np.isnan(total)
+        answers = [a for a, k in zip(answers, kept, strict=True) if k]
+        drawn, prompts = np.array([lams.index(a.lam) for a in answers]), np.array([a.prompt for a in answers])
+        pool = Pool(np.array(lams), np.zeros((len(answers), len(lams))), drawn, prompts, self.seed)
+        return _direct(pool).mean(total[kept])
 
     def _points(self, weights: Sequence[float]) -> list[dict[str, Any]]:
         """What was sampled, as it is: no weights."""
@@ -742,21 +737,21 @@ class _Sampler:
                     "length": float(np.mean([len(a.ids) for a in mine])), "distinct": _distinct([a.text for a in mine]),
                 }  # fmt: skip
                 if kept.any():
-                    one = Pool(np.array([lam]), np.zeros((int(kept.sum()), 1)), np.zeros(int(kept.sum()), dtype=int),
-                               np.array([a.prompt for a, k in zip(mine, kept, strict=True) if k]), self.seed)  # fmt: skip
-                    value, draws = one.mean(total[kept])
+                    value, draws = self._as_sampled(mine, [lam], total)
                     point |= {"reward": float(value[0]), "reward_ci": interval(draws)[:, 0].tolist()}
                 if mode == "merged":
-                    point["kl"] = float(self._merged_kl(lam, mine).mean())
+                    point["kl"] = float(self._merged_kl(lam).mean())
                 points.append(point)
         return points
 
-    def _merged_kl(self, lam: Lam, answers: Sequence[Answer]) -> np.ndarray:
-        """KL of the merged model from the reference on each of its own texts, nats; (texts,)."""
-        texts = self._texts(answers)
-        traces = [trace_of(self.exact.ref, texts), trace_of(self.merged(lam), texts)]
-        _, kl = densities(traces, tokens_of(texts), [1.0], self.exact.config.vocab_size)
-        return np.add.reduceat(kl[:, 0], np.cumsum([0, *(len(text.completion) for text in texts)])[:-1])
+    def _merged_kl(self, lam: Lam) -> np.ndarray:
+        """KL of the merged model from the reference on each of its own texts at λ, nats; (texts,)."""
+        if lam not in self._kls:
+            texts = self._texts([a for a in self.store.answers if a.mode == "merged" and a.lam == lam])
+            traces = [trace_of(self.exact.ref, texts), trace_of(self.merged(lam), texts)]
+            _, kl = densities(traces, tokens_of(texts), [1.0], self.exact.config.vocab_size)
+            self._kls[lam] = per_text(kl[:, 0], texts)
+        return self._kls[lam]
 
 
 def _direct(pool: Pool) -> Pool:
@@ -776,52 +771,45 @@ def column_of(reward: str) -> str:
     return f"{reward}_reward" if reward in COLUMNS else reward
 
 
-class _Search:
-    """Where to sample next without weights: half-way between the best λ of one aligned model and its neighbours."""
+def _next_point(means: dict[Lam, float], first: Sequence[Lam], seed: int) -> Lam | None:
+    """Where to sample next without weights, knowing the mean reward of some λ; None where there is no more to tell apart.
 
-    def __init__(self, lams: Sequence[Lam]) -> None:
-        self.nearest = FINEST * (max(lams) - min(lams))
-
-    @staticmethod
-    def of(lams: Sequence[Lam], seed: int) -> _Search:
-        return _VectorSearch(lams, seed) if isinstance(lams[0], Vector) else _Search(lams)
-
-    def next(self, means: dict[Lam, float]) -> Lam | None:
-        """The next λ, knowing the mean reward of some; None where neighbours are near enough."""
-        lams = sorted(means)
-        best = lams.index(max(means, key=means.__getitem__))
-        gaps = [(lams[i + 1] - lams[i], i) for i in (best - 1, best) if 0 <= i < len(lams) - 1]
-        width, left = max(gaps, default=(0.0, 0))
-        return round(lams[left] + width / 2, 6) + 0.0 if width > self.nearest > 0 else None
-
-
-class _VectorSearch(_Search):
-    """The same for several aligned models: optuna's sampler (TPE), within the box that the first λ span.
+    Half-way between the best λ of one aligned model and its farther neighbour; with several, where optuna's sampler (TPE)
+    proposes within the box that the `first` λ span.
 
     Raises:
-        DeraError: optuna is not installed.
+        DeraError: optuna is needed and not installed.
     """
+    if isinstance(first[0], Vector):
+        return _proposed(means, [(min(each), max(each)) for each in zip(*first, strict=True)], seed)
+    lams = sorted(means)
+    best = lams.index(max(means, key=means.__getitem__))
+    gaps = [(lams[i + 1] - lams[i], i) for i in (best - 1, best) if 0 <= i < len(lams) - 1]
+    width, left = max(gaps, default=(0.0, 0))
+    return round(lams[left] + width / 2, 6) + 0.0 if width > FINEST * (max(first) - min(first)) > 0 else None
 
-    def __init__(self, lams: Sequence[Vector], seed: int) -> None:
-        self.box = [(min(each), max(each)) for each in zip(*lams, strict=True)]
-        self.seed = seed
 
-    def next(self, means: dict[Lam, float]) -> Lam | None:
-        try:
-            import optuna
-        except ImportError as error:
-            raise DeraError("a search over several λ at once needs optuna: pip install 'dera-merge[sweep]'") from error
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        spread = {str(k): optuna.distributions.FloatDistribution(*each) for k, each in enumerate(self.box)}
-        # Made anew each time, so that a resumed sweep makes the same proposals.
-        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=self.seed + len(means)))
-        for lam, value in means.items():
-            params = {str(k): x for k, x in enumerate(lam)}
-            if all(a <= x <= b for x, (a, b) in zip(lam, self.box, strict=True)):
-                study.add_trial(optuna.trial.create_trial(params=params, distributions=spread, value=value))
-        asked = study.ask(spread)
-        found = Vector(round(asked.params[str(k)], 4) + 0.0 for k in range(len(self.box)))
-        return None if found in means else found
+def _proposed(means: dict[Lam, float], box: list[tuple[float, float]], seed: int) -> Vector | None:
+    try:
+        import optuna
+    except ImportError as error:
+        raise DeraError("a search over several λ at once needs optuna: pip install 'dera-merge[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    spread = {str(k): optuna.distributions.FloatDistribution(*each) for k, each in enumerate(box)}
+    # Made anew each time, so that a resumed sweep makes the same proposals.
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed + len(means)))
+    for lam, value in means.items():
+        params = {str(k): x for k, x in enumerate(lam)}
+        if all(a <= x <= b for x, (a, b) in zip(lam, box, strict=True)):
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=spread, value=value))
+    asked = study.ask(spread)
+    found = Vector(round(asked.params[str(k)], 4) + 0.0 for k in range(len(box)))
+    return None if found in means else found
+
+
+def _where_best(lams: Sequence[Lam], draws: np.ndarray) -> list[Any]:
+    """95 % of the λ that are best in bootstrap draws (DRAWS, λ): two numbers, or of several aligned models two for each."""
+    return np.quantile(np.array(lams)[np.argmax(draws, axis=1)], [0.025, 0.975], axis=0).T.tolist()
 
 
 def _commands(result: Sweep, pair: ModelPair, path: Curve | None) -> list[str]:

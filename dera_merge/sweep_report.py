@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,10 +174,8 @@ def draw_reward(axis: Any, sweep: Sweep) -> None:
     for mode, color, marker in (("exact", "C0", "o"), ("merged", "C1", "s")):
         points = [p for p in sweep.points if p["mode"] == mode and "reward" in p]
         if points:
-            values = [p["reward"] for p in points]
-            bars = np.abs(np.array([p["reward_ci"] for p in points]).T - np.array(values))
-            axis.errorbar([p["lambda"] for p in points], values, bars, fmt=marker, color=color, markersize=4, elinewidth=0.8,
-                          label="merged, sampled" if mode == "merged" else "sampled")  # fmt: skip
+            label = "merged, sampled" if mode == "merged" else "sampled"
+            _with_bars(axis, [p["lambda"] for p in points], points, fmt=marker, color=color, label=label)
     axis.axvspan(*sweep.best["interval"], color="C2", alpha=0.12, lw=0)
     axis.axvline(sweep.best["lambda"], color="C2", linewidth=1, label=f"best: {name(sweep.best['lambda'])}")
     axis.set(xlabel="λ", ylabel="reward", title="What λ earns")
@@ -185,6 +183,13 @@ def draw_reward(axis: Any, sweep: Sweep) -> None:
     margin = 0.08 * (max(seen) - min(seen) or 1)
     axis.set_ylim(min(seen) - margin, max(seen) + margin)
     axis.legend(frameon=False, fontsize=8)
+
+
+def _with_bars(axis: Any, at: Sequence[float], rows: Sequence[dict[str, Any]], **style: Any) -> None:
+    """Rewards as points with their intervals."""
+    values = [row["reward"] for row in rows]
+    bars = np.abs(np.array([row["reward_ci"] for row in rows]).T - np.array(values))
+    axis.errorbar(at, values, bars, markersize=4, elinewidth=0.8, **style)
 
 
 def draw_rewards_of_several(axis: Any, sweep: Sweep) -> None:
@@ -202,9 +207,7 @@ def draw_rewards_of_several(axis: Any, sweep: Sweep) -> None:
         return
     rows = sorted(rows, key=lambda row: -row["reward"])[:MOST_BARS]
     rows, at = over_lambda(axis, rows)
-    values = [row["reward"] for row in rows]
-    bars = np.abs(np.array([row["reward_ci"] for row in rows]).T - np.array(values))
-    axis.errorbar(at, values, bars, fmt="o", color="C0", markersize=4, elinewidth=0.8)
+    _with_bars(axis, at, rows, fmt="o", color="C0")
     axis.set(xlabel="λ", ylabel="reward", title=f"What λ earns (the best {len(rows)})")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .errors import DeraError
@@ -46,6 +47,11 @@ class Trace:
 def tokens_of(texts: Sequence[Text]) -> torch.Tensor:
     """The scored tokens of all texts, one after another, (scored tokens,)."""
     return torch.tensor([token for text in texts for token in text.completion])
+
+
+def per_text(values: np.ndarray, texts: Sequence[Text]) -> np.ndarray:
+    """Sums of (scored tokens, …) over the tokens of each text, (texts, …)."""
+    return np.add.reduceat(values, np.cumsum([0, *(len(text.completion) for text in texts)])[:-1])
 
 
 def batches(texts: Sequence[Text], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:

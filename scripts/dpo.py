@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,11 +78,10 @@ def best_against_worst(
 ) -> list[Preference]:
     """Each prompt's answer of the highest reward against that of the lowest; prompts whose answers tie are left out."""
     preferences = []
-    for conversation, answers in zip(conversations, sampled, strict=True):
-        rewards = [reward(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
+    for prompt, answers, rewards in _rewarded(tokenizer, conversations, sampled, reward):
         best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
         if rewards[best] > rewards[worst]:
-            preferences.append(Preference(prompt_ids(tokenizer, conversation), answers[best], answers[worst]))
+            preferences.append(Preference(prompt, answers[best], answers[worst]))
     return preferences
 
 
@@ -93,13 +92,23 @@ def neighbours(
     reward: Callable[[str], float],
 ) -> list[Preference]:
     """Each prompt's first answer against its second, third against fourth, and so on, ties too, with their gaps."""
-    preferences = []
+    return [
+        Preference(prompt, answers[i], answers[i + 1], rewards[i] - rewards[i + 1])
+        for prompt, answers, rewards in _rewarded(tokenizer, conversations, sampled, reward)
+        for i in range(0, len(answers) - 1, 2)
+    ]
+
+
+def _rewarded(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    sampled: Sequence[Sequence[list[int]]],
+    reward: Callable[[str], float],
+) -> Iterator[tuple[list[int], Sequence[list[int]], list[float]]]:
+    """Each prompt's ids, its answers and their rewards."""
     for conversation, answers in zip(conversations, sampled, strict=True):
         rewards = [reward(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
-        for i in range(0, len(answers) - 1, 2):
-            gap = rewards[i] - rewards[i + 1]
-            preferences.append(Preference(prompt_ids(tokenizer, conversation), answers[i], answers[i + 1], gap))
-    return preferences
+        yield prompt_ids(tokenizer, conversation), answers, rewards
 
 
 def completion_logprobs(
