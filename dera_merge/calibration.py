@@ -1,16 +1,15 @@
 """Learn a path θ(λ) that follows exact DeRa more closely than the straight line; see `curve.py` for its form.
 
-Texts are sampled from exact DeRa at λ all over the range. Then, in two steps:
+Texts are sampled from exact DeRa at λ all over the range. One model whose λ differs from row to row of the batch, the tree
+of `rows.py` with a `Bent` on each linear layer that Δ changes, is then trained on KL(exact‖path) over the whole range at
+once, from the straight line on.
 
-1. In closed form (`_solve`). Hidden states of a model that follows exact DeRa are close to (1-λ) times the reference's and
-   λ times the aligned one's. So let the straight line read the texts with every layer's output replaced by that
-   interpolation: what a layer makes of its input x then is off by an error e that is its own, from Δ acting on states that
-   moved, and from the softmax, activation or norm before it. What of e is linear in x, a ridge regression says, for all
-   layers in one pass: the C of low rank that minimises Σ w·|e - λ(1-λ)·C·x|², and λ(1-λ)·C is the bend. No gradient.
-2. By gradient (`_Trainer`), for what is not linear: one model whose λ differs from row to row of the batch, the tree of
-   `rows.py` with a bend on each linear layer that Δ changes, is trained on KL(exact‖path) over the whole range at once.
+Beyond λ = 1 the error is large and much of it can be learned from a few hundred texts, if every step has the right length:
+the inputs of a layer vary a thousand times more in some directions than in others. So the curve's right factor is learned
+there in coordinates in which they are white, and the left one in units of what Δ itself does (`_measure`). For λ ≤ 1 the
+error is ten times smaller: where inputs hardly vary mostly noise would be learned, and plain coordinates are better.
 
-A share of the prompts is held out; of line, closed form and trained path, the one that does best on them is kept.
+A share of the prompts is held out; of the line and the states on the way, the one that does best on them is kept.
 """
 
 from __future__ import annotations
@@ -47,13 +46,14 @@ Progress = Callable[[str, int, int], None]
 
 MARGIN = 0.1  # no texts are sampled at λ nearer than this to 0 or 1, where every path is exact
 SAMPLED_TOGETHER = 48  # texts decoded in one batch
-STEP_TOKENS = 512  # tokens of texts in one step of the optimiser
-RIDGE = 0.01  # of the mean square of a layer's inputs
-SINKS = 4  # first tokens of a text, whose huge activations would rule a regression
-MOMENTS = 4 << 30  # bytes of second moments of inputs that are held at a time
+STEP_TOKENS = 256  # tokens of texts in one step of the optimiser
+MEASURED_TOKENS = 2048  # tokens of texts on which inputs of layers are measured
+AXES = 64  # directions of a layer's input that are scaled one by one
+RIDGE = 0.01  # of their mean variance: no variance is taken for smaller
+SINKS = 4  # first tokens of a text, whose huge activations would rule all measurements
 HELD_OUT = 0.1  # share of the prompts
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # sampling without a warper
-GAIN, UP = 0.1, 1e-3  # how large gains, and factors that begin at zero, are expected to become
+GAIN, FACTOR = 0.1, 0.05  # how large gains, and factors in plain coordinates, are expected to become
 _POWER = 1.5  # kl is weighted with |λ(1-λ)| to minus this, so that no part of the range drowns the others
 PROMPT_TOKENS = 32  # of a prompt that the pair writes itself
 
@@ -68,6 +68,39 @@ class Lesson:
     aligned: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Whitener:
+    """A linear map W for vectors whose variance is much larger in some directions: of W·x it is about 1 in all.
+
+    Attributes:
+        axes: the directions of the largest variances, (size, n), orthonormal.
+        stretch: for each of these, what it is scaled with over what the others are, less 1, (n,).
+        unit: what the others are scaled with.
+    """
+
+    axes: torch.Tensor
+    stretch: torch.Tensor
+    unit: torch.Tensor
+
+    @classmethod
+    def of(cls, vectors: torch.Tensor) -> Whitener:
+        """From a sample of vectors (count, size), any float dtype."""
+        vectors = vectors.float()
+        total = vectors.square().sum(0).mean() / len(vectors)  # mean variance, of one direction
+        _, sigma, axes = torch.svd_lowrank(vectors, q=min(AXES + 8, *vectors.shape), niter=2)
+        sigma, axes = sigma[:AXES], axes[:, :AXES]
+        variances = sigma.square() / len(vectors)
+        others = len(axes) - len(sigma)
+        rest = (total * len(axes) - variances.sum()) / others if others else variances.min()
+        floor = (RIDGE * total).clamp(min=1e-30)
+        rest, variances = rest.clamp(min=floor), variances.clamp(min=floor)
+        return cls(axes, (rest / variances).sqrt() - 1, rest.rsqrt())
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows·W, (rows, size)."""
+        return (rows + (rows @ self.axes * self.stretch) @ self.axes.T) * self.unit
+
+
 class Bent(torch.nn.Module):
     """A linear layer of `rows.py` with a gain in the place of λ and a low-rank curve, one set of each for a branch.
 
@@ -76,6 +109,10 @@ class Bent(torch.nn.Module):
         inner: `LowRankRows`, or `MixedRows` of linear layers.
         strength: λ of the rows.
         rank: of the curve; 0 leaves it out.
+
+    Attributes:
+        whitener: of the layer's inputs; the right factor of the curve beyond λ = 1 is `down` in its coordinates.
+        scale: what Δ adds to the output, root mean square.
     """
 
     def __init__(self, module: str, inner: LowRankRows | MixedRows, strength: Strength, rank: int) -> None:
@@ -87,33 +124,12 @@ class Bent(torch.nn.Module):
         self.gain = torch.nn.ParameterList(torch.zeros(2) for _ in BRANCHES)
         inner.strength = _Gained(self)
         into, out = _sizes(inner)
-        self.down = torch.nn.ParameterList(torch.empty(rank, into) for _ in BRANCHES if rank)
-        self.up = torch.nn.ParameterList(torch.zeros(out, rank) for _ in BRANCHES if rank)
-        for down in self.down:
+        self.down = torch.nn.ParameterList(torch.randn(rank, into) / math.sqrt(into) for _ in BRANCHES if rank)
+        for down in self.down[:1]:
             torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # as LoRA's A
-
-    @torch.no_grad()
-    def solve(self, branch: int, across: torch.Tensor, square: torch.Tensor) -> None:
-        """Set up·down to the matrix C of this rank that minimises Σ|y - C·x|² + a ridge: reduced-rank regression.
-
-        Args:
-            across, square: Σ y·xᵀ (out, in) and Σ x·xᵀ (in, in), weights included.
-        """
-        if not bool(square.any()):
-            return
-        square = square.double()
-        square.diagonal().add_(RIDGE * square.diagonal().mean())
-        root = torch.linalg.cholesky(square)
-        # In coordinates where inputs are white, the best of a rank are the first singular vectors of across·root⁻ᵀ.
-        white = torch.linalg.solve_triangular(root, across.double().T, upper=False).T
-        rank = self.up[branch].shape[1]
-        u, sigma, v = torch.svd_lowrank(white, q=min(2 * rank + 8, *white.shape), niter=4)
-        used = min(rank, len(sigma))
-        left = u[:, :used] * sigma[:used]
-        right = torch.linalg.solve_triangular(root.T, v[:, :used], upper=True).T
-        balance = (left.norm(dim=0) / right.norm(dim=1)).sqrt().clamp(min=1e-30)  # a step is to move both alike
-        self.up[branch][:, :used] = (left / balance).to(self.up[branch])
-        self.down[branch][:used] = (right * balance[:, None]).to(self.down[branch])
+        self.up = torch.nn.ParameterList(torch.zeros(out, rank) for _ in BRANCHES if rank)
+        self.whitener: Whitener | None = None
+        self.scale = 1.0
 
     def gains(self) -> torch.Tensor:
         """g(λ) of the rows, (rows,)."""
@@ -121,11 +137,25 @@ class Bent(torch.nn.Module):
         c, d = self.gain[self.branch]
         return lam + lam * (1 - lam) * (c + d * lam)
 
+    def right(self, branch: int) -> torch.Tensor:
+        """The right factor of a branch's curve, (rank, in)."""
+        down = self.down[branch]
+        return self.whitener(down) if branch and self.whitener else down
+
+    def moved(self, x: torch.Tensor) -> torch.Tensor:
+        """Δ·x: what the layer makes of its input as the aligned model's, less what it makes of it as the reference's."""
+        ends = []
+        for lam in (torch.zeros, torch.ones):
+            with self.strength.of(lam(len(self.strength.rows), device=x.device), self.strength.tokens):
+                ends.append(self.inner(x))
+        return ends[1] - ends[0]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.inner(x)
         if self.strength.rows is None or not len(self.down):
             return y
-        t = torch.nn.functional.linear(x.to(self.down[self.branch].dtype), self.down[self.branch])
+        right = self.right(self.branch)
+        t = torch.nn.functional.linear(x.to(right.dtype), right)
         lam = self.strength.spread(self.strength.rows, t)
         return y + torch.nn.functional.linear(t * (lam * (1 - lam)), self.up[self.branch]).to(y.dtype)
 
@@ -166,7 +196,7 @@ def calibrate(
     texts: int = 512,
     max_new_tokens: int = 48,
     passes: int = 1,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.02,
     seed: int = 0,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str = torch.float32,
@@ -183,8 +213,8 @@ def calibrate(
         rank: of the curve.
         texts: how many to sample from exact DeRa, in all.
         max_new_tokens: their length, in tokens.
-        passes: how often to go over the texts by gradient; 0 leaves the closed form as it is.
-        learning_rate: Adam's, at its peak, relative to the size of what it changes.
+        passes: how often to go over the texts, 1 or more.
+        learning_rate: Adam's, at its peak, relative to the size that what it changes is expected to have.
         seed: of everything random.
         device, compute_dtype: where and in what the models run.
         progress: called as work goes on.
@@ -205,6 +235,8 @@ def calibrate(
     wanted = [branch for branch, (start, stop) in enumerate(ranges) if start <= stop]
     if not wanted:
         raise DeraError(f"λ from {low:g} to {high:g} leaves nothing to learn: at 0 and 1 every path is exact")
+    if passes < 1:
+        raise DeraError(f"passes={passes}: nothing would be learned; give 1 or more")
     if texts < 16:
         raise DeraError(f"--texts {texts} are too few to learn from and to check on; give 16 or more")
     tell = progress or (lambda what, done, total: None)
@@ -238,6 +270,10 @@ def calibrate(
     teacher = _Teacher.of(exact, [*order, *held_out])
     student.requires_grad_(False)
     layers = _bend(student, names, rank if kind == "curve" else 0, device)
+    if kind == "curve" and 1 in wanted:
+        tell("measuring the layers", 0, 1)
+        _measure(student, layers, _few(lessons, dice))
+        tell("measuring the layers", 1, 1)
     figures: dict[str, Any] = {}
     for branch in wanted:
         for layer in layers.values():
@@ -248,9 +284,6 @@ def calibrate(
             raise DeraError("too few texts on one side of λ=1; give more --texts or prompts")
         trainer = _Trainer(student, layers, teacher, branch, learning_rate)
         trainer.look("line", mine[1])
-        if kind == "curve":
-            _solve(exact, student, layers, [teacher.lessons[i] for i in mine[0]], branch, tell)
-            trainer.look("closed form", mine[1])
         trainer.run(*mine, passes, dice, tell)
         figures[BRANCHES[branch]] = {"texts": len(mine[1])} | trainer.keep_best()
     parts = _learned(pair, layers, wanted)
@@ -261,6 +294,15 @@ def calibrate(
         "prompts": "written by the reference" if prompts is None else len(ids), "held_out": figures,
     }  # fmt: skip
     return Curve((low, high), fingerprint(pair), parts, recipe)
+
+
+def _few(lessons: Sequence[Lesson], dice: random.Random) -> list[Lesson]:
+    """Some of the lessons, about `MEASURED_TOKENS` tokens."""
+    found: list[Lesson] = []
+    for lesson in dice.sample(lessons, len(lessons)):
+        if sum(len(one.text.ids) for one in found) < MEASURED_TOKENS:
+            found.append(lesson)
+    return found
 
 
 # What is learned from
@@ -400,98 +442,26 @@ def _bend(
 
 
 @torch.no_grad()
-def _solve(
-    exact: DeraForCausalLM, student: PreTrainedModel, layers: dict[str, Bent], lessons: list[Lesson], branch: int,
-    tell: Progress,
-) -> None:  # fmt: skip
-    """Set each layer's low-rank curve in closed form: the ridge regression of its own error on its input."""
-    waiting = list(layers.values())
-    while waiting:
-        chunk = [waiting.pop(0)]
-        while waiting and sum(map(_moment_bytes, [*chunk, waiting[0]])) <= MOMENTS:
-            chunk.append(waiting.pop(0))
-        for layer, sums in zip(chunk, _moments(exact, student, layers, chunk, lessons, tell), strict=True):
-            layer.solve(branch, *sums)
-
-
-def _moment_bytes(layer: Bent) -> int:
-    into, out = _sizes(layer.inner)
-    return 4 * into * (into + out)
-
-
-def _moments(
-    exact: DeraForCausalLM, student: PreTrainedModel, layers: dict[str, Bent], chunk: list[Bent], lessons: list[Lesson],
-    tell: Progress,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
-    """Σ w·u·e·xᵀ (out, in) and Σ w·u²·x·xᵀ (in, in) over tokens for these layers, u = λ(1-λ); λ is each text's own.
-
-    The outputs of all layers are interpolated between the two models', so that x has no error of the layers before.
-    """
-    sums = {layer.module: [torch.zeros(()), torch.zeros(())] for layer in chunk}
+def _measure(student: PreTrainedModel, layers: dict[str, Bent], lessons: Sequence[Lesson]) -> None:
+    """Let the straight line read these texts, all in one batch, for each layer's whitener and scale."""
     texts = [lesson.text for lesson in lessons]
-    order = list(batches(texts, STEP_TOKENS))
-    for number, batch in enumerate(order, 1):
-        ids, mask = padded([texts[i] for i in batch], student.device)
-        lam = torch.tensor([lessons[i].lam for i in batch], device=student.device)
-        kept = mask.bool()
+    ids, mask = padded(texts, student.device)
+    lam = torch.tensor([lesson.lam for lesson in lessons], device=student.device)
+    kept = mask.bool()
+    if ids.shape[1] > SINKS:
         kept[:, :SINKS] = False
-        regression = _Regression(sums, _interpolated(exact, layers, ids, mask, lam), kept, lam)
-        with _watched(student, layers, regression), student.dera_strength.of(lam, ids.shape[1]):
-            student.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **_places(student, ids))
-        tell("solving the layers", number, len(order))
-    return [tuple(sums[layer.module]) for layer in chunk]
+    last: list[Any] = [None, None]  # an input and its whitener: queries, keys and values have one input
 
+    def look(layer: Bent, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if last[0] is not args[0]:
+            last[:] = args[0], Whitener.of(args[0][kept])
+        layer.whitener = last[1]
+        layer.scale = float(layer.moved(args[0])[kept].float().square().mean().sqrt())
 
-def _interpolated(
-    exact: DeraForCausalLM, layers: dict[str, Bent], ids: torch.Tensor, mask: torch.Tensor, lam: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Outputs of these layers, (1-λ) times the reference's and λ times the aligned model's, (texts, tokens, out)."""
-    found: dict[str, torch.Tensor] = {}
-    aligned = exact.aligned if exact.rows is None else exact.rows
-    for model, share in ((exact.ref, 1 - lam), (aligned, lam)):
-
-        def add(name: str, x: torch.Tensor, y: torch.Tensor, share: torch.Tensor = share[:, None, None]) -> None:
-            found[name] = share * y.float() + found.get(name, 0.0)
-
-        with _watched(model, layers, add):
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return found
-
-
-class _Regression:
-    """Adds each layer's error and input to the sums, and puts the interpolated output in the place of its own."""
-
-    def __init__(
-        self, sums: dict[str, list[torch.Tensor]], wanted: dict[str, torch.Tensor], kept: torch.Tensor, lam: torch.Tensor
-    ) -> None:
-        self.sums, self.wanted, self.kept = sums, wanted, kept
-        self.u = (lam * (1 - lam))[:, None].expand(kept.shape)[kept][:, None]
-        self.weight = self.u.abs() ** -_POWER
-        self.last = self.square = torch.empty(0)  # queries, keys and values have one input, and its square is as dear
-
-    def __call__(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if name in self.sums:
-            states, error = x[self.kept].float(), (self.wanted[name] - y)[self.kept]
-            if self.last is not x:
-                self.last, self.square = x, states.T @ (states * (self.weight * self.u**2))
-            across, square = self.sums[name]
-            self.sums[name] = [across + (error * (self.weight * self.u)).T @ states, square + self.square]
-        return self.wanted[name].to(y.dtype)
-
-
-@contextmanager
-def _watched(
-    model: PreTrainedModel, layers: dict[str, Bent], seen: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]
-) -> Iterator[None]:
-    """Call `seen(module, input, output)` for each of these layers in a pass; what it returns replaces the output."""
-    hooks = [
-        model.get_submodule(layer.module).register_forward_hook(
-            lambda module, args, output, name=layer.module: seen(name, args[0], output)
-        )
-        for layer in layers.values()
-    ]
+    hooks = [layer.register_forward_hook(look) for layer in layers.values()]
     try:
-        yield
+        with student.dera_strength.of(lam, ids.shape[1]):
+            student.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **_places(student, ids))
     finally:
         for hook in hooks:
             hook.remove()
@@ -513,7 +483,7 @@ def _part(layer: Bent, branch: int, transposed: bool) -> Part:
     gain = layer.gain[branch].detach().float().cpu()
     if not len(layer.up):
         return Part(gain)
-    up, down = layer.up[branch].detach().float().cpu(), layer.down[branch].detach().float().cpu()
+    up, down = (factor.detach().float().cpu() for factor in (layer.up[branch], layer.right(branch)))
     return Part(gain, down.T.contiguous(), up.T.contiguous()) if transposed else Part(gain, up, down)
 
 
@@ -536,9 +506,14 @@ class _Trainer:
         self.head: Head = head_of(student)
         self.strength: Strength = student.dera_strength
         self.learning_rate = learning_rate
-        self.gains = [layer.gain[branch] for layer in layers.values()]
-        self.factors = [kind[branch] for layer in layers.values() for kind in (layer.down, layer.up) if len(kind)]
-        self.parameters = [*self.gains, *self.factors]
+        # A step of Adam moves every number by about the rate, so each has the rate in units of what it should become.
+        self.sizes = [(layer.gain[branch], GAIN) for layer in layers.values()]
+        for layer in layers.values():
+            if len(layer.up):
+                down, up = layer.down[branch], layer.up[branch]
+                white = 1 / math.sqrt(down.shape[1]), layer.scale / math.sqrt(up.shape[1])
+                self.sizes += zip((down, up), white if branch else (FACTOR, FACTOR), strict=True)
+        self.parameters = [parameter for parameter, _ in self.sizes]
 
     def kl(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """KL(exact‖path) of the lessons' scored tokens (tokens,) in nats, and the λ of each."""
@@ -572,7 +547,7 @@ class _Trainer:
             self.best = [parameter.detach().clone() for parameter in self.parameters]
 
     def keep_best(self) -> dict[str, Any]:
-        """Go back to the best state. Returns its kl on the lessons held out, and that of the line and the closed form."""
+        """Go back to the best state. Returns its kl on the lessons held out, and that of the others."""
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self.best, strict=True):
                 parameter.copy_(value)
@@ -582,24 +557,19 @@ class _Trainer:
         return {**first, "path": best[1], "kept": best[0], "line_weighted": self.seen[0][2], "path_weighted": best[2]}
 
     def run(self, lessons: list[int], held_out: list[int], passes: int, dice: random.Random, tell: Progress) -> None:
-        """Train from the best state on, and look a few times."""
-        self.keep_best()
+        """Train, and look a few times."""
         steps: list[list[int]] = []
         for _ in range(passes):
             texts = [self.teacher.lessons[i].text for i in lessons]
             order = [[lessons[j] for j in batch] for batch in batches(texts, STEP_TOKENS)]
             dice.shuffle(order)
             steps += order
-        if not steps:
-            return
         warm = max(1, len(steps) // 20)
-        # A step of Adam moves every number by about the rate, and some layers need far smaller factors than others.
-        sizes = [(gain, GAIN) for gain in self.gains] + [(f, float(f.square().mean().sqrt()) or UP) for f in self.factors]
-        optimiser = torch.optim.Adam([{"params": [p], "lr": self.learning_rate * size} for p, size in sizes])
+        optimiser = torch.optim.Adam([{"params": [p], "lr": self.learning_rate * size} for p, size in self.sizes])
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: min((step + 1) / warm, max(0.02, (len(steps) - step) / (len(steps) - warm + 1)))
         )
-        looks = {max(1, round(len(steps) * share)) for share in (0.5, 0.8, 1.0)}
+        looks = {max(1, round(len(steps) * share)) for share in (0.6, 1.0)}
         what = f"learning, λ {'above' if self.branch else 'below'} 1"
         for parameter in self.parameters:
             parameter.requires_grad_(True)

@@ -38,12 +38,13 @@ class Strength(threading.local):
 
     @contextmanager
     def of(self, rows: torch.Tensor, tokens: int) -> Iterator[None]:
-        """Strengths (rows,) or (rows, models) for one forward pass over (rows, tokens) ids."""
+        """Strengths (rows,) or (rows, models) for one forward pass over (rows, tokens) ids; then those of before."""
+        before = self.rows, self.shares, self.tokens
         self.rows, self.shares, self.tokens = rows, shares_of(rows), tokens
         try:
             yield
         finally:
-            self.rows = self.shares = None
+            self.rows, self.shares, self.tokens = before
 
     def spread(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """A number for each row (rows,), or for each row and place on the last axis (rows, n), in a shape that multiplies
