@@ -125,8 +125,8 @@ class Bent(torch.nn.Module):
         inner.strength = _Gained(self)
         into, out = _sizes(inner)
         self.down = torch.nn.ParameterList(torch.randn(rank, into) / math.sqrt(into) for _ in BRANCHES if rank)
-        for down in self.down[:1]:
-            torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # as LoRA's A
+        if rank:
+            torch.nn.init.kaiming_uniform_(self.down[0], a=math.sqrt(5))  # as LoRA's A
         self.up = torch.nn.ParameterList(torch.zeros(out, rank) for _ in BRANCHES if rank)
         self.whitener: Whitener | None = None
         self.scale = 1.0
@@ -299,9 +299,12 @@ def calibrate(
 def _few(lessons: Sequence[Lesson], dice: random.Random) -> list[Lesson]:
     """Some of the lessons, about `MEASURED_TOKENS` tokens."""
     found: list[Lesson] = []
+    tokens = 0
     for lesson in dice.sample(lessons, len(lessons)):
-        if sum(len(one.text.ids) for one in found) < MEASURED_TOKENS:
-            found.append(lesson)
+        if tokens >= MEASURED_TOKENS:
+            break
+        found.append(lesson)
+        tokens += len(lesson.text.ids)
     return found
 
 

@@ -24,15 +24,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
 from dera_merge import ModelPair
-from dera_merge.calibration import own_prompts
+from dera_merge.calibration import STEP_TOKENS, own_prompts
 from dera_merge.divergence import bootstrap, divergences
 from dera_merge.exact import mix
 from dera_merge.lambdas import parse_lambdas
 from dera_merge.prompts import default, encode
 from dera_merge.sampling import sample
 from dera_merge.traces import Text, Trace, batches, padded, scored, tokens_of, trace_of
-
-STEP_TOKENS = 256  # as calibrate's
 
 
 def main() -> None:
