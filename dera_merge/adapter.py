@@ -186,8 +186,8 @@ def _share(number: int) -> Callable[[Lam], float]:
 def _module(
     terms: list[tuple[LowRank, Callable[[Lam], float]]], name: str, curve: Curve | None
 ) -> Module:  # fmt: skip
-    bent = curve is not None and any(part.left is not None for part in curve.parts.get(name, {}).values())
-    bend_rank = max(len(part.right) for part in curve.parts[name].values()) if bent else 0
+    part = None if curve is None else curve.parts.get(name)
+    bend_rank = 0 if part is None or part.right is None else len(part.right)
 
     def factors(lams: Sequence[float]) -> list[Factors]:
         right = torch.cat([piece.adapter.read_whole(piece.a).float() for piece, _ in terms])

@@ -2,12 +2,13 @@
 
 Texts are sampled from exact DeRa at λ all over the range. One model whose λ differs from row to row of the batch, the tree
 of `rows.py` with a `Bent` on each linear layer that Δ changes, is then trained on KL(exact‖path) over the whole range at
-once, from the straight line on.
+once, from the straight line on. One curve serves all λ, and what is learned beyond λ = 1, where the error is large, helps
+below, where it is ten times smaller.
 
-Beyond λ = 1 the error is large and much of it can be learned from a few hundred texts, if every step has the right length:
-the inputs of a layer vary a thousand times more in some directions than in others. So the curve's right factor is learned
-there in coordinates in which they are white, and the left one in units of what Δ itself does (`_measure`). For λ ≤ 1 the
-error is ten times smaller: where inputs hardly vary mostly noise would be learned, and plain coordinates are better.
+A few hundred texts suffice if every step has the right length, and the inputs of a layer vary a thousand times more in
+some directions than in others. So the curve's right factor is learned in coordinates in which they vary less, the left one
+in units of what Δ itself does (`_measure`). Coordinates in which inputs were white would be too much of it: where they
+hardly vary, mostly noise would be learned.
 
 A share of the prompts is held out; of the line and the states on the way, the one that does best on them is kept.
 """
@@ -27,7 +28,7 @@ from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
 from . import prompts as prompt_files
-from .curve import BRANCHES, Curve, Part, fingerprint
+from .curve import Curve, Part, along, fingerprint
 from .errors import DeraError
 from .exact import mix
 from .pair import ModelPair
@@ -46,14 +47,15 @@ Progress = Callable[[str, int, int], None]
 
 MARGIN = 0.1  # no texts are sampled at λ nearer than this to 0 or 1, where every path is exact
 SAMPLED_TOGETHER = 48  # texts decoded in one batch
-STEP_TOKENS = 256  # tokens of texts in one step of the optimiser
+STEP_TOKENS = 128  # tokens of texts in one step of the optimiser: one or two texts
 MEASURED_TOKENS = 2048  # tokens of texts on which inputs of layers are measured
 AXES = 64  # directions of a layer's input that are scaled one by one
+EVENED = 0.5  # power of their variances that is divided out of their variances: 0 nothing, 1 all
 RIDGE = 0.01  # of their mean variance: no variance is taken for smaller
 SINKS = 4  # first tokens of a text, whose huge activations would rule all measurements
 HELD_OUT = 0.1  # share of the prompts
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # sampling without a warper
-GAIN, FACTOR = 0.1, 0.05  # how large gains, and factors in plain coordinates, are expected to become
+GAIN, PROFILE = 0.1, 0.5  # how large the numbers of gains and of profiles are expected to become
 _POWER = 1.5  # kl is weighted with |λ(1-λ)| to minus this, so that no part of the range drowns the others
 PROMPT_TOKENS = 32  # of a prompt that the pair writes itself
 
@@ -69,8 +71,8 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Whitener:
-    """A linear map W for vectors whose variance is much larger in some directions: of W·x it is about 1 in all.
+class Evener:
+    """A linear map W for vectors whose variance is far larger in some directions: of W·x it is less uneven, its mean 1.
 
     Attributes:
         axes: the directions of the largest variances, (size, n), orthonormal.
@@ -83,7 +85,7 @@ class Whitener:
     unit: torch.Tensor
 
     @classmethod
-    def of(cls, vectors: torch.Tensor) -> Whitener:
+    def of(cls, vectors: torch.Tensor) -> Evener:
         """From a sample of vectors (count, size), any float dtype."""
         vectors = vectors.float()
         total = vectors.square().sum(0).mean() / len(vectors)  # mean variance, of one direction
@@ -94,7 +96,9 @@ class Whitener:
         rest = (total * len(axes) - variances.sum()) / others if others else variances.min()
         floor = (RIDGE * total).clamp(min=1e-30)
         rest, variances = rest.clamp(min=floor), variances.clamp(min=floor)
-        return cls(axes, (rest / variances).sqrt() - 1, rest.rsqrt())
+        scale = (rest / variances) ** (EVENED / 2)
+        unit = ((scale.square() * variances).sum() + others * rest).div(len(axes)).rsqrt()
+        return cls(axes, scale - 1, unit)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """rows·W, (rows, size)."""
@@ -102,7 +106,7 @@ class Whitener:
 
 
 class Bent(torch.nn.Module):
-    """A linear layer of `rows.py` with a gain in the place of λ and a low-rank curve, one set of each for a branch.
+    """A linear layer of `rows.py` with a gain in the place of λ, and a low-rank curve.
 
     Args:
         module: its name in the model.
@@ -111,7 +115,7 @@ class Bent(torch.nn.Module):
         rank: of the curve; 0 leaves it out.
 
     Attributes:
-        whitener: of the layer's inputs; the right factor of the curve beyond λ = 1 is `down` in its coordinates.
+        evener: of the layer's inputs; the right factor of the curve is `down` in its coordinates.
         scale: what Δ adds to the output, root mean square.
     """
 
@@ -120,27 +124,28 @@ class Bent(torch.nn.Module):
         self.module = module
         self.inner = inner
         self.strength = strength
-        self.branch = 0
-        self.gain = torch.nn.ParameterList(torch.zeros(2) for _ in BRANCHES)
         inner.strength = _Gained(self)
         into, out = _sizes(inner)
-        self.down = torch.nn.ParameterList(torch.randn(rank, into) / math.sqrt(into) for _ in BRANCHES if rank)
-        if rank:
-            torch.nn.init.kaiming_uniform_(self.down[0], a=math.sqrt(5))  # as LoRA's A
-        self.up = torch.nn.ParameterList(torch.zeros(out, rank) for _ in BRANCHES if rank)
-        self.whitener: Whitener | None = None
+        self.gain = torch.nn.Parameter(torch.zeros(2))
+        self.down = torch.nn.Parameter(torch.randn(rank, into) / math.sqrt(into))
+        self.up = torch.nn.Parameter(torch.zeros(out, rank))
+        self.profile = torch.nn.Parameter(torch.zeros(rank, 2))
+        self.evener: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows
         self.scale = 1.0
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
 
     def gains(self) -> torch.Tensor:
         """g(λ) of the rows, (rows,)."""
         lam = self.strength.rows
-        c, d = self.gain[self.branch]
+        c, d = self.gain
         return lam + lam * (1 - lam) * (c + d * lam)
 
-    def right(self, branch: int) -> torch.Tensor:
-        """The right factor of a branch's curve, (rank, in)."""
-        down = self.down[branch]
-        return self.whitener(down) if branch and self.whitener else down
+    def right(self) -> torch.Tensor:
+        """The right factor of the curve, (rank, in)."""
+        return self.evener(self.down)
 
     def moved(self, x: torch.Tensor) -> torch.Tensor:
         """Δ·x: what the layer makes of its input as the aligned model's, less what it makes of it as the reference's."""
@@ -152,12 +157,12 @@ class Bent(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.inner(x)
-        if self.strength.rows is None or not len(self.down):
+        if self.strength.rows is None or not self.rank:
             return y
-        right = self.right(self.branch)
+        right = self.right()
         t = torch.nn.functional.linear(x.to(right.dtype), right)
-        lam = self.strength.spread(self.strength.rows, t)
-        return y + torch.nn.functional.linear(t * (lam * (1 - lam)), self.up[self.branch]).to(y.dtype)
+        t = t * self.strength.spread(along(self.profile, self.strength.rows), t)
+        return y + torch.nn.functional.linear(t, self.up).to(y.dtype)
 
 
 class _Gained:
@@ -221,7 +226,7 @@ def calibrate(
 
     Returns:
         The path; `recipe["held_out"]` says what it does to texts of prompts that it was not trained on, and that chose
-        which state is kept: mean kl of the straight line and of the path, in nats per token, for each branch.
+        which state is kept: mean kl of the straight line and of the path, in nats per token, on each side of λ = 1.
 
     Raises:
         DeraError: the pair has no weight-space form, there is nothing to learn, or prompts are unusable.
@@ -231,8 +236,8 @@ def calibrate(
     low, high = min(lams), max(lams)
     if low < 0:
         raise DeraError(f"λ={low:g}: paths are learned for λ from 0 on; below 0 the straight line is all there is")
-    ranges = [(max(low, MARGIN), min(high, 1 - MARGIN)), (max(low, 1 + MARGIN), high)]
-    wanted = [branch for branch, (start, stop) in enumerate(ranges) if start <= stop]
+    sides = (max(low, MARGIN), min(high, 1 - MARGIN)), (max(low, 1 + MARGIN), high)
+    wanted = [(start, stop) for start, stop in sides if start <= stop]
     if not wanted:
         raise DeraError(f"λ from {low:g} to {high:g} leaves nothing to learn: at 0 and 1 every path is exact")
     if passes < 1:
@@ -261,37 +266,30 @@ def calibrate(
     if len(used) < 2:
         raise DeraError(f"{len(used)} prompts are too few to hold one out; give more")
     prompt_files.check_lengths(entries, max_new_tokens, pair.context_length)
-    drawn = [dice.uniform(*ranges[branch]) for _, branch in at]
-    lessons = _sampled(pair, exact, ids, [prompt for prompt, _ in at], drawn, max_new_tokens, tell)
     unseen = set(dice.sample(used, max(1, round(HELD_OUT * len(used)))))
+    drawn = [dice.uniform(*span) for _, span in at]
+    lessons = _sampled(pair, exact, ids, [prompt for prompt, _ in at], drawn, unseen, max_new_tokens, tell)
     order = [lesson for lesson in lessons if lesson.text.prompt not in unseen]
     dice.shuffle(order)
     held_out = [lesson for lesson in lessons if lesson.text.prompt in unseen]
     teacher = _Teacher.of(exact, [*order, *held_out])
     student.requires_grad_(False)
     layers = _bend(student, names, rank if kind == "curve" else 0, device)
-    if kind == "curve" and 1 in wanted:
+    if kind == "curve":
         tell("measuring the layers", 0, 1)
-        _measure(student, layers, _few(lessons, dice))
+        _measure(student, layers, _few(order, dice))
         tell("measuring the layers", 1, 1)
-    figures: dict[str, Any] = {}
-    for branch in wanted:
-        for layer in layers.values():
-            layer.branch = branch
-        mine = [[i for i, lesson in enumerate(teacher.lessons) if (lesson.lam > 1) == branch and group(i)]
-                for group in (lambda i: i < len(order), lambda i: i >= len(order))]  # fmt: skip
-        if not mine[0] or not mine[1]:
-            raise DeraError("too few texts on one side of λ=1; give more --texts or prompts")
-        trainer = _Trainer(student, layers, teacher, branch, learning_rate)
-        trainer.look("line", mine[1])
-        trainer.run(*mine, passes, dice, tell)
-        figures[BRANCHES[branch]] = {"texts": len(mine[1])} | trainer.keep_best()
-    parts = _learned(pair, layers, wanted)
+    trainer = _Trainer(student, layers, teacher, learning_rate)
+    seen = list(range(len(order), len(teacher.lessons)))
+    trainer.look("line", seen)
+    trainer.run(list(range(len(order))), seen, passes, dice, tell)
+    figures = trainer.keep_best()
+    parts = _learned(pair, layers)
     recipe = {
         "ref": pair.ref.source.name, "aligned": pair.aligned.source.name, "kind": kind,
         "rank": rank if kind == "curve" else None, "texts": texts, "max_new_tokens": max_new_tokens, "passes": passes,
         "learning_rate": learning_rate, "seed": seed,
-        "prompts": "written by the reference" if prompts is None else len(ids), "held_out": figures,
+        "prompts": "written by the reference" if prompts is None else len(ids), **figures,
     }  # fmt: skip
     return Curve((low, high), fingerprint(pair), parts, recipe)
 
@@ -341,9 +339,15 @@ def own_prompts(
 
 def _sampled(
     pair: ModelPair, exact: DeraForCausalLM, prompts: list[list[int]], chosen: list[int], lams: list[float],
-    max_new_tokens: int, tell: Progress,
+    unseen: set[int], max_new_tokens: int, tell: Progress,
 ) -> list[Lesson]:  # fmt: skip
-    """One text of exact DeRa for each chosen prompt, each at its own λ."""
+    """One text of exact DeRa for each chosen prompt, each at its own λ.
+
+    What both models make of a prompt comes for nothing, so there is something to learn from it too, from where prompts
+    differ; of those that are not to be learned from (`unseen`) the answer alone counts.
+    """
+    differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
+    opening = max(1, next(differ, min(map(len, prompts))))
     lessons: list[Lesson] = []
     order = sorted(range(len(chosen)), key=lambda i: len(prompts[chosen[i]]))
     for start in range(0, len(order), SAMPLED_TOGETHER):
@@ -352,29 +356,33 @@ def _sampled(
         with _recording(exact) as states:
             how = {"max_new_tokens": max_new_tokens, "lam": [lams[i] for i in batch], **PLAIN}
             drawn = decode_batch(exact, pair.tokenizer, rows, **how)
+        width = max(map(len, rows))
         for i, ids, new, ref, aligned in zip(batch, rows, drawn, *states(), strict=True):
-            text = Text(chosen[i], [*ids, *new], len(ids))
-            lessons.append(Lesson(text, lams[i], ref[: len(new)].clone(), aligned[: len(new)].clone()))
+            first = len(ids) if chosen[i] in unseen else min(opening, len(ids))
+            text = Text(chosen[i], [*ids, *new], first)
+            begin = width - len(ids) + first - 1  # prompts are padded on the left
+            kept = slice(begin, begin + len(text.completion))
+            lessons.append(Lesson(text, lams[i], ref[kept].clone(), aligned[kept].clone()))
         tell("sampling from exact DeRa", len(lessons), len(order))
     return lessons
 
 
 @contextmanager
 def _recording(exact: DeraForCausalLM) -> Iterator[Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
-    """Keep what both decoders make of the last token at each step, so that the texts need not be read again.
+    """Keep what both decoders make of every token while they generate, so that the texts need not be read again.
 
-    Gives a function that returns the two models' states (sequences, steps, hidden size).
+    Gives a function that returns the two models' states (sequences, tokens, hidden size).
     """
     models = [exact.ref, exact.aligned] if exact.rows is None else [exact.rows]
     kept: list[list[torch.Tensor]] = [[] for _ in models]
     hooks = [
-        model.base_model.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output[0][:, -1]))
+        model.base_model.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output[0]))
         for model, seen in zip(models, kept, strict=True)
     ]
 
     def states() -> tuple[torch.Tensor, torch.Tensor]:
-        stacked = [torch.stack(seen, 1) for seen in kept]
-        return tuple(stacked) if len(stacked) == 2 else stacked[0].chunk(2)
+        joined = [torch.cat(seen, 1) for seen in kept]
+        return tuple(joined) if len(joined) == 2 else joined[0].chunk(2)
 
     try:
         yield states
@@ -446,19 +454,19 @@ def _bend(
 
 @torch.no_grad()
 def _measure(student: PreTrainedModel, layers: dict[str, Bent], lessons: Sequence[Lesson]) -> None:
-    """Let the straight line read these texts, all in one batch, for each layer's whitener and scale."""
+    """Let the straight line read these texts, all in one batch, for each layer's evener and scale."""
     texts = [lesson.text for lesson in lessons]
     ids, mask = padded(texts, student.device)
     lam = torch.tensor([lesson.lam for lesson in lessons], device=student.device)
     kept = mask.bool()
     if ids.shape[1] > SINKS:
         kept[:, :SINKS] = False
-    last: list[Any] = [None, None]  # an input and its whitener: queries, keys and values have one input
+    last: list[Any] = [None, None]  # an input and its evener: queries, keys and values have one input
 
     def look(layer: Bent, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if last[0] is not args[0]:
-            last[:] = args[0], Whitener.of(args[0][kept])
-        layer.whitener = last[1]
+            last[:] = args[0], Evener.of(args[0][kept])
+        layer.evener = last[1]
         layer.scale = float(layer.moved(args[0])[kept].float().square().mean().sqrt())
 
     hooks = [layer.register_forward_hook(look) for layer in layers.values()]
@@ -470,24 +478,24 @@ def _measure(student: PreTrainedModel, layers: dict[str, Bent], lessons: Sequenc
             hook.remove()
 
 
-def _learned(pair: ModelPair, layers: dict[str, Bent], branches: Sequence[int]) -> dict[str, dict[str, Part]]:
+def _learned(pair: ModelPair, layers: dict[str, Bent]) -> dict[str, Part]:
     """What the layers have learned, by tensor of θ(λ)."""
-    parts: dict[str, dict[str, Part]] = {}
+    parts: dict[str, Part] = {}
     for name, layer in layers.items():
-        transposed = layer.module in pair.architecture.transposed
-        parts[name] = {BRANCHES[branch]: _part(layer, branch, transposed) for branch in branches}
+        parts[name] = _part(layer, layer.module in pair.architecture.transposed)
         bias = pair.architecture.stored_name(f"{layer.module}.bias", pair.tensors)
         if bias is not None and not pair.is_same(bias):  # the gain is that of the whole layer
-            parts[bias] = {branch: Part(part.gain) for branch, part in parts[name].items()}
+            parts[bias] = Part(parts[name].gain)
     return parts
 
 
-def _part(layer: Bent, branch: int, transposed: bool) -> Part:
-    gain = layer.gain[branch].detach().float().cpu()
-    if not len(layer.up):
+def _part(layer: Bent, transposed: bool) -> Part:
+    gain, up, down, profile = (
+        value.detach().float().cpu() for value in (layer.gain, layer.up, layer.right(), layer.profile)
+    )
+    if not layer.rank:
         return Part(gain)
-    up, down = (factor.detach().float().cpu() for factor in (layer.up[branch], layer.right(branch)))
-    return Part(gain, down.T.contiguous(), up.T.contiguous()) if transposed else Part(gain, up, down)
+    return Part(gain, down.T.contiguous(), up.T.contiguous(), profile) if transposed else Part(gain, up, down, profile)
 
 
 def _places(student: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -497,25 +505,32 @@ def _places(student: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tens
     return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)}
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """A state on the way, on the lessons held out: the mean that is minimised, and mean kl on each side of λ = 1."""
+
+    what: str
+    goal: float
+    kl: dict[str, float]
+
+
 class _Trainer:
     """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5 over scored tokens."""
 
-    def __init__(
-        self, student: PreTrainedModel, layers: dict[str, Bent], teacher: _Teacher, branch: int, learning_rate: float
-    ) -> None:
-        self.student, self.teacher, self.branch = student, teacher, branch
-        self.seen: list[tuple[str, float, float]] = []  # what, mean kl and goal on the lessons held out
+    def __init__(self, student: PreTrainedModel, layers: dict[str, Bent], teacher: _Teacher, learning_rate: float) -> None:
+        self.student, self.teacher = student, teacher
+        self.seen: list[_Seen] = []
         self.best: list[torch.Tensor] = []
         self.head: Head = head_of(student)
         self.strength: Strength = student.dera_strength
         self.learning_rate = learning_rate
         # A step of Adam moves every number by about the rate, so each has the rate in units of what it should become.
-        self.sizes = [(layer.gain[branch], GAIN) for layer in layers.values()]
+        self.sizes = [(layer.gain, GAIN) for layer in layers.values()]
         for layer in layers.values():
-            if len(layer.up):
-                down, up = layer.down[branch], layer.up[branch]
-                white = 1 / math.sqrt(down.shape[1]), layer.scale / math.sqrt(up.shape[1])
-                self.sizes += zip((down, up), white if branch else (FACTOR, FACTOR), strict=True)
+            if layer.rank:
+                self.sizes.append((layer.down, 1 / math.sqrt(layer.down.shape[1])))
+                self.sizes.append((layer.up, layer.scale / math.sqrt(layer.rank)))
+                self.sizes.append((layer.profile, PROFILE))
         self.parameters = [parameter for parameter, _ in self.sizes]
 
     def kl(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -535,29 +550,25 @@ class _Trainer:
         return (log_p.exp() * (log_p - log_q)).sum(-1), each
 
     @torch.no_grad()
-    def measure(self, chosen: Sequence[int]) -> tuple[float, float]:
-        """Mean kl over the tokens of these lessons, and the mean that is minimised."""
-        texts = [self.teacher.lessons[i].text for i in chosen]
-        parts = [self.kl([chosen[j] for j in batch]) for batch in batches(texts)]
-        kl, lams = (torch.cat(values).double() for values in zip(*parts, strict=True))
-        return float(kl.mean()), float((kl * _weight(lams)).mean())
-
     def look(self, what: str, held_out: list[int]) -> None:
         """Measure on the lessons held out, and remember this state if none was better."""
-        mean, goal = self.measure(held_out)
-        self.seen.append((what, mean, goal))
-        if goal <= min(seen[2] for seen in self.seen):
+        texts = [self.teacher.lessons[i].text for i in held_out]
+        parts = [self.kl([held_out[j] for j in batch]) for batch in batches(texts)]
+        kl, lams = (torch.cat(values).double() for values in zip(*parts, strict=True))
+        sides = {name: float(kl[side].mean()) for name, side in (("inner", lams <= 1), ("outer", lams > 1)) if side.any()}
+        self.seen.append(_Seen(what, float((kl * _weight(lams)).mean()), sides))
+        if self.seen[-1].goal <= min(seen.goal for seen in self.seen):
             self.best = [parameter.detach().clone() for parameter in self.parameters]
 
     def keep_best(self) -> dict[str, Any]:
-        """Go back to the best state. Returns its kl on the lessons held out, and that of the others."""
+        """Go back to the best state. Returns what a path's recipe says of it."""
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self.best, strict=True):
                 parameter.copy_(value)
                 parameter.requires_grad_(False)
-        best = min(self.seen, key=lambda seen: seen[2])
-        first = {what.replace(" ", "_"): mean for what, mean, _ in reversed(self.seen)}  # the earliest of each name
-        return {**first, "path": best[1], "kept": best[0], "line_weighted": self.seen[0][2], "path_weighted": best[2]}
+        line, best = self.seen[0], min(self.seen, key=lambda seen: seen.goal)
+        sides = {name: {"line": line.kl[name], "path": best.kl[name]} for name in line.kl}
+        return {"held_out": sides, "kept": best.what, "objective": {"line": line.goal, "path": best.goal}}
 
     def run(self, lessons: list[int], held_out: list[int], passes: int, dice: random.Random, tell: Progress) -> None:
         """Train, and look a few times."""
@@ -573,7 +584,6 @@ class _Trainer:
             optimiser, lambda step: min((step + 1) / warm, max(0.02, (len(steps) - step) / (len(steps) - warm + 1)))
         )
         looks = {max(1, round(len(steps) * share)) for share in (0.6, 1.0)}
-        what = f"learning, λ {'above' if self.branch else 'below'} 1"
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         with _no_denormals(), torch.enable_grad():
@@ -586,7 +596,7 @@ class _Trainer:
                 schedule.step()
                 if number in looks:
                     self.look(f"step {number}", held_out)
-                tell(what, number, len(steps))
+                tell("learning", number, len(steps))
 
 
 def _weight(lams: torch.Tensor) -> torch.Tensor:

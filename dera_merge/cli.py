@@ -364,11 +364,11 @@ def calibrate(
     curve.save(output)
     if as_json:
         return _print_json({"ref": ref, "aligned": aligned, "path": str(output), **curve.describe(), **curve.recipe})
-    for branch, row in curve.recipe["held_out"].items():
-        where = "λ ≤ 1" if branch == "inner" else "λ > 1"
+    for side, row in curve.recipe["held_out"].items():
+        where = "λ ≤ 1" if side == "inner" else "λ > 1"
         gain = f"{row['line'] / row['path']:.2f} times nearer" if row["path"] < row["line"] else "nothing was learned"
         figures = f"{row['line']:.2g} on the line, {row['path']:.2g} on the path ({gain})"
-        out.print(f"{where}: kl on {row['texts']} held-out texts {figures}", markup=False, highlight=False)
+        out.print(f"{where}: kl on held-out texts {figures}", markup=False, highlight=False)
     out.print(f"{output}  ({curve.kind}, λ from {curve.span[0]:g} to {curve.span[1]:g})", markup=False, highlight=False)
 
 

@@ -1,10 +1,11 @@
 """A learned path: a curve through the reference and the aligned model that follows exact DeRa more closely than the line.
 
-    θ(λ) = θ_ref + g(λ)·Δ + λ(1-λ)·L·R,      g(λ) = λ + λ(1-λ)·(c + d·λ)
+    θ(λ) = θ_ref + g(λ)·Δ + λ(1-λ)·L·diag(s(λ))·R,      g(λ) = λ + λ(1-λ)·(c + d·λ)
 
-for each linear layer's weight, with (c, d) and the low-rank L·R learned by `calibrate`, one set for λ ≤ 1, another beyond.
-Whatever was learned, θ(0) = θ_ref and θ(1) = θ_aligned (a Bézier curve's ends, as in Garipov et al., 2018). A path is a
-small safetensors file that is bound to its pair by a fingerprint of their weights.
+for each linear layer's weight, with (c, d), the low-rank L·R, and how each of its directions r goes with λ,
+s_r(λ) = 1 + a_r·(λ-1) + b_r·(λ-1)², learned by `calibrate`. Whatever was learned, θ(0) = θ_ref and θ(1) = θ_aligned (a
+Bézier curve's ends, as in Garipov et al., 2018). A path is a small safetensors file that is bound to its pair by a
+fingerprint of their weights.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from .errors import DeraError
 if TYPE_CHECKING:
     from .pair import ModelPair, Side
 
-VERSION = 1
+VERSION = 2
 _SAMPLE = 4096  # bytes, from the beginning, the middle and the end of each tensor
-BRANCHES = ("inner", "outer")  # λ ≤ 1, λ > 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Bend:
 
     Attributes:
         gain: what stands in the place of λ.
-        left: (rows, rank) float32, λ(1-λ) included, or None.
+        left: (rows, rank) float32, λ(1-λ)·s(λ) included, or None.
         right: (rank, columns) float32, or None.
     """
 
@@ -52,11 +52,37 @@ class Bend:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor's path on one side of λ = 1: (c, d), and the factors of its low-rank curve, in float32."""
+    """One tensor's path: (c, d), and of its low-rank curve the two factors and (a, b) of each direction, in float32."""
 
     gain: torch.Tensor  # (2,)
     left: torch.Tensor | None = None  # (rows, rank)
     right: torch.Tensor | None = None  # (rank, columns)
+    profile: torch.Tensor | None = None  # (rank, 2)
+
+    def broken(self) -> bool:
+        """Whether this is no part of a path: shapes that do not fit, or numbers that are not finite."""
+        given = [value for value in vars(self).values() if value is not None]
+        if tuple(self.gain.shape) != (2,) or not all(value.isfinite().all() for value in given):
+            return True
+        if len(given) == 1:
+            return False
+        if len(given) != 4 or [value.ndim for value in given] != [1, 2, 2, 2]:
+            return True
+        return not self.left.shape[1] == len(self.right) == len(self.profile) or self.profile.shape[1] != 2
+
+
+def along(profile: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    """λ(1-λ)·s(λ): how far the directions of a low-rank curve go.
+
+    Args:
+        profile: (a, b) of each direction, (rank, 2).
+        lam: λ, (count,).
+
+    Returns:
+        (count, rank).
+    """
+    beyond = (lam - 1)[:, None]
+    return (lam * (1 - lam))[:, None] * (1 + beyond * profile[:, 0] + beyond**2 * profile[:, 1])
 
 
 @dataclass
@@ -66,14 +92,14 @@ class Curve:
     Attributes:
         span: the smallest and the largest λ that it was learned for; 0 and 1 are exact always.
         fingerprint: of the pair, see `fingerprint`.
-        parts: tensor name → branch → `Part`.
+        parts: tensor name → `Part`.
         recipe: how it was learned.
         name: what to call it: the file.
     """
 
     span: tuple[float, float]
     fingerprint: str
-    parts: dict[str, dict[str, Part]]
+    parts: dict[str, Part]
     recipe: dict[str, Any] = field(default_factory=dict)
     name: str = "a path"
 
@@ -90,38 +116,32 @@ class Curve:
         if metadata.get("version") != str(VERSION):
             raise DeraError(f"{path} is a path of version {metadata.get('version')}, this program knows {VERSION}")
         content = path.read_bytes()
-        parts: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+        parts: dict[str, dict[str, torch.Tensor]] = {}
         try:
             span = json.loads(metadata["lambda"])
             recipe = dict(json.loads(metadata["recipe"]))
             for key, tensor in load(content).items():
-                branch, kind, name = key.split("/", 2)
-                if branch not in BRANCHES or kind not in ("gain", "left", "right") or tensor.dtype != torch.float32:
+                kind, name = key.split("/", 1)
+                if tensor.dtype != torch.float32:
                     raise ValueError(key)
-                parts.setdefault(name, {}).setdefault(branch, {})[kind] = tensor
+                parts.setdefault(name, {})[kind] = tensor
             curve = cls(
                 (float(span[0]), float(span[1])), metadata["fingerprint"],
-                {name: {b: Part(**kinds) for b, kinds in branches.items()} for name, branches in parts.items()},
-                recipe, str(path),
+                {name: Part(**kinds) for name, kinds in parts.items()}, recipe, str(path),
             )  # fmt: skip
         except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
             raise DeraError(f"{path} is broken: {error}; calibrate again") from error
-        for name, branches in curve.parts.items():
-            for part in branches.values():
-                low_rank = [t for t in (part.left, part.right) if t is not None]
-                fits = not low_rank or ([t.ndim for t in low_rank] == [2, 2] and part.left.shape[1] == len(part.right))
-                finite = all(t.isfinite().all() for t in (part.gain, part.left, part.right) if t is not None)
-                if tuple(part.gain.shape) != (2,) or not fits or not finite:
-                    raise DeraError(f"{path} is broken: what it says of {name} is no path; calibrate again")
+        for name, part in curve.parts.items():
+            if part.broken():
+                raise DeraError(f"{path} is broken: what it says of {name} is no path; calibrate again")
         return curve
 
     def save(self, file: str | os.PathLike[str]) -> Path:
         """Write the path; absent or whole."""
         path = Path(file)
         tensors = {
-            f"{branch}/{kind}/{name}": value.contiguous()
-            for name, branches in self.parts.items()
-            for branch, part in branches.items()
+            f"{kind}/{name}": value.contiguous()
+            for name, part in self.parts.items()
             for kind, value in vars(part).items()
             if value is not None
         }
@@ -138,30 +158,27 @@ class Curve:
     def sha256(self) -> str:
         """Of all that a merge depends on: the pair, the range, and every number."""
         digest = hashlib.sha256(json.dumps([self.span, self.fingerprint]).encode())
-        for name, branches in sorted(self.parts.items()):
-            for branch, part in sorted(branches.items()):
-                for kind, value in vars(part).items():
-                    if value is not None:
-                        digest.update(f"{name} {branch} {kind} {tuple(value.shape)}".encode())
-                        digest.update(as_bytes(value.contiguous()).tobytes())
+        for name, part in sorted(self.parts.items()):
+            for kind, value in vars(part).items():
+                if value is not None:
+                    digest.update(f"{name} {kind} {tuple(value.shape)}".encode())
+                    digest.update(as_bytes(value.contiguous()).tobytes())
         return digest.hexdigest()
 
     @property
     def kind(self) -> str:
         """`curve` with low-rank parts, `gains` without."""
-        low_rank = any(part.left is not None for branches in self.parts.values() for part in branches.values())
-        return "curve" if low_rank else "gains"
+        return "curve" if any(part.left is not None for part in self.parts.values()) else "gains"
 
     def check(self, pair: ModelPair) -> None:
         """Raises DeraError where this path was learned for another pair."""
         if self.fingerprint != fingerprint(pair):
             names = " and ".join(str(self.recipe.get(key)) for key in ("ref", "aligned"))
             raise DeraError(f"{self.name} was learned for another pair ({names}); calibrate this one")
-        for name, branches in self.parts.items():
+        for name, part in self.parts.items():
             info = pair.tensors.get(name)
-            for part in branches.values():
-                if info is None or (part.left is not None and (len(part.left), part.right.shape[1]) != info.shape):
-                    raise DeraError(f"{self.name} bends {name}, which has another shape in this pair; calibrate again")
+            if info is None or (part.left is not None and (len(part.left), part.right.shape[1]) != info.shape):
+                raise DeraError(f"{self.name} bends {name}, which has another shape in this pair; calibrate again")
 
     def check_lambda(self, lam: float) -> None:
         """Raises DeraError where λ is neither an end nor within the range that was learned."""
@@ -171,12 +188,12 @@ class Curve:
 
     def at(self, name: str, lam: float) -> Bend | None:
         """What to do to a tensor at λ; None where it goes along the straight line."""
-        part = self.parts.get(name, {}).get(BRANCHES[lam > 1])
+        part = self.parts.get(name)
         if part is None or lam in (0.0, 1.0):
             return None
         c, d = part.gain.tolist()
-        weight = lam * (1 - lam)
-        return Bend(lam + weight * (c + d * lam), None if part.left is None else weight * part.left, part.right)
+        gain = lam + lam * (1 - lam) * (c + d * lam)
+        return Bend(gain, None if part.left is None else part.left * along(part.profile, torch.tensor([lam])), part.right)
 
     def describe(self) -> dict[str, Any]:
         """What `dera_merge.json` and reports say of it."""

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--prompts")
     parser.add_argument("--tokens", type=int, default=40, help="length of the sampled texts (40)")
     parser.add_argument("--dtype", default="float32", help="how the merge is stored (float32: no rounding)")
+    parser.add_argument("--no-floor", action="store_true", help="leave out bfloat16, slow on some processors")
     parser.add_argument("--seed", type=int, default=1000, help="of the texts (1000; calibrate's default is 0)")
     args = parser.parse_args()
 
@@ -36,7 +37,7 @@ def main() -> None:
     report = compare(
         ModelPair.from_pretrained(args.ref, args.aligned), parse_lambdas([args.lambdas]),
         read(args.prompts) if args.prompts else None, path=args.path, dtype=args.dtype, max_new_tokens=args.tokens,
-        seed=args.seed,
+        seed=args.seed, extras=() if args.no_floor else ("floor",),
     )  # fmt: skip
     print("| λ | line | path | line / path | path less line (95 %) | tv | captured | bf16 floor |")
     print("|---" * 8 + "|")
@@ -45,7 +46,7 @@ def main() -> None:
         low, high = row["line"]["difference_ci"]
         captured = "–" if row["captured"] is None else f"{row['captured']:.1%}"
         ratio = f"{line / path:.2f}" if path > 1e-9 else "–"
-        floor = f"{row['noise_floor']:.2g}"
+        floor = "–" if args.no_floor else f"{row['noise_floor']:.2g}"
         cells = [f"{row['lambda']:g}", f"{line:.2g}", f"{path:.2g}", ratio, f"{low:.1e} to {high:.1e}", f"{row['tv']:.2g}"]
         print(f"| {' | '.join([*cells, captured, floor])} |")
     seconds = time.monotonic() - began

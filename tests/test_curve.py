@@ -27,25 +27,25 @@ def random_path(pair, rank=3, seed=0, size=0.05):
     parts = {}
     for name in _bendable(pair).values():
         rows, columns = pair.tensors[name].shape
-        parts[name] = {
-            branch: Part(0.5 * torch.randn(2), size * torch.randn(rows, rank), torch.randn(rank, columns))
-            for branch in ("inner", "outer")
-        }
+        low_rank = size * torch.randn(rows, rank), torch.randn(rank, columns), torch.randn(rank, 2)
+        parts[name] = Part(0.5 * torch.randn(2), *low_rank)
     return Curve((0.0, 2.0), fingerprint(pair), parts)
 
 
 def theta(pair, path, lam, ref, aligned):
     """θ(λ) of every tensor in float64, from the formula."""
-    branch = "outer" if lam > 1 else "inner"
     found = {}
     for name, start in ref.items():
         start, end = start.double(), aligned[name].double()
         gain, curve = lam, 0.0
         if name in path.parts:
-            part = path.parts[name][branch]
+            part = path.parts[name]
             c, d = part.gain.double()
             gain = lam + lam * (1 - lam) * (c + d * lam)
-            curve = lam * (1 - lam) * part.left.double() @ part.right.double()
+            curve = sum(
+                lam * (1 - lam) * (1 + a * (lam - 1) + b * (lam - 1) ** 2) * torch.outer(column, row)
+                for column, row, (a, b) in zip(part.left.double().T, part.right.double(), part.profile.tolist(), strict=True)
+            )
         found[name] = start + gain * (end - start) + curve
     return found
 
@@ -103,8 +103,8 @@ def test_both_ends_of_any_path_are_the_lines_bit_for_bit(pair, tmp_path):
 @given(st.floats(0.01, 0.99) | st.floats(1.01, 2.0), st.integers(0, 5))
 @settings(max_examples=30, deadline=None)
 def test_a_path_without_bends_is_the_straight_line(lam, rank):
-    part = Part(torch.zeros(2), torch.randn(4, rank) if rank else None, torch.zeros(rank, 3) if rank else None)
-    bend = Curve((0, 2), "", {"w": {"inner": part, "outer": part}}).at("w", lam)
+    low_rank = (torch.randn(4, rank), torch.zeros(rank, 3), torch.randn(rank, 2)) if rank else ()
+    bend = Curve((0, 2), "", {"w": Part(torch.zeros(2), *low_rank)}).at("w", lam)
     value = torch.zeros(4, 3)
     bend.add_to(value, 0)
     assert bend.gain == lam
@@ -130,10 +130,9 @@ def test_a_path_file_comes_back_as_it_was(pair, tmp_path):
     path.recipe = {"ref": "a", "note": "λ"}
     again = Curve.load(path.save(tmp_path / "p.safetensors"))
     assert (again.span, again.fingerprint, again.recipe, again.kind) == (path.span, path.fingerprint, path.recipe, "curve")
-    for name, branches in path.parts.items():
-        for branch, part in branches.items():
-            for key, value in vars(part).items():
-                assert torch.equal(getattr(again.parts[name][branch], key), value)
+    for name, part in path.parts.items():
+        for key, value in vars(part).items():
+            assert torch.equal(getattr(again.parts[name], key), value)
 
 
 def test_a_path_of_another_pair_or_another_range_is_refused(llama, lora, tmp_path):
@@ -156,17 +155,27 @@ def test_files_that_are_no_paths_are_refused_in_one_line(pair, tmp_path):
     cases = {"empty": b"", "text": b"hello", "cut": whole[:-4], "longer": whole + b"0"}
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-    meta = {"format": "dera-merge path", "version": "1", "kind": "gains", "lambda": "[0, 2]", "fingerprint": "", "recipe": "{}"}
-    vector = {"inner/gain/w": torch.zeros(2)}
-    save_file(vector, tmp_path / "other", {"format": "pt"})
-    save_file(vector, tmp_path / "newer", {**meta, "version": "99"})
-    save_file(vector, tmp_path / "span", {**meta, "lambda": "[0"})
-    save_file(vector, tmp_path / "recipe", {key: value for key, value in meta.items() if key != "recipe"})
-    save_file({"inner/gain/w": torch.full((2,), torch.nan)}, tmp_path / "nan", meta)
-    save_file({"inner/gain/w": torch.zeros(3)}, tmp_path / "long", meta)
-    save_file({**vector, "inner/left/w": torch.zeros(2, 2)}, tmp_path / "half", meta)
-    save_file({"sideways/gain/w": torch.zeros(2)}, tmp_path / "branch", meta)
-    save_file({"inner/gain/w": torch.zeros(2, dtype=torch.float64)}, tmp_path / "wide", meta)
+    meta = {"format": "dera-merge path", "version": "2", "kind": "gains", "lambda": "[0, 2]", "fingerprint": "", "recipe": "{}"}
+    gain = {"gain/w": torch.zeros(2)}
+    factors = {"left/w": torch.zeros(4, 2), "right/w": torch.zeros(2, 3)}
+    save_file(gain, tmp_path / "other", {"format": "pt"})
+    save_file({"inner/gain/w": torch.zeros(2)}, tmp_path / "older", {**meta, "version": "1"})
+    save_file(gain, tmp_path / "newer", {**meta, "version": "99"})
+    save_file(gain, tmp_path / "span", {**meta, "lambda": "[0"})
+    save_file(gain, tmp_path / "recipe", {key: value for key, value in meta.items() if key != "recipe"})
+    save_file({"gain/w": torch.full((2,), torch.nan)}, tmp_path / "nan", meta)
+    save_file({"gain/w": torch.zeros(3)}, tmp_path / "long", meta)
+    save_file({**gain, "left/w": torch.zeros(2, 2)}, tmp_path / "half", meta)
+    save_file({**gain, **factors}, tmp_path / "no_profile", meta)
+    save_file({**gain, **factors, "profile/w": torch.zeros(3, 2)}, tmp_path / "long_profile", meta)
+    save_file({**gain, **factors, "profile/w": torch.zeros(2, 3)}, tmp_path / "wide_profile", meta)
+    save_file({**factors, "profile/w": torch.zeros(2, 2)}, tmp_path / "no_gain", meta)
+    save_file({"sideways/w": torch.zeros(2)}, tmp_path / "kind", meta)
+    save_file({"gain": torch.zeros(2)}, tmp_path / "nameless", meta)
+    save_file({"gain/w": torch.zeros(2, dtype=torch.float64)}, tmp_path / "wide", meta)
+    Curve.load(good)
+    save_file({**gain, **factors, "profile/w": torch.zeros(2, 2)}, good, meta)
+    Curve.load(good)
     for file in [tmp_path / "missing", *(path for path in tmp_path.iterdir() if path != good)]:
         with pytest.raises(DeraError) as caught:
             Curve.load(file)
@@ -179,17 +188,16 @@ def test_a_path_for_tensors_of_another_shape_is_refused(llama, lora, tmp_path):
     pair = ModelPair.from_pretrained(base, lora(base))
     path = random_path(pair)
     name = next(iter(path.parts))
-    path.parts[name] = {"inner": Part(torch.zeros(2), torch.zeros(5, 1), torch.zeros(1, 7))}
+    path.parts[name] = Part(torch.zeros(2), torch.zeros(5, 1), torch.zeros(1, 7), torch.zeros(1, 2))
     with pytest.raises(DeraError, match="another shape"):
         pair.merge(tmp_path / "out", [0.5], path=path)
 
 
 def test_calibration_never_ends_further_away_on_held_out_texts(pair):
     path = calibrate(pair, [0.0, 2.0], PROMPTS, texts=120, max_new_tokens=12, rank=4, passes=2, seed=1)
-    for branch in ("inner", "outer"):
-        figures = path.recipe["held_out"][branch]
-        assert figures["path_weighted"] <= figures["line_weighted"]
-        assert figures["kept"] == "line" or figures["path_weighted"] < figures["line_weighted"]
+    line, best = path.recipe["objective"]["line"], path.recipe["objective"]["path"]
+    assert best < line or (best == line and path.recipe["kept"] == "line")
+    assert path.recipe["held_out"].keys() == {"inner", "outer"}
     assert path.kind == "curve"
 
 
@@ -200,22 +208,37 @@ def test_what_is_trained_is_what_is_merged(pair):
     student = exact.rows or in_rows(exact.ref, exact.ref, exact.aligned)
     layers = learning._bend(student, _bendable(pair), 3, "cpu")
     torch.manual_seed(0)
-    for parameter in (p for layer in layers.values() for kind in (layer.gain, layer.up, layer.down) for p in kind):
-        parameter.copy_(0.1 * torch.randn_like(parameter))
-    path = Curve((0.0, 2.0), fingerprint(pair), learning._learned(pair, layers, (0, 1)))
-    lams = torch.tensor([0.3, 0.8]), torch.tensor([1.2, 1.7])
-    ids = torch.tensor([[5, 6, 7, 8, 9]] * 2)
-    for branch, chosen in enumerate(lams):
-        for layer in layers.values():
-            layer.branch = branch
-        with student.dera_strength.of(chosen, ids.shape[1]):
-            rows = student(ids, position_ids=torch.arange(5).expand(2, 5)).logits
-        for lam, row in zip(chosen.tolist(), rows, strict=True):
-            torch.testing.assert_close(row, pair.merged(lam, path=path)(ids[:1]).logits[0], rtol=1e-3, atol=1e-3)
+    for layer in layers.values():
+        for parameter in (layer.gain, layer.up, layer.down, layer.profile):
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    path = Curve((0.0, 2.0), fingerprint(pair), learning._learned(pair, layers))
+    lams = torch.tensor([0.3, 0.8, 1.2, 1.7])
+    ids = torch.tensor([[5, 6, 7, 8, 9]] * 4)
+    with student.dera_strength.of(lams, ids.shape[1]):
+        rows = student(ids, position_ids=torch.arange(5).expand(4, 5)).logits
+    for lam, row in zip(lams.tolist(), rows, strict=True):
+        torch.testing.assert_close(row, pair.merged(lam, path=path)(ids[:1]).logits[0], rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
-def test_the_curve_is_learned_where_inputs_are_white_and_in_units_of_what_the_difference_does(llama, lora):
+def test_what_is_kept_while_sampling_is_what_both_models_make_of_prompt_and_answer(pair):
+    """From where prompts differ; of prompts that are held out, of the answer alone."""
+    exact = pair.exact()
+    prompts = [[5, 6, 7, 8], [5, 6, 9, 10, 11, 12], [5, 6, 13]]
+    lessons = learning._sampled(pair, exact, prompts, [0, 1, 2], [0.3, 0.7, 1.5], {1}, 6, lambda *_: None)
+    assert [lesson.lam for lesson in sorted(lessons, key=lambda lesson: lesson.text.prompt)] == [0.3, 0.7, 1.5]
+    for lesson in lessons:
+        prompt, text = prompts[lesson.text.prompt], lesson.text
+        assert text.ids[: len(prompt)] == prompt
+        assert len(text.ids) > len(prompt)
+        assert text.start == (len(prompt) if text.prompt == 1 else 2)
+        for model, kept in ((exact.ref, lesson.ref), (exact.aligned, lesson.aligned)):
+            states = model.base_model(torch.tensor([text.ids]), use_cache=False)[0][0]
+            torch.testing.assert_close(kept, states[text.start - 1 : -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_curve_is_learned_where_inputs_are_less_uneven_and_in_units_of_what_the_difference_does(llama, lora):
     base = llama(0, dtype=torch.float32)
     pair = ModelPair.from_pretrained(base, lora(base, target_modules=["q_proj", "k_proj", "down_proj"], r=2))
     exact = pair.exact()
@@ -240,8 +263,11 @@ def test_the_curve_is_learned_where_inputs_are_white_and_in_units_of_what_the_di
         assert layer.scale == pytest.approx(float((x @ delta.T).square().mean().sqrt()), rel=1e-3)
         variances, axes = torch.linalg.eigh(x.T @ x / len(x))
         floor = learning.RIDGE * variances.mean()
-        expected = (axes * variances.clamp(min=floor).rsqrt()) @ axes.T  # layers this narrow have no other directions
-        found = layer.whitener(torch.eye(len(expected))).double()
+        variances = variances.clamp(min=floor)
+        scale = variances**-0.25
+        scale /= (scale**2 * variances).mean().sqrt()
+        expected = (axes * scale) @ axes.T  # layers this narrow have no other directions
+        found = layer.evener(torch.eye(len(expected))).double()
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
 
 
@@ -251,11 +277,13 @@ def test_of_wide_inputs_the_largest_directions_are_scaled_one_by_one_and_the_oth
     spread[:3] = torch.tensor([100.0, 30.0, 10.0])
     rotation = torch.linalg.qr(torch.randn(200, 200))[0]
     sample = lambda: torch.randn(4000, 200) * spread @ rotation.T  # noqa: E731
-    whitener = learning.Whitener.of(sample())
-    white = sample() @ whitener(torch.eye(200)).T
-    assert (white @ rotation).square().mean(0)[:3].tolist() == pytest.approx([1.0] * 3, rel=0.1)
-    assert float(white.square().mean()) == pytest.approx(1.0, rel=0.05)
-    assert float((white @ rotation).square().mean(0).max()) < 1.5
+    evener = learning.Evener.of(sample())
+    even = sample() @ evener(torch.eye(200)).T
+    variances = (even @ rotation).square().mean(0)
+    assert float(variances.mean()) == pytest.approx(1.0, rel=0.05)
+    # Standard deviations 100, 30, 10 and 1 become their square roots.
+    assert (variances[:3] / variances[3:].mean()).sqrt().tolist() == pytest.approx([10.0, 30**0.5, 10**0.5], rel=0.1)
+    assert float(variances[3:].max()) < 1.5 * float(variances[3:].mean())
 
 
 def test_a_path_is_nearer_than_the_line_on_texts_that_calibration_has_not_seen():
@@ -276,15 +304,15 @@ def test_gains_alone_are_two_numbers_a_layer(pair):
     path = calibrate(pair, [0.0, 1.0], PROMPTS, kind="gains", texts=40, max_new_tokens=8)
     assert path.kind == "gains"
     assert {name for name in path.parts if name.endswith("weight")} == set(_bendable(pair).values())
-    assert all(part.keys() == {"inner"} for part in path.parts.values())
+    assert all(part.left is None for part in path.parts.values())
 
 
 def test_the_same_calibration_gives_the_same_path(llama, lora):
     base = llama(0)
     pair = ModelPair.from_pretrained(base, lora(base))
     one, other = (calibrate(pair, [0.0, 1.0], PROMPTS, texts=32, max_new_tokens=6, rank=2) for _ in range(2))
-    for name, branches in one.parts.items():
-        assert torch.equal(branches["inner"].left, other.parts[name]["inner"].left)
+    for name, part in one.parts.items():
+        assert torch.equal(part.left, other.parts[name].left)
 
 
 @pytest.mark.parametrize(
