@@ -198,9 +198,9 @@ def calibrate(
     *,
     kind: Kind = "curve",
     rank: int = 16,
-    texts: int = 512,
+    texts: int = 256,
     max_new_tokens: int = 48,
-    passes: int = 1,
+    passes: int = 3,
     learning_rate: float = 0.02,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -358,7 +358,7 @@ def _sampled(
             drawn = decode_batch(exact, pair.tokenizer, rows, **how)
         width = max(map(len, rows))
         for i, ids, new, ref, aligned in zip(batch, rows, drawn, *states(), strict=True):
-            first = len(ids) if chosen[i] in unseen else min(opening, len(ids))
+            first = len(ids) if chosen[i] in unseen else opening
             text = Text(chosen[i], [*ids, *new], first)
             begin = width - len(ids) + first - 1  # prompts are padded on the left
             kept = slice(begin, begin + len(text.completion))
