@@ -34,7 +34,7 @@ from .exact import mix
 from .pair import ModelPair
 from .rows import LowRankRows, MixedRows, Strength, in_rows, shares_of
 from .sampling import decode_batch
-from .traces import Head, Text, Trace, batches, head_of, padded, scored, trace_of
+from .traces import BATCH_TOKENS, Head, Text, Trace, batches, head_of, padded, scored, trace_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -279,10 +279,8 @@ def calibrate(
         tell("measuring the layers", 0, 1)
         _measure(student, layers, _few(order, dice))
         tell("measuring the layers", 1, 1)
-    trainer = _Trainer(student, layers, teacher, learning_rate)
-    seen = list(range(len(order), len(teacher.lessons)))
-    trainer.look("line", seen)
-    trainer.run(list(range(len(order))), seen, passes, dice, tell)
+    trainer = _Trainer(student, layers, teacher, len(order), learning_rate)
+    trainer.run(passes, dice, tell)
     figures = trainer.keep_best()
     parts = _learned(pair, layers)
     recipe = {
@@ -471,8 +469,7 @@ def _measure(student: PreTrainedModel, layers: dict[str, Bent], lessons: Sequenc
 
     hooks = [layer.register_forward_hook(look) for layer in layers.values()]
     try:
-        with student.dera_strength.of(lam, ids.shape[1]):
-            student.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **_places(student, ids))
+        _read(student, ids, mask, lam)
     finally:
         for hook in hooks:
             hook.remove()
@@ -498,11 +495,14 @@ def _part(layer: Bent, transposed: bool) -> Part:
     return Part(gain, down.T.contiguous(), up.T.contiguous(), profile) if transposed else Part(gain, up, down, profile)
 
 
-def _places(student: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A position for each token of each row, where the decoder takes them: learned ones differ between rows with λ."""
-    if "position_ids" not in inspect.signature(student.base_model.forward).parameters:
-        return {}
-    return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)}
+def _read(student: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, lams: torch.Tensor) -> torch.Tensor:
+    """Last hidden states of these texts (texts, tokens, hidden size), each at its own λ (texts,)."""
+    how = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in inspect.signature(student.base_model.forward).parameters:
+        # A position for each token of each row, as learned ones differ between rows with λ.
+        how["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    with student.dera_strength.of(lams, ids.shape[1]):
+        return student.base_model(**how)[0]
 
 
 @dataclass(frozen=True)
@@ -517,8 +517,12 @@ class _Seen:
 class _Trainer:
     """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5 over scored tokens."""
 
-    def __init__(self, student: PreTrainedModel, layers: dict[str, Bent], teacher: _Teacher, learning_rate: float) -> None:
+    def __init__(
+        self, student: PreTrainedModel, layers: dict[str, Bent], teacher: _Teacher, trained: int, learning_rate: float
+    ) -> None:
         self.student, self.teacher = student, teacher
+        self.trained = range(trained)  # which of the teacher's lessons to learn from; the others are held out
+        self.held_out = range(trained, len(teacher.lessons))
         self.seen: list[_Seen] = []
         self.best: list[torch.Tensor] = []
         self.head: Head = head_of(student)
@@ -541,19 +545,15 @@ class _Trainer:
         lams = torch.tensor([lesson.lam for lesson in lessons], dtype=torch.float32, device=device)
         each = lams.repeat_interleave(torch.tensor([len(text.completion) for text in texts], device=device))
         log_p = torch.log_softmax(self.teacher.logits(chosen, each), -1)
-        ids, mask = padded(texts, device)
-        with self.strength.of(lams, ids.shape[1]):
-            how = {"attention_mask": mask, "use_cache": False, **_places(self.student, ids)}
-            states = self.student.base_model(input_ids=ids, **how)[0]
+        states = _read(self.student, *padded(texts, device), lams)
         with self.strength.of(each, 1):
             log_q = torch.log_softmax(self.head(scored(states, texts))[:, : self.teacher.rows], -1)
         return (log_p.exp() * (log_p - log_q)).sum(-1), each
 
     @torch.no_grad()
-    def look(self, what: str, held_out: list[int]) -> None:
+    def look(self, what: str) -> None:
         """Measure on the lessons held out, and remember this state if none was better."""
-        texts = [self.teacher.lessons[i].text for i in held_out]
-        parts = [self.kl([held_out[j] for j in batch]) for batch in batches(texts)]
+        parts = [self.kl(batch) for batch in self.batches(self.held_out)]
         kl, lams = (torch.cat(values).double() for values in zip(*parts, strict=True))
         sides = {name: float(kl[side].mean()) for name, side in (("inner", lams <= 1), ("outer", lams > 1)) if side.any()}
         self.seen.append(_Seen(what, float((kl * _weight(lams)).mean()), sides))
@@ -567,15 +567,22 @@ class _Trainer:
                 parameter.copy_(value)
                 parameter.requires_grad_(False)
         line, best = self.seen[0], min(self.seen, key=lambda seen: seen.goal)
-        sides = {name: {"line": line.kl[name], "path": best.kl[name]} for name in line.kl}
+        beyond = sum(self.teacher.lessons[i].lam > 1 for i in self.held_out)
+        texts = {"inner": len(self.held_out) - beyond, "outer": beyond}
+        sides = {name: {"texts": texts[name], "line": line.kl[name], "path": best.kl[name]} for name in line.kl}
         return {"held_out": sides, "kept": best.what, "objective": {"line": line.goal, "path": best.goal}}
 
-    def run(self, lessons: list[int], held_out: list[int], passes: int, dice: random.Random, tell: Progress) -> None:
-        """Train, and look a few times."""
+    def batches(self, lessons: range, tokens: int = BATCH_TOKENS) -> list[list[int]]:
+        """These lessons in batches of about this many tokens."""
+        texts = [self.teacher.lessons[i].text for i in lessons]
+        return [[lessons[j] for j in batch] for batch in batches(texts, tokens)]
+
+    def run(self, passes: int, dice: random.Random, tell: Progress) -> None:
+        """Train, and look at the line and at a few states on the way."""
+        self.look("line")
         steps: list[list[int]] = []
         for _ in range(passes):
-            texts = [self.teacher.lessons[i].text for i in lessons]
-            order = [[lessons[j] for j in batch] for batch in batches(texts, STEP_TOKENS)]
+            order = self.batches(self.trained, STEP_TOKENS)
             dice.shuffle(order)
             steps += order
         warm = max(1, len(steps) // 20)
@@ -595,7 +602,7 @@ class _Trainer:
                 optimiser.zero_grad(set_to_none=True)
                 schedule.step()
                 if number in looks:
-                    self.look(f"step {number}", held_out)
+                    self.look(f"step {number}")
                 tell("learning", number, len(steps))
 
 

@@ -368,7 +368,7 @@ def calibrate(
         where = "λ ≤ 1" if side == "inner" else "λ > 1"
         gain = f"{row['line'] / row['path']:.2f} times nearer" if row["path"] < row["line"] else "nothing was learned"
         figures = f"{row['line']:.2g} on the line, {row['path']:.2g} on the path ({gain})"
-        out.print(f"{where}: kl on held-out texts {figures}", markup=False, highlight=False)
+        out.print(f"{where}: kl on {row['texts']} held-out texts {figures}", markup=False, highlight=False)
     out.print(f"{output}  ({curve.kind}, λ from {curve.span[0]:g} to {curve.span[1]:g})", markup=False, highlight=False)
 
 

@@ -122,7 +122,7 @@ class Curve:
             recipe = dict(json.loads(metadata["recipe"]))
             for key, tensor in load(content).items():
                 kind, name = key.split("/", 1)
-                if tensor.dtype != torch.float32:
+                if kind not in ("gain", "left", "right", "profile") or tensor.dtype != torch.float32:
                     raise ValueError(key)
                 parts.setdefault(name, {})[kind] = tensor
             curve = cls(
