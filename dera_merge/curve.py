@@ -114,7 +114,8 @@ class Curve:
         if metadata.get("format") != "dera-merge path":
             raise DeraError(f"{path} is a safetensors file, but no path that dera-merge calibrate wrote")
         if metadata.get("version") != str(VERSION):
-            raise DeraError(f"{path} is a path of version {metadata.get('version')}, this program knows {VERSION}")
+            version = f"of version {metadata.get('version')}, this program knows {VERSION}"
+            raise DeraError(f"{path} is a path {version}; calibrate again")
         content = path.read_bytes()
         parts: dict[str, dict[str, torch.Tensor]] = {}
         try:
