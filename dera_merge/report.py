@@ -26,6 +26,7 @@ LEGEND = (
     "1 - kl / min(kl_ref, kl_aligned). kl_rounding: what storing the weights adds to kl."
 )
 FLOOR = 1e-7  # nats: below this a logarithmic axis shows rounding noise only
+NO_BAND = (math.nan, math.nan)
 INK = "#010203"  # stands for the colour of the page's text
 SHADES = (0.001, 1.0)  # nats: kl of a token that is shaded least and most
 
@@ -241,23 +242,31 @@ def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[d
             label = "line, predicted" if holds else "line, guessed"
             draw_curve(axis, rows, lambda r: above(r["kl"]), label=label, color="C1", linewidth=1.2, linestyle=style)
     path = any("line" in result for result in results)
+    rows = _apart_at_the_ends(results)
     style = {"color": "C1", "marker": ".", "linewidth": 1}
-    draw_curve(axis, results, lambda r: above(r.get("line", {}).get("kl")), label="line", **style)
+    draw_curve(axis, rows, lambda r: above(r.get("line", {}).get("kl")), label="line", **style)
     label = "merged along the path" if path else "merged"
-    draw_curve(axis, results, lambda r: above(r["kl"]), label=label, color="C0", marker="o", markersize=4)
-    bands = [(at, *r["kl_ci"]) for r, at in zip(*over_lambda(axis, results), strict=True) if r.get("kl_ci")]
-    if bands:
-        at, low, high = zip(*bands, strict=True)
-        bounds = [max(v, FLOOR) for v in low], [max(v, FLOOR) for v in high]
-        if isinstance(results[0]["lambda"], Vector):
-            axis.vlines(at, *bounds, color="C0", linewidth=1)
-        else:
-            axis.fill_between(at, *bounds, color="C0", alpha=0.2, lw=0)
+    draw_curve(axis, rows, lambda r: above(r["kl"]), label=label, color="C0", marker="o", markersize=4)
+    rows, at = over_lambda(axis, rows)
+    bands = zip(*(row.get("kl_ci") or NO_BAND for row in rows), strict=True)
+    low, high = ([above(bound) for bound in bounds] for bounds in bands)
+    axis.vlines(at, low, high, color="C0", linewidth=1)
+    if not isinstance(rows[0]["lambda"], Vector):
+        axis.fill_between(at, low, high, color="C0", alpha=0.2, lw=0)
     axis.set_yscale("log")
     axis.set_xlabel("λ")
     axis.set_ylabel("KL from exact DeRa, nats per token")
     axis.set_title("How far one model is from exact DeRa")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+
+
+def _apart_at_the_ends(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results, with a gap at λ = 0 and 1 where they lie between two that were measured: kl is nothing there."""
+    lams = [result["lambda"] for result in results]
+    if isinstance(lams[0], Vector):
+        return list(results)
+    ends = (end for end in (0.0, 1.0) if min(lams) < end < max(lams) and end not in lams)
+    return [*results, *({"lambda": end, "kl": None} for end in ends)]
 
 
 def draw_captured(axis: Any, results: Sequence[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from dera_merge import DeraError, DeraWarning, ModelPair, Report, compare
 from dera_merge.divergence import summarise
 from dera_merge.explain import attribute, predict, scale
+from dera_merge.report import draw_kl, figure_of
 from dera_merge.sampling import sample
 from dera_merge.traces import Text
 from dera_merge.yardstick import bits_like, quantise, verdict
@@ -477,6 +478,16 @@ def test_one_prompt_and_one_lambda_make_a_whole_report(pair, tmp_path):
 def test_ends_alone_say_nothing_of_what_lies_between():
     rows = [{"lambda": lam, "verdict": "safe"} for lam in (0.0, 1.0)]
     assert Report("a", "b", rows, {}).safe_stretches() == [(0.0, 0.0), (1.0, 1.0)]
+
+
+def test_the_chart_draws_no_line_through_an_end_where_kl_is_nothing():
+    def result(lam):
+        return {"lambda": lam, "kl": 0.01, "kl_ci": [0.009, 0.011], "kl_ref": 0.1, "kl_aligned": 0.1}
+
+    figure = figure_of([lambda axis: draw_kl(axis, [result(1.5), result(0.5), result(0.25)])], (5, 4))
+    merged = next(line for line in figure.axes[0].lines if line.get_label() == "merged")
+    assert list(merged.get_xdata()) == [0.25, 0.5, 1.0, 1.5]
+    assert list(np.isnan(merged.get_ydata())) == [False, False, True, False]
 
 
 def test_a_report_comes_back_from_its_folder(whole_report):
