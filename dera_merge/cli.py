@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ app = typer.Typer(
 )  # fmt: skip
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
+LOG_SECONDS = 60  # between two lines of progress where there is no terminal for a bar
 
 PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}  # fits 80 columns
 
@@ -795,13 +797,18 @@ def _model_line(model: dict[str, Any]) -> str:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[str | None, int, int], None]]:
-    """A progress bar on stderr with the time left; gives a function (what, done, total)."""
+    """A progress bar on stderr with the time left, or a line a minute in a log; gives a function (what, done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    logged = time.monotonic()
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(title, total=None)
 
         def tell(what: str | None, done: int, total: int) -> None:
+            nonlocal logged
             bar.update(task, description=what or title, completed=done, total=total)
+            if not err.is_terminal and time.monotonic() - logged >= LOG_SECONDS:
+                logged = time.monotonic()
+                err.print(f"{what or title}: {done} of {total}", markup=False, highlight=False)
 
         yield tell
 

@@ -13,7 +13,7 @@ from builders import weights
 from commands import run
 from transformers import AutoModelForCausalLM
 
-from dera_merge import ModelPair, demo
+from dera_merge import ModelPair, cli, demo
 from dera_merge.output import PARTIAL
 
 
@@ -37,6 +37,18 @@ def test_every_command_has_help_with_an_example():
 def test_help_needs_no_torch():
     code = "import sys, dera_merge.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_long_work_says_in_a_log_file_how_far_it_is_and_short_work_says_nothing(capsys, monkeypatch):
+    def log():
+        with cli._progress("merging") as tell:
+            tell("learning", 1, 3)
+            tell(None, 2, 3)
+        return capsys.readouterr().err.splitlines()
+
+    assert log() == []
+    monkeypatch.setattr(cli, "LOG_SECONDS", 0)
+    assert log() == ["learning: 1 of 3", "merging: 2 of 3"]
 
 
 def test_merge_writes_one_directory_per_lambda_and_one_json_object(tmp_path):
