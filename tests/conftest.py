@@ -15,7 +15,7 @@ import torch
 from builders import save_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
