@@ -830,20 +830,23 @@ def main() -> None:
     warnings.simplefilter("always", DeraWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = stop.exit_code
     except UsageError as error:
         error.show(sys.stderr)
-        sys.exit(2)
+        code = 2
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted")
-        sys.exit(130)
+        code = 130
     except DeraError as error:
         err.print(f"error: {_line(error)}", markup=False, highlight=False)
+        code = 1
     except Exception as error:  # what no one foresaw is one line too; the environment variable shows where it came from
         if os.environ.get("DERA_MERGE_TRACEBACK"):
             raise
         hint = "set DERA_MERGE_TRACEBACK=1 to see where"
         err.print(f"error: {type(error).__name__}: {_line(error)} ({hint})", markup=False, highlight=False)
-    sys.exit(1)
+        code = 1
+    if code == 130:  # typer makes it of Ctrl-C, and says nothing
+        err.print("interrupted")
+    sys.exit(code)

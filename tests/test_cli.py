@@ -264,12 +264,15 @@ def test_a_killed_merge_is_marked_as_partial_and_resumes(llama, tmp_path, number
     big = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8, "head_dim": 64}
     ref, aligned = llama(0, **big), llama(1, **big)
     command = ["merge", str(ref), str(aligned), "-l", "0.5", "-o", str(tmp_path / "out"), "--max-shard-size", "1MB"]
-    process = subprocess.Popen([sys.executable, "-m", "dera_merge", *command], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "dera_merge", *command], stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # background jobs ignore it
     while not list((tmp_path / "out").glob("*.safetensors")):
         assert process.poll() is None
         time.sleep(0.005)
     os.kill(process.pid, number)
-    assert process.wait(60) == code
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert said == ("interrupted\n" if number == signal.SIGINT else "")
     assert (tmp_path / "out" / PARTIAL).exists()
     assert not (tmp_path / "out" / "config.json").exists()
     resumed = run(*command, "--resume")
