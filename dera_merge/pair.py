@@ -210,7 +210,7 @@ class ModelPair:
             base_quantization: what the adapters' base was quantised to when they were trained: `"nf4"`, `"nf4-double"`
                 (QLoRA's), `"fp4"`, `"fp4-double"`; the reference is then dequant(base). None takes what the adapter's
                 config records, `"none"` the base as it is.
-            ref_revision, aligned_revision: Hub revisions.
+            ref_revision, aligned_revision: Hub revisions; several aligned models name theirs as `id@revision`.
             allow_pickle: read `.bin` files where there is no safetensors file (never without `weights_only=True`).
             trust_remote_code: let transformers run code that comes with the checkpoints.
 
@@ -223,6 +223,8 @@ class ModelPair:
             if not aligned:
                 raise DeraError("no aligned model is given")
             aligned, *more = aligned
+            if more and aligned_revision:
+                raise DeraError("aligned_revision is for one aligned model; write several as id@revision")
             how = {"base": base, "base_quantization": base_quantization, "ref_revision": ref_revision, **options}
             others = [cls.from_pretrained(ref, each, **how) for each in more]
         ref_source = Source.locate(os.fspath(ref), ref_revision, **options)

@@ -12,6 +12,7 @@ effective sample size says so.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -107,4 +108,6 @@ class Pool:
 
 def interval(draws: np.ndarray) -> np.ndarray:
     """95 % of bootstrap draws (DRAWS, …): (2, …)."""
-    return np.nanquantile(draws, [0.025, 0.975], axis=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice")  # what no draw says anything of has no interval: NaN
+        return np.nanquantile(draws, [0.025, 0.975], axis=0)

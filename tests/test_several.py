@@ -265,6 +265,13 @@ def test_a_sweep_over_vectors_agrees_with_texts_sampled_at_each(three, reweight,
     assert found.save(tmp_path).joinpath("sweep.html").stat().st_size > 10_000
 
 
+def test_one_revision_for_several_models_is_refused(three):
+    base, one, other, _ = three
+    with pytest.raises(DeraError, match="id@revision"):
+        ModelPair.from_pretrained(base, [one, other], aligned_revision="main")
+
+
+@pytest.mark.filterwarnings("error:All-NaN")
 def test_a_budget_without_weights_is_spent_near_the_best(three):
     """One aligned model: half-way to the neighbours. Several: where optuna proposes, within the box."""
     base, one, other, _ = three
