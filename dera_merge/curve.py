@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,7 @@ class Curve:
             recipe = dict(json.loads(metadata["recipe"]))
             for key, tensor in load(content).items():
                 kind, name = key.split("/", 1)
-                if kind not in ("gain", "left", "right", "profile") or tensor.dtype != torch.float32:
+                if kind not in {known.name for known in fields(Part)} or tensor.dtype != torch.float32:
                     raise ValueError(key)
                 parts.setdefault(name, {})[kind] = tensor
             curve = cls(
