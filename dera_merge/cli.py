@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr. Exit status: 0 done, 1 failure 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shlex
@@ -829,6 +830,7 @@ def main() -> None:
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", DeraWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it would like to have
     try:
         code = app(standalone_mode=False) or 0
     except typer.Exit as stop:

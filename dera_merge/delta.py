@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from . import doors
 from .checkpoint import Checkpoint, load_json, slices
 from .errors import DeraError
 
@@ -169,6 +170,7 @@ class PeftModules:
 
 
 def _base_of(module: Any) -> torch.nn.Module:
+    doors.check("adapters", module)
     if hasattr(module, "token_adapter"):
         return module.token_adapter.get_base_layer()
     return module.original_module if hasattr(module, "original_module") else module.get_base_layer()
@@ -177,12 +179,12 @@ def _base_of(module: Any) -> torch.nn.Module:
 def _hollow(model: torch.nn.Module) -> None:
     """Put zeros that share one element in the place of all parameters and buffers."""
     for module in model.modules():
-        for kept in (module._parameters, module._buffers):
-            for name, tensor in kept.items():
-                if tensor is not None:
-                    zeros = torch.zeros((), dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
-                    hollow = zeros.expand(tensor.shape)
-                    kept[name] = torch.nn.Parameter(hollow, False) if kept is module._parameters else hollow
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            zeros = torch.zeros((), dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
+            hollow = zeros.expand(tensor.shape)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            setattr(module, name, torch.nn.Parameter(hollow, requires_grad=False) if is_parameter else hollow)
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ class Architecture:
         from transformers.pytorch_utils import Conv1D
 
         model = empty_model(folder, trust_remote_code)
+        if not trust_remote_code:  # a checkpoint's own code may never have set what is asked for
+            doors.check("models", model)
         head = model.get_output_embeddings()
         return cls(
             {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
@@ -346,6 +350,7 @@ class Adapter:
         """
         from peft import PeftModel, get_peft_model_state_dict
 
+        doors.check("adapters")
         stored = self.checkpoint.tensors.keys()  # before PEFT reads: pickles need permission
         self._check_patterns(name for name, _ in model.named_modules())
         try:

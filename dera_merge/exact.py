@@ -15,18 +15,19 @@ and threads cannot see each other's λ. Exact decoding's caches do not depend on
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from . import caches, doors
+from .caches import PairCache, RowsCache
 from .configuration import DeraConfig
 from .errors import DeraError
 from .lambdas import Vector, known, numbers
@@ -36,52 +37,6 @@ from .rows import Strength
 from .speculation import MergedDraft, Speculation
 
 Lam = float | Sequence[float] | Sequence[Sequence[float]] | torch.Tensor
-
-
-class PairCache(Cache):
-    """The key-value caches of the reference and the aligned model, or models, behind one `Cache`.
-
-    Its layers are those of the caches themselves, so that whatever `generate` does to it (reorder for beams, crop
-    after speculation, repeat, reset) reaches all.
-    """
-
-    is_compileable = False  # else `generate` would build masks from the mixture's config instead of each model's
-
-    def __init__(self, *caches: Cache) -> None:
-        super().__init__(layers=[layer for cache in caches for layer in cache.layers])
-        self.caches = caches
-        self.depth = len(caches[0].layers)
-
-    def sides(self, layer: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Keys, and values, of the reference and each aligned model at a layer; each (batch, heads, tokens, head size)."""
-        each = [cache.layers[layer] for cache in self.caches]
-        return tuple(one.keys for one in each), tuple(one.values for one in each)
-
-
-class RowsCache(Cache):
-    """The cache of one model whose batch is every sequence once for each side: first all as the reference, and so on."""
-
-    is_compileable = False
-
-    def __init__(self, inner: Cache, sides: int) -> None:
-        super().__init__(layers=inner.layers)
-        self.inner = inner  # what the model gets: masks depend on the kind of cache
-        self.depth = len(inner.layers)
-        self.count = sides
-
-    def sides(self, layer: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """As `PairCache.sides`."""
-        return self.layers[layer].keys.chunk(self.count), self.layers[layer].values.chunk(self.count)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(self._each(beam_idx))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(self._each(indices))
-
-    def _each(self, rows: torch.Tensor) -> torch.Tensor:
-        total = next(len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None)
-        return torch.cat([rows + number * total // self.count for number in range(self.count)])
 
 
 class _LambdaModel(PreTrainedModel, GenerationMixin):
@@ -95,6 +50,7 @@ class _LambdaModel(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
 
     def __init__(self, like: PreTrainedModel, lam: float | Sequence[float], vocab_size: int, models: int = 1) -> None:
+        doors.check("exact decoding")
         text_config = copy.deepcopy(like.config)
         text_config.vocab_size = vocab_size
         super().__init__(DeraConfig(text_config, dtype=like.dtype, attn_implementation=like.config._attn_implementation))
@@ -120,11 +76,18 @@ class _LambdaModel(PreTrainedModel, GenerationMixin):
 
         With several aligned models a λ is a sequence of as many numbers.
         """
+        doors.check("exact decoding")
         if kwargs.get("inputs_embeds") is not None:
             raise DeraError("λ models take tokens; pass input_ids")
+        configs = (args[0] if args else kwargs.get("generation_config"), self.generation_config)
+        scales = [kwargs.get("guidance_scale"), *(config.guidance_scale for config in configs if config is not None)]
+        if next((scale for scale in scales if scale is not None), 1) != 1:
+            raise DeraError("guidance_scale would call the mixture without its λ; it is not supported")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         lam = lam.tolist() if isinstance(lam, torch.Tensor) else lam
         lams = self._lams(lam, 1 if ids is None else len(ids)).to(self.device)
+        if (cache := caches.given(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))) is not None:
+            kwargs[caches.CACHE] = cache
         return super().generate(inputs, *args, lam=lams, **kwargs)
 
     def _lams(self, lam: Lam | None, batch: int) -> torch.Tensor:
@@ -146,11 +109,6 @@ class _LambdaModel(PreTrainedModel, GenerationMixin):
             raise ValueError(f"lam has shape {tuple(values.shape)}, expected one λ or {batch}, one per sequence{each}")
         return values.expand(batch, *one)
 
-    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if generation_config.guidance_scale not in (None, 1):
-            raise DeraError("guidance_scale would call the mixture without its λ; it is not supported")
-        return super()._get_logits_processor(generation_config, *args, **kwargs)
-
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching keeps one paged cache for one model and hands on no λ."""
         raise DeraError("generate_batch keeps one cache for one model and would give wrong tokens; use generate")
@@ -170,7 +128,7 @@ def _output(
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
         )
-    output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past)
+    output = CausalLMOutputWithPast(loss=loss, logits=logits, **{caches.CACHE: past})
     return output.to_tuple() if return_dict is False else output
 
 
@@ -209,8 +167,8 @@ class DeraForCausalLM(_LambdaModel):
         self.aligned = aligned[0]
         self.others = torch.nn.ModuleList(aligned[1:])
         self.rows = rows
-        self._arguments = [_arguments(model) for model in self.sides]
-        self._arguments_of_rows = frozenset() if rows is None else _arguments(rows)
+        self._arguments = [caches.arguments_of(model) for model in self.sides]
+        self._arguments_of_rows = frozenset() if rows is None else caches.arguments_of(rows)
         self.eval()
 
     @property
@@ -223,61 +181,64 @@ class DeraForCausalLM(_LambdaModel):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: PairCache | RowsCache | None = None,
+        cache: PairCache | RowsCache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         lam: Lam | None = None,
         plausibility: PlausibilityMask | None = None,
         return_dict: bool | None = None,
+        past_key_values: PairCache | RowsCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Mixed logits, shape (batch, kept tokens, vocabulary), float32.
 
         Args:
             input_ids: (batch, tokens).
-            attention_mask, position_ids, past_key_values, use_cache, logits_to_keep: as for any causal model.
+            attention_mask, position_ids, use_cache, logits_to_keep: as for any causal model.
+            cache: what an earlier call returned; `past_key_values` is its older name.
             labels: (batch, tokens); gives `loss`, the mean cross-entropy in nats per token.
             lam: λ, one for all or one per sequence; None takes the default.
             plausibility: the mask of this call, which wants to see the aligned model's logits.
             return_dict: False gives a tuple.
         """
-        self._check_cache(past_key_values)
+        cache = caches.given(cache, past_key_values)
+        self._check_cache(cache)
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise DeraError("a mixture has no attentions or hidden states of its own; ask model.ref or model.aligned")
-        if past_key_values is None and use_cache:
-            past_key_values = self._new_cache(lambda model, times: DynamicCache(config=model.config))
+        if cache is None and use_cache:
+            cache = self._new_cache()
 
         shared = dict(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=bool(use_cache),
             logits_to_keep=logits_to_keep, **kwargs,
         )  # fmt: skip
         run = self._a_pass_each if self.rows is None else self._one_pass
-        ref, *aligned = run(shared, past_key_values)
+        ref, *aligned = run(shared, cache)
         logits = mix(ref, aligned, self._lams(lam, len(input_ids)).to(ref.device))
         if plausibility is not None:
             kept = logits_to_keep if isinstance(logits_to_keep, int) else 0  # which not every architecture heeds
             plausibility.watch(aligned[0][:, -kept:, : logits.shape[-1]].to(logits.device))
-        return _output(logits, past_key_values, labels, return_dict)
+        return _output(logits, cache, labels, return_dict)
 
-    def _a_pass_each(self, shared: dict[str, Any], past: PairCache | None) -> list[torch.Tensor]:
+    def _a_pass_each(self, shared: dict[str, Any], cache: PairCache | None) -> list[torch.Tensor]:
         logits: dict[int, torch.Tensor] = {}
         # An accelerator works on while the host goes to the next model, so those that block come last.
         order = sorted(range(len(self.sides)), key=lambda number: self.sides[number].device.type == "cpu")
         for number in order:
             model = self.sides[number]
-            theirs = None if past is None else past.caches[number]
-            here = {key: _to(value, model.device) for key, value in shared.items() if key in self._arguments[number]}
-            logits[number] = model(past_key_values=theirs, **here).logits
+            theirs = None if cache is None else cache.caches[number]
+            here = {key: _to(value, model.device) for key, value in shared.items()}
+            logits[number] = _run(model, self._arguments[number], here, theirs).logits
         return [logits[number] for number in range(len(order))]
 
-    def _one_pass(self, shared: dict[str, Any], past: RowsCache | None) -> list[torch.Tensor]:
+    def _one_pass(self, shared: dict[str, Any], cache: RowsCache | None) -> list[torch.Tensor]:
         ids, sides = shared["input_ids"], len(self.sides)
-        each = {key: _repeated(value, len(ids), sides) for key, value in shared.items() if key in self._arguments_of_rows}
+        each = {key: _repeated(value, len(ids), sides) for key, value in shared.items()}
         shares = torch.eye(sides, dtype=self.rows.dtype, device=ids.device)[:, 1:].repeat_interleave(len(ids), 0)
-        inner = None if past is None else past.inner
+        inner = None if cache is None else cache.inner
         with self.rows.dera_strength.of(shares if sides > 2 else shares[:, 0], ids.shape[1]):
-            return list(self.rows(past_key_values=inner, **each).logits.chunk(sides))
+            return list(_run(self.rows, self._arguments_of_rows, each, inner).logits.chunk(sides))
 
     def generate(
         self,
@@ -313,9 +274,6 @@ class DeraForCausalLM(_LambdaModel):
             kwargs["speculation"] = speculation
         return super().generate(inputs, *args, lam=lam, **kwargs)
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key != "speculation"})
-
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
@@ -324,32 +282,32 @@ class DeraForCausalLM(_LambdaModel):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        past = model_kwargs.get("past_key_values")
-        self._check_cache(past)
-        if past is not None or generation_config.use_cache is False:
+        cache = model_kwargs.get(caches.CACHE)
+        self._check_cache(cache)
+        if cache is not None or generation_config.use_cache is False:
             return
+        cache = model_kwargs[caches.CACHE] = self._new_cache(generation_config, max_cache_length)
+        if generation_config.is_assistant:  # it will be rolled back
+            cache.activate_past_recording()
 
-        def make(model: PreTrainedModel, times: int) -> Cache:
-            theirs: dict[str, Any] = {}
-            model._prepare_cache_for_generation(
-                generation_config, theirs, generation_mode, times * batch_size, max_cache_length
-            )
-            if "past_key_values" not in theirs:
-                raise DeraError(f"{type(model).__name__} keeps no cache of keys and values; pass use_cache=False")
-            return theirs["past_key_values"]
-
-        model_kwargs["past_key_values"] = self._new_cache(make)
-
-    def _new_cache(self, make: Callable[[PreTrainedModel, int], Cache]) -> PairCache | RowsCache:
-        """An empty cache for all models; `make(model, n)` gives one model's, for n times the batch."""
+    def _new_cache(self, *settings: Any) -> PairCache | RowsCache:
+        """An empty cache for all models; settings as for `caches.empty`."""
         if self.rows is not None:
-            return RowsCache(make(self.rows, len(self.sides)), len(self.sides))
-        return PairCache(*(make(model, 1) for model in self.sides))
+            return RowsCache(caches.empty(self.rows, *settings), len(self.sides))
+        return PairCache(*(caches.empty(model, *settings) for model in self.sides))
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, known: int = 0, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        known: int = 0,
+        speculation: Speculation | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """transformers' own, except that assisted decoding, too, reads only what is new of a cached conversation."""
+        """transformers' own, except that assisted decoding, too, reads only what is new of a cached conversation.
+
+        `speculation` is named so that `generate` takes it; no forward pass looks at it.
+        """
         if known and next_sequence_length is None:
             next_sequence_length = input_ids.shape[1] - known
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
@@ -357,7 +315,8 @@ class DeraForCausalLM(_LambdaModel):
     def _get_candidate_generator(
         self, generation_config: Any, *args: Any, model_kwargs: dict[str, Any], assistant_model: Any = None, **kwargs: Any
     ) -> Any:
-        if known := model_kwargs["past_key_values"].get_seq_length():
+        cache = model_kwargs[caches.CACHE]
+        if known := cache.get_seq_length():
             model_kwargs["known"] = known
             if kwargs["input_ids"].shape[1] <= known:
                 raise DeraError("with a draft, pass the whole conversation as input_ids, not only what is new of it")
@@ -369,7 +328,7 @@ class DeraForCausalLM(_LambdaModel):
         if (speculation := model_kwargs.pop("speculation", None)) is not None and assistant_model is not None:
             return MergedDraft(
                 assistant_model, speculation, generation_config, processors,
-                model_kwargs["past_key_values"], model_kwargs.get("attention_mask"), model_kwargs["lam"][:1],
+                cache, model_kwargs.get("attention_mask"), model_kwargs["lam"][:1],
             )  # fmt: skip
         ours = () if isinstance(assistant_model, DialForCausalLM) else ("lam",)  # other draft models know no λ
         theirs = {key: value for key, value in model_kwargs.items() if key not in (*ours, "plausibility")}
@@ -378,11 +337,11 @@ class DeraForCausalLM(_LambdaModel):
             **kwargs,
         )  # fmt: skip
 
-    def _check_cache(self, past: Any) -> None:
-        if past is not None and not isinstance(past, RowsCache if self.rows is not None else PairCache):
+    def _check_cache(self, cache: Any) -> None:
+        if cache is not None and not isinstance(cache, RowsCache if self.rows is not None else PairCache):
             raise DeraError(
-                f"a {type(past).__name__} holds other keys and values than exact DeRa's of both models; leave "
-                "past_key_values out, or pass the cache that an earlier call of this model returned"
+                f"a {type(cache).__name__} holds other keys and values than exact DeRa's of both models; leave "
+                f"{caches.CACHE} out, or pass the cache that an earlier call of this model returned"
             )
 
     def dial(self) -> DialForCausalLM:
@@ -410,7 +369,7 @@ class DeraForCausalLM(_LambdaModel):
         if self.config.pair is None:
             raise DeraError("only a mixture made by ModelPair.exact() knows where its models come from; save them yourself")
         config = copy.deepcopy(self.config)
-        config.text_config._name_or_path = ""  # a path on this machine says nothing to others
+        config.text_config.name_or_path = ""  # a path on this machine says nothing to others
 
         def relative(name: Any) -> Any:
             if isinstance(name, list):
@@ -462,7 +421,7 @@ class DialForCausalLM(_LambdaModel):
     ) -> None:
         super().__init__(rows, lam, vocab_size or rows.config.vocab_size, models)
         self.rows = rows
-        self._arguments = _arguments(rows)
+        self._arguments = caches.arguments_of(rows)
         self.eval()
 
     def forward(
@@ -470,22 +429,26 @@ class DialForCausalLM(_LambdaModel):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         lam: Lam | None = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of θ_ref + λΔ, (batch, kept tokens, vocabulary), in the model's dtype. Arguments as for any model."""
         strength: Strength = self.rows.dera_strength
-        given = dict(attention_mask=attention_mask, position_ids=position_ids, logits_to_keep=logits_to_keep, **kwargs)
-        given = {key: value for key, value in given.items() if key in self._arguments}
+        cache = caches.given(cache, past_key_values)
+        given = dict(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+            logits_to_keep=logits_to_keep, **kwargs,
+        )  # fmt: skip
         lams = self._lams(lam, len(input_ids)).to(input_ids.device)
         with strength.of(lams, input_ids.shape[1]):
-            output = self.rows(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache, **given)
-        return _output(output.logits[..., : self.config.vocab_size], output.past_key_values, labels, return_dict)
+            output = _run(self.rows, self._arguments, given, cache)
+        return _output(output.logits[..., : self.config.vocab_size], caches.of_output(output), labels, return_dict)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.rows.get_input_embeddings()
@@ -506,9 +469,10 @@ def _repeated(value: Any, batch: int, sides: int) -> Any:
     return value
 
 
-def _arguments(model: PreTrainedModel) -> frozenset[str]:
-    """The arguments of a model's forward: an architecture without `position_ids`, say, derives its own."""
-    return frozenset(inspect.signature(model.forward).parameters)
+def _run(model: PreTrainedModel, names: frozenset[str], given: dict[str, Any], cache: Cache | None) -> Any:
+    """A forward pass with what the model's forward names: a model without `position_ids`, say, derives its own."""
+    known = {key: value for key, value in given.items() if key in names}
+    return model(**known) if cache is None else model(**known, **{caches.name_among(names): cache})
 
 
 def mix(ref: torch.Tensor, aligned: torch.Tensor | Sequence[torch.Tensor], lam: torch.Tensor) -> torch.Tensor:

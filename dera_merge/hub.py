@@ -522,7 +522,7 @@ def _said(repo_id: str) -> Iterator[None]:
 
 def _explained(error: BaseException, repo_id: str) -> str:
     """One line on what the Hub answered, and what to do."""
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -530,7 +530,7 @@ def _explained(error: BaseException, repo_id: str) -> str:
     response = getattr(error, "response", None)
     if response is None:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return f"{constants.ENDPOINT} broke off or cannot be reached: {reason}; what is uploaded stays, run it again"
+        return f"{HfApi().endpoint} broke off or cannot be reached: {reason}; what is uploaded stays, run it again"
     status = response.status_code
     said = " ".join((getattr(error, "server_message", None) or "").split())
     said = f" ({said})" if said else ""

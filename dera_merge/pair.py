@@ -754,7 +754,7 @@ def _with_adapter(base: PreTrainedModel, adapter: Adapter, device: str | torch.d
     """The base model with an adapter in it, unmerged: PEFT's own forward. The base weights stay shared."""
     from .rows import second_tree
 
-    if getattr(base, "is_quantized", False):
+    if getattr(base.config, "quantization_config", None) is not None:
         if adapter.changes_base_at_load or adapter.brings_base_tensors:
             raise DeraError(f"{adapter.folder} changes the base when it is loaded; that needs a base which is not quantised")
         return adapter.load_onto(second_tree(base), device).get_base_model().eval()

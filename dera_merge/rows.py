@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from . import doors
 from .errors import DeraError
 
 
@@ -173,6 +174,7 @@ def _trained_whole(module: torch.nn.Module) -> torch.nn.Module:
     """What stands in PEFT's wrapper of a module that was trained whole; any other module as it is."""
     from peft.utils.other import ModulesToSaveWrapper
 
+    doors.check("adapters", module)
     if isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
         return module.modules_to_save[module.active_adapters[0]]
     return module

@@ -14,10 +14,12 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import CandidateGenerator
 
+from . import caches
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-    from .exact import PairCache, RowsCache
+    from .caches import PairCache, RowsCache
 
 _SURE = 0.1  # a lead of the draft's best token over its second, in probability, that exact DeRa seldom overturns
 
@@ -87,11 +89,12 @@ class MergedDraft(CandidateGenerator):
         self.takes_lam = isinstance(draft, DialForCausalLM)
         self.do_sample = generation_config.do_sample
         self.max_length = generation_config.max_length
-        ends = getattr(generation_config, "_eos_token_tensor", None)
-        self.ends = set() if ends is None else set(ends.tolist())
+        ends = generation_config.eos_token_id
+        self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
         self.processors = logits_processor
         self.padding = 0 if attention_mask is None else int((attention_mask[0] == 0).sum())
         self.cache: Cache = DynamicCache(config=draft.config)
+        self.cache_name = caches.name_among(caches.arguments_of(draft))
         self.cache.activate_past_recording()
         # Of the drafted tokens that exact DeRa judged: [kept, all], where the draft was unsure and where it was sure.
         self.judged = {False: [8.0, 10.0], True: [99.0, 100.0]}
@@ -136,7 +139,8 @@ class MergedDraft(CandidateGenerator):
             mask = torch.ones_like(ids)
             mask[:, : self.padding] = 0
             more |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]}
-        logits = self.draft(input_ids=ids[:, start:], past_key_values=self.cache, use_cache=True, logits_to_keep=1, **more)
+        more |= {self.cache_name: self.cache}
+        logits = self.draft(input_ids=ids[:, start:], use_cache=True, logits_to_keep=1, **more)
         scores = logits.logits[:, -1].float()
         return self.processors(ids, scores)
 

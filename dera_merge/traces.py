@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from . import doors
 from .errors import DeraError
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = No
             kept = copy.deepcopy(modules)
             heads.append(kept)
         modules = kept
+    doors.check("compare", model)
     head = copy.copy(model)
     head._modules = {**modules, model.base_model_prefix: _Replay()}
 

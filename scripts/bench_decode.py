@@ -30,6 +30,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from dera_merge import DeraForCausalLM, ModelPair, Speculation, prompts
+from dera_merge.caches import CACHE
 from dera_merge.exact import mix
 from dera_merge.speculation import MergedDraft
 
@@ -47,7 +48,7 @@ def two_model_loop(ref: PreTrainedModel, aligned: PreTrainedModel, lam: float, n
         step = ids
         for _ in range(new):
             logits = [
-                model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+                model(step, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1].float()
                 for model, cache in zip((ref, aligned), caches, strict=True)
             ]
             step = ((1 - lam) * logits[0] + lam * logits[1]).argmax(-1, keepdim=True)
@@ -65,7 +66,7 @@ class CallsReference(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
         new = input_ids[:, self.cache.get_seq_length() :]
-        theirs = self.ref(new, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        theirs = self.ref(new, use_cache=True, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1].float()
         return (1 - self.lam) * theirs + self.lam * scores
 
 
@@ -88,7 +89,7 @@ class _Reader:
         start = self.cache.get_seq_length()
         if start < upto:
             keep = min(upto - start, 32)
-            out = self.model(ids[:, start:upto], past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits[0]
+            out = self.model(ids[:, start:upto], use_cache=True, logits_to_keep=keep, **{CACHE: self.cache}).logits[0]
             self.logits |= {upto - keep + 1 + i: row.float() for i, row in enumerate(out)}
 
     def forget(self, length: int) -> None:
@@ -139,7 +140,7 @@ def peft_mixed_batch(ref: PreTrainedModel, adapter: str, lam: float, new: int, d
         names = ["__base__"] * len(ids) + ["default"] * len(ids)
         cache, step = DynamicCache(config=model.config), ids
         for _ in range(new):
-            out = model(step.repeat(2, 1), past_key_values=cache, use_cache=True, logits_to_keep=1, adapter_names=names)
+            out = model(step.repeat(2, 1), use_cache=True, logits_to_keep=1, adapter_names=names, **{CACHE: cache})
             ref, aligned = out.logits[:, -1].float().chunk(2)
             step = ((1 - lam) * ref + lam * aligned).argmax(-1, keepdim=True)
             ids = torch.cat([ids, step], -1)
@@ -384,11 +385,11 @@ def draft_kinds(args: argparse.Namespace, pair: ModelPair) -> str:
             found.append(f"{name}: not installed ({error.name})")
             continue
         cache = DynamicCache(config=model.config)
-        model(torch.arange(5, 37)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(torch.arange(5, 37)[None], use_cache=True, logits_to_keep=1, **{CACHE: cache})
         times = []
         for _ in range(12):
             start = time.perf_counter()
-            model(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+            model(torch.tensor([[7]]), use_cache=True, **{CACHE: cache})
             times.append(time.perf_counter() - start)
         found.append(f"{name}: {1000 * statistics.median(times):.0f} ms")
     return f"A token of a draft: {'; '.join(found)}."

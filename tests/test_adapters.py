@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from dera_merge import DeraError, DeraWarning, ModelPair
 from dera_merge.inspect import inspect_pair
 
+pytestmark = pytest.mark.core
+
 IDS = torch.arange(3, 21)[None]
 SOME = {"target_modules": ["q_proj", "v_proj", "up_proj"]}
 SQUARE = {"target_modules": ["q_proj", "up_proj"]}

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, ModelPair, compare
 
+pytestmark = pytest.mark.core
+
 SMALL = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=None, initializer_range=0.3,

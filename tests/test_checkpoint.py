@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from dera_merge.checkpoint import Checkpoint, ShardWriter, TensorInfo, load_json, read_header, slices
 from dera_merge.errors import DeraError
 
+pytestmark = pytest.mark.core
+
 
 def write_raw(file, header, data=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()

@@ -27,6 +27,7 @@ def assert_one_line(done, code, *words):
         assert word in line[0]
 
 
+@pytest.mark.core
 def test_every_command_has_help_with_an_example():
     for command in ("merge", "generate", "compare", "calibrate", "sweep", "push", "inspect", "demo"):
         done = run(command, "--help")
@@ -34,6 +35,7 @@ def test_every_command_has_help_with_an_example():
         assert f"Example: dera-merge {command}" in " ".join(done.stdout.split())
 
 
+@pytest.mark.core
 def test_help_needs_no_torch():
     code = "import sys, dera_merge.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
@@ -51,6 +53,7 @@ def test_long_work_says_in_a_log_file_how_far_it_is_and_short_work_says_nothing(
     assert log() == ["learning: 1 of 3", "merging: 2 of 3"]
 
 
+@pytest.mark.core
 def test_merge_writes_one_directory_per_lambda_and_one_json_object(tmp_path):
     done = run("merge", demo.REF, demo.ALIGNED_LORA, "-l", "0:1:0.5", "-o", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
@@ -63,6 +66,7 @@ def test_merge_writes_one_directory_per_lambda_and_one_json_object(tmp_path):
     assert all((t == weights(tmp_path / "one")[n]).all() for n, t in weights(tmp_path / "out" / "lambda-0.5").items())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("mode", ["exact", "merged", "speculative"])
 def test_generate_prints_text_or_json(mode):
     arguments = ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "0.5", "--chat", "--prompt", "Tell me about the film.",
@@ -97,6 +101,7 @@ def test_generate_says_on_stderr_what_speculation_brought_and_what_is_not_exact(
     assert result["text"] == done.stdout.rstrip("\n")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 def test_generate_loads_a_pair_quantised(load_in):
     done = run("generate", demo.REF, demo.ALIGNED_LORA, "-l", "0.5", "--prompt", "The film", "--load-in", load_in,
@@ -111,6 +116,7 @@ def test_generate_loads_a_pair_quantised(load_in):
     assert model.generate(**ids, max_new_tokens=5, do_sample=False)[0, -5:].tolist() == result["token_ids"]
 
 
+@pytest.mark.core
 def test_compare_reports_and_gates(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in demo.prompts()[:4]))
@@ -128,6 +134,7 @@ def test_compare_reports_and_gates(tmp_path):
     assert json.loads((tmp_path / "b" / "report.json").read_text())["results"] == json.loads(failed.stdout)["results"]
 
 
+@pytest.mark.core
 def test_inspect_says_what_things_are_and_how_far_apart(tmp_path):
     done = run("inspect", demo.REF, demo.ALIGNED_DENSE, "--json")
     result = json.loads(done.stdout)
@@ -204,6 +211,7 @@ def test_a_lambda_that_is_none_is_a_usage_error(tmp_path, lam):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "arguments", [["nosuch"], ["merge", demo.REF, demo.ALIGNED_LORA, "-l", "1"], ["inspect"], ["merge", "--nosuch"],
                   ["generate", demo.REF, demo.ALIGNED_LORA, "-l", "0,1", "--prompt", "x"],

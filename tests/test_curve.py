@@ -76,6 +76,7 @@ def pair(request, llama, lora, gpt2):
     return ModelPair.from_pretrained(base, llama(1, near=0) if request.param == "dense" else lora(base))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("lam", [0.3, 1.7])
 def test_a_merge_along_a_path_is_the_formula(pair, lam, tmp_path):
     path = random_path(pair)
@@ -193,6 +194,7 @@ def test_a_path_for_tensors_of_another_shape_is_refused(llama, lora, tmp_path):
         pair.merge(tmp_path / "out", [0.5], path=path)
 
 
+@pytest.mark.core
 def test_calibration_never_ends_further_away_on_held_out_texts(pair):
     path = calibrate(pair, [0.0, 2.0], PROMPTS, texts=120, max_new_tokens=12, rank=4, passes=2, seed=1)
     line, best = path.recipe["objective"]["line"], path.recipe["objective"]["path"]
@@ -201,6 +203,7 @@ def test_calibration_never_ends_further_away_on_held_out_texts(pair):
     assert path.kind == "curve"
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_what_is_trained_is_what_is_merged(pair):
     """The student, whose rows have a λ each, and the merge along the path made of it are one model at every λ."""

@@ -7,7 +7,7 @@ import torch
 
 from dera_merge import ModelPair, demo
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.core]
 
 QUESTIONS = [
     {"question": "The opening scene is", "choices": [" dull", " delightful"]},

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessorList,
     TextIteratorStreamer,
     pipeline,
@@ -16,7 +17,9 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dera_merge import DeraConfig, DeraError, DeraForCausalLM, ModelPair, PlausibilityMask, Speculation
-from dera_merge.exact import PairCache, RowsCache
+from dera_merge.caches import PairCache, RowsCache
+
+pytestmark = pytest.mark.core
 
 PROMPTS = [[5, 9, 12, 33], [8, 41], [17, 3, 60, 22, 30, 7, 44]]
 NEW = 12
@@ -199,11 +202,16 @@ def test_threads_do_not_see_each_others_lambda(models, exact):
     assert exact.lam == 0.5
 
 
-def test_a_conversation_goes_on_with_another_lambda(models, exact):
-    """Caches do not depend on λ: turning it in mid-conversation equals starting over with the text so far."""
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_conversation_goes_on_with_another_lambda(models, exact, name):
+    """Caches do not depend on λ: turning it in mid-conversation equals starting over with the text so far.
+
+    Users may call a cache by its newer or its older name, whichever the installed transformers has.
+    """
     prompt = torch.tensor([PROMPTS[2]])
     first = exact.generate(prompt, max_new_tokens=4, do_sample=False, lam=0.0, return_dict_in_generate=True)
-    second = exact.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False, lam=2.0)
+    cache = {name: first.past_key_values}
+    second = exact.generate(first.sequences, **cache, max_new_tokens=4, do_sample=False, lam=2.0)
     assert second[0, len(first.sequences[0]) :].tolist() == two_model_loop(models, first.sequences[0].tolist(), 2.0, 4)
 
 
@@ -218,6 +226,41 @@ def test_only_what_is_new_of_a_conversation_may_be_passed(models, exact):
     second = exact.generate(first.sequences[:, known:], attention_mask=mask, **options)
     start = first.sequences.shape[1] - known
     assert second[0, start:].tolist() == two_model_loop(models, first.sequences[0].tolist(), 2.0, 4)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_forward_pass_takes_its_own_cache_by_either_name(models, exact, name):
+    ids = torch.tensor([PROMPTS[2]])
+    with torch.no_grad():
+        first = exact(ids[:, :-1], use_cache=True, lam=0.7)
+        step = exact(ids[:, -1:], **{name: first.past_key_values}, use_cache=True, lam=0.7)
+        ref, aligned = (model(ids).logits[:, -1].double() for model in models)
+    torch.testing.assert_close(step.logits[:, -1].double(), 0.3 * ref + 0.7 * aligned, rtol=1e-4, atol=1e-4)
+
+
+def test_two_caches_in_one_call_are_refused(exact):
+    cache = exact(torch.tensor([[5, 6]]), use_cache=True).past_key_values
+    for call in (exact, exact.generate):
+        with pytest.raises(ValueError, match="two names of one argument"):
+            call(torch.tensor([[5, 6, 7]]), cache=cache, past_key_values=cache)
+
+
+def test_no_model_is_called_by_a_name_that_its_library_calls_deprecated(exact, caplog, recwarn):
+    """Neither a mixture, its two models, a draft nor a dial makes transformers warn of an old name."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_warning()
+    logging.enable_propagation()
+    how = {"max_new_tokens": NEW, "do_sample": False}
+    exact.generate(torch.tensor([PROMPTS[2]]), num_beams=2, **how)
+    exact.generate(torch.tensor([PROMPTS[2]]), assistant_model=tiny_llama(2), speculation=Speculation(), **how)
+    exact.generate(torch.tensor([PROMPTS[2]]), assistant_model=tiny_llama(2), **how)
+    if exact.rows is not None:
+        exact.dial().generate(torch.tensor([PROMPTS[2]]), **how)
+    logging.disable_propagation()
+    logging.set_verbosity_error()
+    said = [str(one.message) for one in recwarn] + [record.getMessage() for record in caplog.records]
+    assert [text for text in said if "deprecated" in text and "cache" in text] == []
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -258,12 +301,14 @@ def test_pipelines_run_it_without_a_logged_error(exact, caplog):
 
     logging.set_verbosity_warning()
     logging.enable_propagation()
-    words = tokenizer()
-    answer = pipeline("text-generation", model=exact, tokenizer=words)("w5 w9", max_new_tokens=4, do_sample=False)
+    run = pipeline("text-generation", model=exact, tokenizer=tokenizer())
+    answer = run("w5 w9", max_new_tokens=4, do_sample=False)
     logging.disable_propagation()
     logging.set_verbosity_error()
     assert answer[0]["generated_text"].startswith("w5 w9")
-    assert [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")] == []
+    said = [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "WARNING")]
+    # transformers 5.19's pipelines warn of arguments that they pass themselves, whatever the model.
+    assert [text for text in said if "`generation_config`" not in text and "`max_new_tokens`" not in text] == []
 
 
 def test_auto_classes_know_the_mixture():
@@ -291,6 +336,10 @@ REFUSALS = {
     "generate_batch": lambda m: m.generate_batch([[5, 6]]),
     "a paged cache": lambda m: m.generate(torch.tensor([[5, 6]]), cache_implementation="paged", max_new_tokens=2),
     "guidance": lambda m: m.generate(torch.tensor([[5]]), guidance_scale=2.0, max_new_tokens=2),
+    "guidance by a config": lambda m: m.generate(
+        torch.tensor([[5]]), generation_config=GenerationConfig(guidance_scale=2.0, max_new_tokens=2)
+    ),
+    "guidance by a config in its place": lambda m: m.generate(torch.tensor([[5]]), GenerationConfig(guidance_scale=0.0)),
     "embeddings": lambda m: m.generate(inputs_embeds=torch.zeros(1, 2, 32), max_new_tokens=2),
     "an ensemble with the draft": lambda m: m.generate(
         torch.tensor([[5]]), assistant_model=tiny_llama(2), assistant_ensemble_weight=0.5, max_new_tokens=2

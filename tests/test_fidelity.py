@@ -16,6 +16,8 @@ from dera_merge import prompts as prompt_files
 from dera_merge.fidelity import MEASURES, bootstrap
 from dera_merge.sampling import sample
 
+pytestmark = pytest.mark.core
+
 PROMPTS = [
     {"prompt": "w5 w9 w12", "completion": "w7 w8 w9 w10 w11"},
     {"messages": [{"role": "user", "content": "w41 w42"}], "completion": "w20 w21"},

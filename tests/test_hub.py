@@ -108,6 +108,7 @@ def test_vectors_of_lambda_are_branches_too(hub, environment, tmp_path):
     assert "λ=1+1" in said
 
 
+@pytest.mark.core
 def test_a_dry_run_writes_nothing_and_shows_everything(hub, environment, merged):
     done = command(environment, "push", merged, "me/model", "--main", "none", "--dry-run")
     assert done.returncode == 0, done.stderr

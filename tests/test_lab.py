@@ -442,6 +442,7 @@ def whole_report(llama, lora, tmp_path_factory):
     return report.save(tmp_path_factory.mktemp("report")), report
 
 
+@pytest.mark.core
 def test_the_page_needs_nothing_else_and_holds_everything(whole_report):
     folder, report = whole_report
     page = page_of(folder)

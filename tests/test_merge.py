@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dera_merge import DeraError, ModelPair
 from dera_merge.output import PARTIAL, verify
 
+pytestmark = pytest.mark.core
+
 
 def assert_between_neighbours(stored, ref, aligned, lam):
     """Every element lies between the output dtype's neighbours of v ± 2⁻²²(|1-λ||θ_ref| + |λ||θ_aligned|)."""

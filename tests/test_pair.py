@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, DeraWarning, ModelPair
 
+pytestmark = pytest.mark.core
+
 
 def edit(folder, file, change):
     data = json.loads((folder / file).read_text())

@@ -47,6 +47,7 @@ def agree(exact, ref, aligned):
             torch.testing.assert_close(exact(IDS, lam=lam).logits.double(), expected, rtol=0, atol=2e-5 * (1 + abs(lam)))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_pass_is_the_two_models(llama, lora, kind):
     options, module = KINDS[kind]
@@ -178,6 +179,7 @@ def pair(request, llama, lora):
     return ModelPair.from_pretrained(base, lora(base, **KINDS[request.param][0]))
 
 
+@pytest.mark.core
 def test_each_row_of_a_dial_is_the_merge_at_its_lambda(pair):
     dial = pair.dial()
     lams = [-0.5, 0.3, 2.0]

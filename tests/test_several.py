@@ -68,6 +68,7 @@ def test_two_adapters_and_the_base_are_three_rows_of_one_pass(three):
     assert len(bytes_of) <= 2, "embedding and head are held once for all sides"
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kinds", [(1, 2), (1, 3)])
 def test_every_sequence_of_a_batch_decodes_at_its_own_vector(three, kinds):
     base, others = three[0], [three[kind] for kind in kinds]
@@ -172,6 +173,7 @@ def test_a_saved_mixture_of_several_loads_again(three, tmp_path):
     assert torch.equal(DeraForCausalLM.from_pretrained(tmp_path / "mixture")(ids).logits, exact(ids).logits)
 
 
+@pytest.mark.core
 def test_compare_measures_what_a_recomputation_in_float64_finds(three):
     base, one, _, full = three
     others, lam = [one, full], (0.6, 0.5)

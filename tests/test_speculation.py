@@ -4,10 +4,12 @@ import pytest
 import torch
 from builders import tiny_llama, tiny_mistral
 from test_exact import NEW, PROMPTS, chi_square, left_padded, lora_pair, new_tokens, two_model_loop
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from dera_merge import DeraForCausalLM, ModelPair, PlausibilityMask, Speculation
 from dera_merge.speculation import MergedDraft
+
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture(scope="module", params=["two models", "one pass"])
@@ -81,7 +83,7 @@ def test_the_interpolated_cache_is_first_order_in_delta(llama, monkeypatch):
                 s.copy_(p + 0.4 * size * (q - p))
             exact = DeraForCausalLM(base, aligned)
             past = exact(ids, use_cache=True).past_key_values
-            config = type("C", (), {"do_sample": False, "max_length": 99, "_eos_token_tensor": None})()
+            config = GenerationConfig(do_sample=False, max_length=99)
             draft = MergedDraft(merged, Speculation(), config, LogitsProcessorList(), past, None, torch.tensor([0.4]))
             draft._follow(ids.shape[1])
             truth = merged(ids, use_cache=True).past_key_values

@@ -137,6 +137,7 @@ def test_densities_are_those_of_the_mixed_logits():
 HOW = {"max_new_tokens": 6, "samples": 2, "check": False, "anchors": [0.0, 1.0, 2.0]}
 
 
+@pytest.mark.core
 def test_a_sweep_finds_the_lambda_that_direct_sampling_finds(pair):
     """The reward of the curve at λ that were not sampled, against texts sampled there."""
     reward = [Reward("evens", lambda texts: [evens(text) for _, text in texts])]
@@ -287,6 +288,7 @@ def test_a_coefficient_of_training_is_divided_by_lambda(llama, tmp_path):
 # Rewards
 
 
+@pytest.mark.core
 def test_commands_and_functions_and_models_are_rewards(tmp_path, monkeypatch):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
@@ -327,6 +329,7 @@ def test_a_reward_that_is_none_is_refused(spec):
 # The command line
 
 
+@pytest.mark.core
 def test_the_command_line_sweeps_the_demo_pair_and_writes_a_page(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(prompt) + "\n" for prompt in demo.prompts("validation")[:4]))

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
+from .. import doors
 from ..errors import DeraError
 from ..exact import mix
 from ..pair import ModelPair, Side, Source
@@ -37,6 +38,7 @@ class DeraForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        doors.check("exact DeRa in vLLM", self, vllm_config.compilation_config)
         model_config = vllm_config.model_config
         if vllm_config.speculative_config is not None:
             raise DeraError("exact DeRa does not run with vLLM's speculative decoding; leave --speculative-config out")

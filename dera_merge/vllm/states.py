@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import doors
 from .lambdas import lam_of
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 @cache
 def model_state() -> type:
     """The class, made when the runner asks, because an engine of V1 must not import this."""
+    doors.check("Model Runner V2")
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
     class DeraModelState(DefaultModelState):
