@@ -1,7 +1,7 @@
 """Caches of keys and values: several models' behind one, and what transformers calls a cache.
 
 `generate` sees one cache whose layers are those of all models. What a forward pass calls that argument is asked for
-here alone: `cache` since transformers 5.24; before that `past_key_values`, and `cache_params` in state-space models.
+here alone: `cache` since transformers 5.24, `past_key_values` before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import DeraError
 
-_NAMES = ("cache", "past_key_values", "cache_params")
+_NAMES = ("cache", "past_key_values")
 _OF_OUTPUTS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 # What the installed transformers calls a cache among the arguments of `generate` and in outputs.
 CACHE = next((name for name in _NAMES if name in _OF_OUTPUTS), _NAMES[0])  # a third name: `doors.check` says so
@@ -112,12 +112,17 @@ def empty(model: PreTrainedModel, settings: GenerationConfig | None = None, most
     Raises:
         DeraError: the model keeps no cache of keys and values, or there is no such kind for a mixture.
     """
-    if name_among(arguments_of(model)) is None or not model._supports_default_dynamic_cache():
-        raise DeraError(f"{type(model).__name__} keeps no cache of keys and values; pass use_cache=False")
     config = model.config.get_text_config(decoder=True)
+    takes_one = name_among(arguments_of(model)) is not None and model._supports_default_dynamic_cache()
+    grows = DynamicCache(config=config)
+    # State-space models take a cache too, but need their own input preparation beside it.
+    if not takes_one or (grows.layers and all(grows.is_linear)):
+        raise DeraError(f"{type(model).__name__} keeps no cache of keys and values; pass use_cache=False")
     kind = settings.cache_implementation if settings is not None else None
-    if kind in (None, "dynamic", "offloaded"):
-        return DynamicCache(config=config, offloading=kind == "offloaded")
+    if kind in (None, "dynamic"):
+        return grows
+    if kind == "offloaded":
+        return DynamicCache(config=config, offloading=True)
     if kind == "paged":
         raise DeraError("a paged cache is one model's; leave cache_implementation out, or take 'dynamic' or 'static'")
     if kind == "quantized":

@@ -179,7 +179,8 @@ def _base_of(module: Any) -> torch.nn.Module:
 def _hollow(model: torch.nn.Module) -> None:
     """Put zeros that share one element in the place of all parameters and buffers."""
     for module in model.modules():
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        every = {"recurse": False, "remove_duplicate": False}
+        tensors = [*module.named_parameters(**every), *module.named_buffers(**every)]
         for name, tensor in tensors:
             zeros = torch.zeros((), dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
             hollow = zeros.expand(tensor.shape)

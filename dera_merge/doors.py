@@ -2,6 +2,7 @@
 
 A release may rename any of these. `tests/test_doors.py` asks the installed libraries for each, and `check` does so when
 a feature is used, so that nobody gets a wrong text, or a message that blames a model, where a library has changed.
+Attributes that only instances have are checked where a feature has such an object at hand, else by the test alone.
 Arguments, attributes and classes that are documented do not stand here.
 """
 
@@ -18,7 +19,8 @@ from .errors import DeraError
 
 Use = Literal["exact decoding", "adapters", "models", "compare", "exact DeRa in vLLM", "Model Runner V2"]
 
-# Oldest and newest release that the tests ran with: the floors of pyproject.toml and the pins of constraints*.txt.
+# Oldest and newest release that the tests ran with: the floors of pyproject.toml and the pins of constraints*.txt. Of
+# torch and vLLM the core of the tests ran with one only.
 TESTED = {
     "transformers": ("5.19.0", "5.24.0"),
     "peft": ("0.20.0", "0.21.2"),
@@ -154,7 +156,7 @@ def check(use: Use, *instances: Any) -> None:
             oldest, newest = TESTED[door.library]
             raise DeraError(
                 f"{use} needs {gone} ({door.why}), which {door.library} {_installed(door.library)} does not have; "
-                f"tested with {oldest} to {newest}: pip install '{door.library}<={newest}'"
+                f"tested with {oldest} to {newest}: pip install '{door.library}>={oldest},<={newest}'"
             )
 
 

@@ -472,7 +472,7 @@ def _repeated(value: Any, batch: int, sides: int) -> Any:
 def _run(model: PreTrainedModel, names: frozenset[str], given: dict[str, Any], cache: Cache | None) -> Any:
     """A forward pass with what the model's forward names: a model without `position_ids`, say, derives its own."""
     known = {key: value for key, value in given.items() if key in names}
-    return model(**known) if cache is None else model(**known, **{caches.name_among(names): cache})
+    return model(**known) if cache is None else model(**known, **{caches.name_among(names) or caches.CACHE: cache})
 
 
 def mix(ref: torch.Tensor, aligned: torch.Tensor | Sequence[torch.Tensor], lam: torch.Tensor) -> torch.Tensor:

@@ -172,9 +172,9 @@ def in_rows(base: PreTrainedModel, ref: PreTrainedModel, *aligned: PreTrainedMod
 
 def _trained_whole(module: torch.nn.Module) -> torch.nn.Module:
     """What stands in PEFT's wrapper of a module that was trained whole; any other module as it is."""
+    doors.check("adapters", module)
     from peft.utils.other import ModulesToSaveWrapper
 
-    doors.check("adapters", module)
     if isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
         return module.modules_to_save[module.active_adapters[0]]
     return module

@@ -90,11 +90,11 @@ class MergedDraft(CandidateGenerator):
         self.do_sample = generation_config.do_sample
         self.max_length = generation_config.max_length
         ends = generation_config.eos_token_id
-        self.ends = set(ends) if isinstance(ends, list) else {ends} - {None}
+        self.ends = set() if ends is None else set(torch.as_tensor(ends).flatten().tolist())
         self.processors = logits_processor
         self.padding = 0 if attention_mask is None else int((attention_mask[0] == 0).sum())
         self.cache: Cache = DynamicCache(config=draft.config)
-        self.cache_name = caches.name_among(caches.arguments_of(draft))
+        self.cache_name = caches.name_among(caches.arguments_of(draft)) or caches.CACHE
         self.cache.activate_past_recording()
         # Of the drafted tokens that exact DeRa judged: [kept, all], where the draft was unsure and where it was sure.
         self.judged = {False: [8.0, 10.0], True: [99.0, 100.0]}

@@ -570,3 +570,22 @@ def test_a_quantised_checkpoint_is_read_as_it_is(llama, tmp_path):
     with torch.no_grad():
         plain = 0.7 * sides[0](ids).logits.double() + 0.3 * sides[1](ids).logits.double()
         torch.testing.assert_close(exact(ids).logits.double(), plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_state_space_models_keep_no_cache_of_keys_and_values_and_say_so(padded):
+    """Mamba decodes without a cache, as the plain loop does; with one it is refused, whatever its argument is called."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0, eos_token_id=1)
+        made.append(MambaForCausalLM(config).eval())
+    exact = DeraForCausalLM(*made)
+    inputs = left_padded(PROMPTS) if padded else {"input_ids": torch.tensor([PROMPTS[2]])}
+    with pytest.raises(DeraError, match="MambaForCausalLM keeps no cache of keys and values; pass use_cache=False"):
+        exact.generate(**inputs, max_new_tokens=3, do_sample=False)
+    if not padded:
+        output = exact.generate(**inputs, max_new_tokens=3, do_sample=False, use_cache=False, lam=0.4)
+        assert new_tokens(output, len(PROMPTS[2])) == [two_model_loop(made, PROMPTS[2], 0.4, 3)]
