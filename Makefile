@@ -16,7 +16,7 @@ test-slow: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 # The oldest releases that pyproject.toml allows, the pinned and the newest ones, and the wheel by itself, each in an
-# environment of its own; the table at the end is that of docs/versions.md. TORCH=… takes another torch, ONLY=… one of them.
+# environment of its own; docs/versions.md has the table. TORCH=… takes another torch, ONLY=… one of them.
 test-versions:
 	$(PYTHON) scripts/try_versions.py $(if $(TORCH),--torch $(TORCH)) $(if $(ONLY),--only $(ONLY))
 

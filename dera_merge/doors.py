@@ -92,7 +92,7 @@ DOORS: tuple[Door, ...] = (
          ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")),
     Door("exact decoding", _GENERATION, "_get_candidate_generator", "a draft gets no λ; our own draft is put in here",
          ("generation_config", "input_ids", "logits_processor", "model_kwargs", "assistant_model")),
-    Door("exact decoding", _GENERATION, "_supports_default_dynamic_cache", "tells models that have a cache of their own"),
+    Door("exact decoding", _GENERATION, "_supports_default_dynamic_cache", "tells models with a cache of their own"),
     Door("exact decoding", _GENERATION, "generate_batch", _BATCHES),
     Door("exact decoding", _GENERATION, "init_continuous_batching", _BATCHES),
     Door("exact decoding", _GENERATION, "continuous_batching_context_manager", _BATCHES),

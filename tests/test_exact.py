@@ -339,7 +339,7 @@ REFUSALS = {
     "guidance by a config": lambda m: m.generate(
         torch.tensor([[5]]), generation_config=GenerationConfig(guidance_scale=2.0, max_new_tokens=2)
     ),
-    "guidance by a config in its place": lambda m: m.generate(torch.tensor([[5]]), GenerationConfig(guidance_scale=0.0)),
+    "guidance by a config, unnamed": lambda m: m.generate(torch.tensor([[5]]), GenerationConfig(guidance_scale=0.0)),
     "embeddings": lambda m: m.generate(inputs_embeds=torch.zeros(1, 2, 32), max_new_tokens=2),
     "an ensemble with the draft": lambda m: m.generate(
         torch.tensor([[5]]), assistant_model=tiny_llama(2), assistant_ensemble_weight=0.5, max_new_tokens=2
@@ -574,14 +574,14 @@ def test_a_quantised_checkpoint_is_read_as_it_is(llama, tmp_path):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_state_space_models_keep_no_cache_of_keys_and_values_and_say_so(padded):
-    """Mamba decodes without a cache, as the plain loop does; with one it is refused, whatever its argument is called."""
+    """Mamba decodes without a cache as the plain loop does; with one it is refused, whatever its argument is called."""
     from transformers import MambaConfig, MambaForCausalLM
 
     made = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        config = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0, eos_token_id=1)
-        made.append(MambaForCausalLM(config).eval())
+        sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+        made.append(MambaForCausalLM(MambaConfig(**sizes, pad_token_id=0, eos_token_id=1)).eval())
     exact = DeraForCausalLM(*made)
     inputs = left_padded(PROMPTS) if padded else {"input_ids": torch.tensor([PROMPTS[2]])}
     with pytest.raises(DeraError, match="MambaForCausalLM keeps no cache of keys and values; pass use_cache=False"):
