@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -84,12 +83,6 @@ def name_among(arguments: Collection[str]) -> str | None:
     return next((name for name in _NAMES if name in arguments), None)
 
 
-def of_output(output: Any) -> Cache | None:
-    """The cache in what a model's forward returned."""
-    names = (CACHE,) if CACHE == "cache" else _NAMES
-    return next((cache for name in names if (cache := getattr(output, name, None)) is not None), None)
-
-
 def given(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     """The cache that a user passed under its newer or its older name.
 
@@ -114,9 +107,9 @@ def empty(model: PreTrainedModel, settings: GenerationConfig | None = None, most
     """
     config = model.config.get_text_config(decoder=True)
     takes_one = name_among(arguments_of(model)) is not None and model._supports_default_dynamic_cache()
-    grows = DynamicCache(config=config)
+    grows = DynamicCache(config=config) if takes_one else None
     # State-space models take a cache too, but need their own input preparation beside it.
-    if not takes_one or (grows.layers and all(grows.is_linear)):
+    if grows is None or (grows.layers and all(grows.is_linear)):
         raise DeraError(f"{type(model).__name__} keeps no cache of keys and values; pass use_cache=False")
     kind = settings.cache_implementation if settings is not None else None
     if kind in (None, "dynamic"):

@@ -228,17 +228,19 @@ class DeraForCausalLM(_LambdaModel):
         for number in order:
             model = self.sides[number]
             theirs = None if cache is None else cache.caches[number]
-            here = {key: _to(value, model.device) for key, value in shared.items()}
-            logits[number] = _run(model, self._arguments[number], here, theirs).logits
+            names = self._arguments[number]
+            here = {key: _to(value, model.device) for key, value in shared.items() if key in names}
+            logits[number] = _run(model, names, here, theirs).logits
         return [logits[number] for number in range(len(order))]
 
     def _one_pass(self, shared: dict[str, Any], cache: RowsCache | None) -> list[torch.Tensor]:
         ids, sides = shared["input_ids"], len(self.sides)
-        each = {key: _repeated(value, len(ids), sides) for key, value in shared.items()}
+        names = self._arguments_of_rows
+        each = {key: _repeated(value, len(ids), sides) for key, value in shared.items() if key in names}
         shares = torch.eye(sides, dtype=self.rows.dtype, device=ids.device)[:, 1:].repeat_interleave(len(ids), 0)
         inner = None if cache is None else cache.inner
         with self.rows.dera_strength.of(shares if sides > 2 else shares[:, 0], ids.shape[1]):
-            return list(_run(self.rows, self._arguments_of_rows, each, inner).logits.chunk(sides))
+            return list(_run(self.rows, names, each, inner).logits.chunk(sides))
 
     def generate(
         self,
@@ -445,10 +447,12 @@ class DialForCausalLM(_LambdaModel):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
             logits_to_keep=logits_to_keep, **kwargs,
         )  # fmt: skip
+        given = {key: value for key, value in given.items() if key in self._arguments}
         lams = self._lams(lam, len(input_ids)).to(input_ids.device)
         with strength.of(lams, input_ids.shape[1]):
             output = _run(self.rows, self._arguments, given, cache)
-        return _output(output.logits[..., : self.config.vocab_size], caches.of_output(output), labels, return_dict)
+        logits, past = output.logits[..., : self.config.vocab_size], getattr(output, caches.CACHE, None)
+        return _output(logits, past, labels, return_dict)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.rows.get_input_embeddings()
@@ -470,9 +474,11 @@ def _repeated(value: Any, batch: int, sides: int) -> Any:
 
 
 def _run(model: PreTrainedModel, names: frozenset[str], given: dict[str, Any], cache: Cache | None) -> Any:
-    """A forward pass with what the model's forward names: a model without `position_ids`, say, derives its own."""
-    known = {key: value for key, value in given.items() if key in names}
-    return model(**known) if cache is None else model(**known, **{caches.name_among(names) or caches.CACHE: cache})
+    """A forward pass that gets its cache under the name that the model's forward, with arguments `names`, has for it.
+
+    `given` is what is in `names`: an architecture without `position_ids`, say, derives its own.
+    """
+    return model(**given) if cache is None else model(**given, **{caches.name_among(names) or caches.CACHE: cache})
 
 
 def mix(ref: torch.Tensor, aligned: torch.Tensor | Sequence[torch.Tensor], lam: torch.Tensor) -> torch.Tensor:

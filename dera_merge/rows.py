@@ -172,10 +172,10 @@ def in_rows(base: PreTrainedModel, ref: PreTrainedModel, *aligned: PreTrainedMod
 
 def _trained_whole(module: torch.nn.Module) -> torch.nn.Module:
     """What stands in PEFT's wrapper of a module that was trained whole; any other module as it is."""
-    doors.check("adapters", module)
     from peft.utils.other import ModulesToSaveWrapper
 
     if isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
+        doors.check("adapters", module)
         return module.modules_to_save[module.active_adapters[0]]
     return module
 
@@ -214,6 +214,7 @@ def _factors(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None
 
     if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper) or len(layer.active_adapters) != 1:
         return None
+    doors.check("adapters", layer)
     (name,) = layer.active_adapters
     plain = name in layer.lora_A and not layer.lora_variant.get(name) and not layer.lora_bias.get(name)
     if not plain or not all(type(part[name]) is torch.nn.Linear for part in (layer.lora_A, layer.lora_B)):
