@@ -283,7 +283,10 @@ class DeraForCausalLM(_LambdaModel):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
+        """The caches of all models. `args`, `kwargs`: what a later release adds, which no cache here looks at."""
         cache = model_kwargs.get(caches.CACHE)
         self._check_cache(cache)
         if cache is not None or generation_config.use_cache is False:

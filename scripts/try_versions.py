@@ -102,16 +102,17 @@ def _installed(name: str, tools: Path, wheel: Path, torch: str) -> Path:
          sys.executable, "--constraints", constraints, *extras, "--output-file", resolved, "--upgrade",
          ROOT / "pyproject.toml", quiet=True)  # fmt: skip
     lines = [line for line in resolved.read_text().splitlines() if not CUDA.match(line)]
+    installed = "\n".join([f"# Python {platform.python_version()}", *lines])
     bin, mark = HOME / name / "bin", HOME / name / "installed.txt"
-    uv = (tools / "uv", "pip", "install", "--quiet", "--no-deps", "--python", bin / "python")
-    if not mark.exists() or mark.read_text().splitlines() != lines:
+    uv = (tools / "uv", "pip", "install", "--quiet", "--no-deps", "--compile-bytecode", "--python", bin / "python")
+    if not mark.exists() or mark.read_text() != installed:
         _run(sys.executable, "-m", "venv", "--clear", HOME / name)
         # With what its build needs: a CPU build where pip finds one, else the index's.
         _run(bin / "pip", "install", "--quiet", "--disable-pip-version-check", f"torch=={torch}", quiet=True)
         rest = HOME / f"{name}-rest.txt"
         rest.write_text("\n".join(line for line in lines if not line.startswith("torch==")))
         _run(*uv, "--requirement", rest)
-        mark.write_text("\n".join(lines))
+        mark.write_text(installed)
     _run(*uv, "--reinstall", wheel)
     return bin
 

@@ -203,6 +203,22 @@ def test_the_command_line_says_it_in_one_line_with_status_1():
     assert re.fullmatch(rf"error: {needs}, which transformers .+ does not have; tested with .+\n", done.stderr)
 
 
+@pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
+@pytest.mark.parametrize("door", list(doors.of("exact DeRa in vLLM")), ids=lambda door: door.name)
+def test_a_renamed_door_of_vllm_is_named_where_the_model_is_imported(door):
+    """In a process of its own, as vLLM does it; names that only instances have are looked for later, where there is one."""
+    if door.instance:
+        pytest.skip("only instances have it")
+    modules = {each.owner.partition(":")[0] for each in doors.of("exact DeRa in vLLM")}
+    code = (  # vLLM itself is imported first, for it needs some of these names too
+        f"import sys, {', '.join(sorted(modules))}\ndelattr(sys.modules[{door.owner!r}], {door.name!r})\n"
+        "import dera_merge.vllm.model\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    needs = rf"DeraError: exact DeRa in vLLM needs {re.escape(door.owner)}\.{door.name} \(.+\)"
+    assert re.search(rf"{needs}, which vllm .+ does not have; tested with .+$", done.stderr.strip())
+
+
 def test_every_module_can_be_imported_with_the_installed_versions():
     for module in pkgutil.walk_packages([str(PACKAGE)], "dera_merge."):
         if not module.name.startswith(("dera_merge.vllm.", "dera_merge.__main__")):

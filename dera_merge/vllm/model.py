@@ -8,6 +8,8 @@ travels with the row, so no row can meet another's, however vLLM batches, chunks
 Base and adapter are held once: see `shared.py`.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -16,10 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
+
+from .. import doors
+
+doors.check("exact DeRa in vLLM")  # before the imports of these names, which a rename would break without a reason
+
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
-from .. import doors
 from ..errors import DeraError
 from ..exact import mix
 from ..pair import ModelPair, Side, Source
