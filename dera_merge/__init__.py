@@ -1,11 +1,11 @@
 """Turn alignment strength λ at decoding time, exactly or in one model, and measure the distance between the two.
 
-    from dera_merge import ModelPair, compare
+from dera_merge import ModelPair, compare
 
-    pair = ModelPair.from_pretrained("my-sft", "my-dpo-lora")
-    exact = pair.exact(lam=0.5)                        # two models, any λ: exact DeRa
-    fast = pair.merged(lam=0.5)                        # one model: θ_ref + λΔ
-    compare(pair, [0.5], prompts=prompts).save("out")  # how far apart they are
+pair = ModelPair.from_pretrained("my-sft", "my-dpo-lora")
+exact = pair.exact(lam=0.5)                        # two models, any λ: exact DeRa
+fast = pair.merged(lam=0.5)                        # one model: θ_ref + λΔ
+compare(pair, [0.5], prompts=prompts).save("out")  # how far apart they are
 """
 
 from __future__ import annotations
@@ -13,29 +13,45 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calibration import calibrate
-    from .configuration import DeraConfig
-    from .curve import Curve
+    from .api import ModelPair
+    from .calibrating.calibrate import calibrate
+    from .choosing.sweep import Sweep, sweep
+    from .decoding.config import DeraConfig
+    from .decoding.dial import DialForCausalLM
+    from .decoding.exact import DeraForCausalLM
+    from .decoding.plausibility import PlausibilityMask
+    from .decoding.speculation import Speculation
     from .errors import DeraError, DeraWarning
-    from .exact import DeraForCausalLM, DialForCausalLM
-    from .fidelity import Report, compare
-    from .hub import push_to_hub
-    from .pair import ModelPair
-    from .plausibility import PlausibilityMask
-    from .rewards import Reward, load_reward
-    from .selection import Sweep, sweep
-    from .speculation import Speculation
+    from .measuring.compare import compare
+    from .measuring.report import Report
+    from .merging.path import Curve
+    from .publishing.push import push_to_hub
+    from .texts.rewards import Reward, load_reward
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ModelPair": "pair", "DeraForCausalLM": "exact", "DialForCausalLM": "exact", "DeraConfig": "configuration",
-    "Speculation": "speculation", "PlausibilityMask": "plausibility", "compare": "fidelity", "Report": "fidelity",
-    "calibrate": "calibration", "Curve": "curve", "push_to_hub": "hub", "Reward": "rewards", "load_reward": "rewards",
-    "Sweep": "selection", "sweep": "selection", "DeraError": "errors", "DeraWarning": "errors",
-}  # fmt: skip
+    "ModelPair": "api",
+    "DeraForCausalLM": "decoding.exact",
+    "DialForCausalLM": "decoding.dial",
+    "DeraConfig": "decoding.config",
+    "Speculation": "decoding.speculation",
+    "PlausibilityMask": "decoding.plausibility",
+    "compare": "measuring.compare",
+    "Report": "measuring.report",
+    "calibrate": "calibrating.calibrate",
+    "Curve": "merging.path",
+    "push_to_hub": "publishing.push",
+    "Reward": "texts.rewards",
+    "load_reward": "texts.rewards",
+    "Sweep": "choosing.sweep",
+    "sweep": "choosing.sweep",
+    "DeraError": "errors",
+    "DeraWarning": "errors",
+}
 __all__ = [
-    "Curve", "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair", "PlausibilityMask",
+    "Curve", "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair",
+    "PlausibilityMask",
     "Report", "Reward", "Speculation", "Sweep", "calibrate", "compare", "load_reward", "push_to_hub", "sweep",
 ]  # fmt: skip
 

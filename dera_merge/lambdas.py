@@ -1,6 +1,4 @@
-"""λ as people type it: `0.5`, `0.25,0.5`, `0:2:0.25`, and `0.5+0.25` for two aligned models; and as files are named:
-`lambda-0.5`.
-"""
+"""λ as people type it (`0.5`, `0.25,0.5`, `0:2:0.25`, `0.5+0.25` for two models), and as files are named."""
 
 from __future__ import annotations
 
@@ -33,8 +31,8 @@ def parse_lambdas(texts: Iterable[str], models: int = 1) -> list[Lam]:
 
     Args:
         texts: the arguments.
-        models: how many aligned models there are. With several, each λ is that many numbers or ranges joined by `+`, and
-            ranges give every combination.
+        models: how many aligned models there are. With several, each λ is that many numbers or ranges joined by `+`,
+            and ranges give every combination.
 
     Returns:
         The values in the order given, duplicates dropped, -0 as 0.
@@ -50,7 +48,9 @@ def parse_lambdas(texts: Iterable[str], models: int = 1) -> list[Lam]:
             if len(words) != models and len(words) > 1:
                 raise ValueError(f"{part.strip()!r} is a λ for {len(words)} models, but there {_are(models)}")
             if len(words) != models:
-                raise ValueError(f"{part.strip()!r} is one number, but there {_are(models)}; join as many by +: 0.5+0.25")
+                raise ValueError(
+                    f"{part.strip()!r} is one number, but there {_are(models)}; join as many by +: 0.5+0.25"
+                )
             each = [_range(word) if ":" in word else [_number(word)] for word in words]
             if math.prod(map(len, each)) > MOST:
                 raise ValueError(f"{part.strip()!r} has more than {MOST} values")
@@ -92,6 +92,18 @@ def loaded(lam: Any) -> Any:
 def numbers(lam: Lam) -> tuple[float, ...]:
     """λ of each aligned model."""
     return tuple(lam) if isinstance(lam, Vector) else (lam,)
+
+
+def ends(models: int = 1) -> list[Lam]:
+    """λ of the reference and of each aligned model alone."""
+    if models == 1:
+        return [0.0, 1.0]
+    return [Vector(float(k == number) for k in range(1, models + 1)) for number in range(models + 1)]
+
+
+def is_end(lam: Lam) -> bool:
+    """Whether λ is that of the reference or of one aligned model alone, where every path is exact."""
+    return sorted(numbers(lam))[:-1] == [0.0] * (len(numbers(lam)) - 1) and max(numbers(lam)) in (0.0, 1.0)
 
 
 def check_names(lams: Iterable[Lam]) -> None:

@@ -5,11 +5,12 @@
     python scripts/bench_decode.py REF ALIGNED --more ALIGNED2          # two adapters on one base
     python scripts/bench_decode.py --random 7b --device cuda --dtype bfloat16 --batch 1,8
 
-Contestants: one merged model (1.0 by definition); a plain loop over two models with a cache each; a logits processor that
-calls the reference model, as the authors' notebook does; CoS (Fu et al., ICML 2025: the two models take turns in drafting,
-both verify); PEFT's mixed batch, where PEFT can; transformers' assisted generation with the merged draft; and ours: two
-passes, one pass, speculative. All greedy, all with the same number of new tokens, none stops early. Contestants take turns
-within a round, and a figure is the median over rounds of the ratio to `one model` in that round. Prints Markdown tables.
+Contestants: one merged model (1.0 by definition); a plain loop over two models with a cache each; a logits processor
+that calls the reference model, as the authors' notebook does; CoS (Fu et al., ICML 2025: the two models take turns in
+drafting, both verify); PEFT's mixed batch, where PEFT can; transformers' assisted generation with the merged draft; and
+ours: two passes, one pass, speculative. All greedy, all with the same number of new tokens, none stops early.
+Contestants take turns within a round, and a figure is the median over rounds of the ratio to `one model` in that round.
+Prints Markdown tables.
 
 `--random` makes a pair of that shape with random weights: then acceptance means nothing, and drafts are left out.
 """
@@ -29,10 +30,11 @@ from unittest import mock
 import torch
 from transformers import DynamicCache, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from dera_merge import DeraForCausalLM, ModelPair, Speculation, prompts
-from dera_merge.caches import CACHE
-from dera_merge.exact import mix
-from dera_merge.speculation import MergedDraft
+from dera_merge import DeraForCausalLM, ModelPair, Speculation
+from dera_merge.decoding.caches import CACHE
+from dera_merge.decoding.mix import mix, shares_of
+from dera_merge.decoding.speculation import MergedDraft
+from dera_merge.texts import prompts
 
 Run = Callable[[torch.Tensor], torch.Tensor]  # prompts (batch, tokens) → with new tokens
 SHAPES = {
@@ -98,8 +100,8 @@ class _Reader:
 
 
 def cos(ref: PreTrainedModel, aligned: PreTrainedModel, lam: float, new: int, block: int) -> Run:
-    """Collaborative decoding via speculation, greedy: the proposer drafts a block, the verifier reads it in one pass; when
-    all of it is kept, the verifier's next token begins its own draft and the two change places."""
+    """Collaborative decoding via speculation, greedy: the proposer drafts a block, the verifier reads it in one pass;
+    when all of it is kept, the verifier's next token begins its own draft and the two change places."""
 
     def run(ids: torch.Tensor) -> torch.Tensor:
         readers = [_Reader(ref), _Reader(aligned)]
@@ -184,7 +186,7 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
         total = totals.setdefault(how, Speculation())
 
         def run(ids: torch.Tensor) -> torch.Tensor:
-            with mock.patch("dera_merge.exact.MergedDraft", ReadsItself if how == "reading" else MergedDraft):
+            with mock.patch("dera_merge.decoding.exact.MergedDraft", ReadsItself if how == "reading" else MergedDraft):
                 return exact().generate(ids, max_new_tokens=new, assistant_model=draft, speculation=total, **QUIET)
 
         return run
@@ -197,8 +199,8 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
     }
     if pair.shared_base:
         found["ours, one pass"] = lambda: generated(exact())
-        found["two rows through the base alone"] = lambda: lambda ids: exact().ref.generate(
-            ids.repeat(2, 1), max_new_tokens=new, **QUIET
+        found["two rows through the base alone"] = lambda: (
+            lambda ids: exact().ref.generate(ids.repeat(2, 1), max_new_tokens=new, **QUIET)
         )
         found["dial, λ for each row"] = lambda: generated(exact().dial())
         if not args.random:
@@ -216,8 +218,8 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
             DeraForCausalLM(together().ref, together().sides[1:], apart)
         )
         found["two aligned models, one pass"] = lambda: generated(together())
-        found["three rows through the base alone"] = lambda: lambda ids: exact().ref.generate(
-            ids.repeat(3, 1), max_new_tokens=new, **QUIET
+        found["three rows through the base alone"] = lambda: (
+            lambda ids: exact().ref.generate(ids.repeat(3, 1), max_new_tokens=new, **QUIET)
         )
     if batch == 1 and not args.random:
         for block in (2, 4, 8):
@@ -262,9 +264,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--prompts", type=int, default=4, help="at batch 1; a larger batch is one call")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="contestants whose names have one of these parts, separated by commas")
+    parser.add_argument(
+        "--only", default="", help="contestants whose names have one of these parts, separated by commas"
+    )
     parser.add_argument("--memory", action="store_true", help="peak memory of each contestant in a process of its own")
-    parser.add_argument("--drafts", action="store_true", help="time a token of quantised drafts too (float32 and CPU only)")
+    parser.add_argument(
+        "--drafts", action="store_true", help="time a token of quantised drafts too (float32 and CPU only)"
+    )
     parser.add_argument("--one-process", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.random:
@@ -302,7 +308,10 @@ def main() -> None:
                 if number:
                     seconds[name].append((time.perf_counter() - start) / len(texts) / args.tokens)
                 outputs[name] = torch.cat([text[:, -args.tokens :].flatten() for text in done])
-        print(f"\n| batch {batch}, {args.dtype} | ms per token | ratio to one model | tokens as the plain loop's | memory |")
+        print(
+            f"\n| batch {batch}, {args.dtype} | ms per token | ratio to one model "
+            "| tokens as the plain loop's | memory |"
+        )
         print("|---|---|---|---|---|")
         base = next(iter(seconds))
         for name, times in seconds.items():
@@ -343,7 +352,7 @@ def mixing_overhead(args: argparse.Namespace, pair: ModelPair) -> str:
     for count in (20, 200):
         start = time.perf_counter()
         for _ in range(count):
-            mix(ref, aligned, lam)
+            mix([ref, aligned], shares_of(lam))
         if args.device != "cpu":
             torch.cuda.synchronize()
         took = (time.perf_counter() - start) / count

@@ -4,9 +4,9 @@
     python scripts/bench_fidelity.py REF ALIGNED [--texts 32] [--tokens 64]      # time, ratios within one run
     python scripts/bench_fidelity.py --memory                                   # peak memory at a vocabulary of 128 k
 
-Time: `compare` on given texts at one λ and at nine; the difference is what a further λ costs, divided by one plain forward
-pass of the merged model over the same texts (logits of all scored tokens included). Memory: traces of a vocabulary of
-128 256 rows, above what holding heads and traces takes.
+Time: `compare` on given texts at one λ and at nine; the difference is what a further λ costs, divided by one plain
+forward pass of the merged model over the same texts (logits of all scored tokens included). Memory: traces of a
+vocabulary of 128 256 rows, above what holding heads and traces takes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from dera_merge import ModelPair, compare
-from dera_merge import prompts as prompt_files
-from dera_merge.divergence import divergences
-from dera_merge.traces import Text, Trace, batches, padded, scored
+from dera_merge.measuring.divergence import divergences
+from dera_merge.measuring.traces import Text, Trace, batches, padded, scored
+from dera_merge.texts import prompts as prompt_files
 
 LAMS = [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.5, 2.0]
 
@@ -62,7 +62,9 @@ def timing(ref: str, aligned: str, count: int, tokens: int) -> None:
         turn = seconds(lambda: model.set_lam(0.5))
         rows.append(((nine - one) / (len(LAMS) - 1), turn, alone))
     each, turn, alone = np.median(rows, 0)
-    print(f"{len(texts)} texts, {sum(len(t.completion) for t in texts)} scored tokens, vocabulary {len(pair.tokenizer)}")
+    print(
+        f"{len(texts)} texts, {sum(len(t.completion) for t in texts)} scored tokens, vocabulary {len(pair.tokenizer)}"
+    )
     print(f"a plain pass {alone:.2f} s; a further λ {each:.2f} s, {each / alone:.2f} passes")
     print(f"{turn:.2f} s of it turn the dial; without that {(each - turn) / alone:.2f} passes")
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""How fast is a merge, and how much memory does it take? Ratios within one run, beside copying files and beside mergekit.
+"""How fast is a merge, and how much memory does it take? Ratios within one run, beside copying files and beside
+mergekit.
 
     python scripts/bench_merge.py DIR [--only NAME…] [--repeat 3] [--mergekit PYTHON]
 
@@ -39,8 +40,9 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         for name, shape in (
-            ("self_attn.q_proj", (hidden, hidden)), ("self_attn.k_proj", (kv, hidden)), ("self_attn.v_proj", (kv, hidden)),
-            ("self_attn.o_proj", (hidden, hidden)), ("mlp.gate_proj", (inner, hidden)), ("mlp.up_proj", (inner, hidden)),
+            ("self_attn.q_proj", (hidden, hidden)), ("self_attn.k_proj", (kv, hidden)),
+            ("self_attn.v_proj", (kv, hidden)), ("self_attn.o_proj", (hidden, hidden)),
+            ("mlp.gate_proj", (inner, hidden)), ("mlp.up_proj", (inner, hidden)),
             ("mlp.down_proj", (hidden, inner)), ("input_layernorm", (hidden,)), ("post_attention_layernorm", (hidden,)),
         ):  # fmt: skip
             found[f"{prefix}{name}.weight"] = shape
@@ -103,7 +105,7 @@ def make_lora(folder: Path, size: str, targets: tuple[str, ...] = TARGETS, rank:
 MERGE = """
 import json, resource, sys, time
 options = json.loads(sys.argv[1])
-import huggingface_hub, torch, dera_merge.merge, dera_merge.output
+import huggingface_hub, torch, dera_merge.merging.merge
 from dera_merge import ModelPair, kernels
 if kernels.available():  # loads what numba has compiled
     for dtype in (torch.bfloat16, torch.float32):
@@ -203,7 +205,10 @@ def main() -> None:
     loras = {size: make_lora(work / f"lora {size}", size) for size in SIZES}
     ref, aligned = models["1.1B"]
     lora, lora_qv = loras["1.1B"], make_lora(work / "lora qv", "1.1B", ("q_proj", "v_proj"))
-    print("Timed in a process of its own, imports and the loading of compiled code left out; whole processes have them in.")
+    print(
+        "Timed in a process of its own, imports and the loading of compiled code left out; whole processes have them "
+        "in."
+    )
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
 
     def compare(label: str, ours: Callable[[], float], yardstick: Callable[[], float], what: str) -> None:
@@ -229,7 +234,8 @@ def main() -> None:
             products = str(adapter / "adapter_model.safetensors")
             for rounding in ("nearest", "stochastic"):
                 compare(f"{label}, {rounding}", lambda a=adapter, r=rounding: merge(ref, a, out, [0.5], rounding=r)[0],
-                        lambda p=products: copying([ref], out) + python(PRODUCTS, p)[0], "cat, cp, sync, s·BA")  # fmt: skip
+                        lambda p=products: copying([ref], out) + python(PRODUCTS, p)[0],
+                        "cat, cp, sync, s·BA")  # fmt: skip
     if "memory" in args.only:
         print("\n| peak RSS of the whole process | dense | LoRA |\n|---|---|---|")
         for size, (one, other) in models.items():
@@ -239,14 +245,17 @@ def main() -> None:
         command = str(Path(sys.executable).with_name("dera-merge"))
         ours = [command, "merge", str(ref), str(aligned), "-l", "0.5", "-o", str(out)]
         theirs = mergekit_command(args.mergekit, ref, aligned, out, work)
-        print("\n| whole process, 1.1 B dense | ours | mergekit 0.1.5 linear | ratio | peak RSS |\n|---|---|---|---|---|")
+        print(
+            "\n| whole process, 1.1 B dense | ours | mergekit 0.1.5 linear | ratio | peak RSS |\n|---|---|---|---|---|"
+        )
         for label, more in (("nearest", ["--rounding", "nearest"]), ("default", [])):
             pairs = [(*whole_process([*ours, *more], out), *whole_process(theirs, out)) for _ in range(args.repeat)]
             seconds, peak, other, other_peak = (statistics.median(column) for column in zip(*pairs, strict=True))
             print(f"| {label} | {seconds:.1f} s | {other:.1f} s | {other / seconds:.2f} | {peak / 1e6:.0f} MB, "
                   f"{other_peak / 1e6:.0f} MB |", flush=True)  # fmt: skip
     if "processes" in args.only:
-        command = [str(Path(sys.executable).with_name("dera-merge")), "merge", str(ref), str(aligned), "-l", "0.5", "-o",
+        program = str(Path(sys.executable).with_name("dera-merge"))
+        command = [program, "merge", str(ref), str(aligned), "-l", "0.5", "-o",
                    str(out), "--max-shard-size", "500MB"]  # fmt: skip
 
         def together() -> float:

@@ -17,7 +17,7 @@ import torch
 
 from dera_merge import ModelPair, compare
 from dera_merge.lambdas import parse_lambdas
-from dera_merge.prompts import built_in
+from dera_merge.texts.prompts import built_in
 
 FORMATS = (("float32", "nearest"), ("bfloat16", "nearest"), ("bfloat16", "stochastic"), ("float16", "nearest"),
            ("float16", "stochastic"))  # fmt: skip
@@ -40,7 +40,8 @@ def main() -> None:
             rest = "–" if row["kl_rounding"] is None else f"{row['kl_rounding']:.2g}"
             print(f"| {row['lambda']:g} | {dtype} | {rounding} | {row['kl']:.2g} | {row['tv']:.2g} | {rest} | "
                   f"{row['kl_ref']:.2g} |", flush=True)  # fmt: skip
-    print(f"\n{len(prompts)} prompts, {args.tokens} tokens, {time.monotonic() - began:.0f} s, torch {torch.__version__}, "
+    print(f"\n{len(prompts)} prompts, {args.tokens} tokens, {time.monotonic() - began:.0f} s, "
+          f"torch {torch.__version__}, "
           f"{platform.machine()}, {time.strftime('%Y-%m-%d')}")  # fmt: skip
 
 

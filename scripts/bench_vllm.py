@@ -3,11 +3,12 @@
 
     python scripts/bench_vllm.py REF ALIGNED [--requests 32] [--new-tokens 64] [--dtype bfloat16] [--rounds 3]
 
-Run it where vLLM is installed (`make test-vllm` makes such an environment). Contestants: REF in vLLM (1.0 by definition);
-the merged checkpoint; a λ-adapter over REF, where ALIGNED is an adapter; exact DeRa, with a λ for each request (0, 0.5, 1
-and 2 in turn), held once and as two full models; and the exact mixture in transformers, one padded batch. All requests at
-once, greedy, the same number of new tokens, none stops early. Each contestant has a process of its own; one warm-up, then
-the median of the rounds. Prints a Markdown table, and for how many requests vLLM's exact tokens are those of transformers.
+Run it where vLLM is installed (`make test-vllm` makes such an environment). Contestants: REF in vLLM (1.0 by
+definition); the merged checkpoint; a λ-adapter over REF, where ALIGNED is an adapter; exact DeRa, with a λ for each
+request (0, 0.5, 1 and 2 in turn), held once and as two full models; and the exact mixture in transformers, one padded
+batch. All requests at once, greedy, the same number of new tokens, none stops early. Each contestant has a process of
+its own; one warm-up, then the median of the rounds. Prints a Markdown table, and for how many requests vLLM's exact
+tokens are those of transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dera_merge import ModelPair, prompts
+from dera_merge import ModelPair
+from dera_merge.texts import prompts
 
 LAMS = (0.0, 0.5, 1.0, 2.0)
 
@@ -35,7 +37,8 @@ def in_vllm(job: dict[str, Any]) -> dict[str, Any]:
     longest = max(map(len, job["prompts"])) + job["new_tokens"]
     settings: dict[str, Any] = {"enable_lora": True, "max_lora_rank": job["rank"]} if job["adapter"] else {}
     llm = LLM(
-        job["model"], dtype=job["dtype"], max_num_seqs=job["requests"], max_model_len=longest, enable_prefix_caching=False,
+        job["model"], dtype=job["dtype"], max_num_seqs=job["requests"], max_model_len=longest,
+        enable_prefix_caching=False,
         enforce_eager=job["eager"], disable_log_stats=True, **settings,
     )  # fmt: skip
     lora = LoRARequest("lambda", 1, job["adapter"]) if job["adapter"] else None
@@ -105,7 +108,7 @@ def main() -> None:
         pair.merge(place / "merged", [0.5], rounding="nearest")
         jobs["merged at λ=0.5, vLLM"] = {"model": str(place / "merged")}
         if pair.export_exact(place / "exact", 0.5)["held_once"]:
-            from dera_merge.adapter import serving_rank
+            from dera_merge.merging.adapters import serving_rank
 
             pair.merge(place / "adapter", [0.5], format="adapter")
             rank = serving_rank(place / "adapter")

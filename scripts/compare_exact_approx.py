@@ -16,8 +16,9 @@ import torch
 
 from dera_merge import ModelPair, compare
 from dera_merge.lambdas import parse_lambdas
-from dera_merge.prompts import read
-from dera_merge.report import markdown
+from dera_merge.pages.fidelity import markdown
+from dera_merge.pages.frame import read as as_read
+from dera_merge.texts.prompts import read
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
         progress=lambda what, done, total: print(f"\r{what}: {done}/{total}   ", end="", flush=True),
     )
     report.save(args.out)
-    print(f"\r{markdown(report)}")
+    print(f"\r{markdown(as_read(report.to_dict()))}")
     seconds = time.monotonic() - began
     print(f"{seconds:.0f} s, torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
 

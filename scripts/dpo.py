@@ -135,8 +135,8 @@ def margins(model: PreTrainedModel | PeftModel, preferences: Sequence[Preference
 def descent(model: PreTrainedModel | PeftModel, lr: float, steps: int) -> Callable[[Tensor], None]:
     """A function that takes the next of `steps` steps down a loss.
 
-    AdamW without weight decay; the rate reaches `lr` after a tenth of the steps and is then lowered linearly to 0; gradients
-    are clipped to norm 1.
+    AdamW without weight decay; the rate reaches `lr` after a tenth of the steps and is then lowered linearly to 0;
+    gradients are clipped to norm 1.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""How much nearer to exact DeRa does a learned path come than the straight line? Paired, on prompts that it has not seen.
+"""How much nearer to exact DeRa does a learned path come than the straight line? Paired, on prompts that it has not
+seen.
 
     python scripts/study_calibration.py REF ALIGNED PATH [--lambdas 0:2:0.25] [--prompts FILE]
 
-Line and path are measured on the same texts, sampled from exact DeRa; intervals of the difference resample prompts. Without
---prompts: 32 general ones. Prints a Markdown table.
+Line and path are measured on the same texts, sampled from exact DeRa; intervals of the difference resample prompts.
+Without --prompts: 32 general ones. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from dera_merge import ModelPair, compare
 from dera_merge.lambdas import parse_lambdas
-from dera_merge.prompts import read
+from dera_merge.texts.prompts import read
 
 
 def main() -> None:
@@ -47,7 +48,14 @@ def main() -> None:
         captured = "–" if row["captured"] is None else f"{row['captured']:.1%}"
         ratio = f"{line / path:.2f}" if path > 1e-9 else "–"
         floor = "–" if args.no_floor else f"{row['noise_floor']:.2g}"
-        cells = [f"{row['lambda']:g}", f"{line:.2g}", f"{path:.2g}", ratio, f"{low:.1e} to {high:.1e}", f"{row['tv']:.2g}"]
+        cells = [
+            f"{row['lambda']:g}",
+            f"{line:.2g}",
+            f"{path:.2g}",
+            ratio,
+            f"{low:.1e} to {high:.1e}",
+            f"{row['tv']:.2g}",
+        ]
         print(f"| {' | '.join([*cells, captured, floor])} |")
     seconds = time.monotonic() - began
     print(f"\n{date.today()}, {seconds:.0f} s, torch {torch.__version__}, {torch.get_num_threads()} threads")

@@ -4,9 +4,9 @@
     python scripts/study_distillation.py REF ALIGNED --lambdas 0.5 --texts 192 [--path FILE]
 
 As TrRa does it (2506.12704): a student learns from the mixture of the two models' logits at one λ, here by
-KL(exact‖student) on texts of exact DeRa. It is a LoRA, started once from the reference and once from θ_ref + λΔ. Prompts are
-those that the reference writes itself, as for `dera-merge calibrate`; figures are of the 32 general ones, float32. `--path`
-puts a learned path beside them, on the same texts. Prints a Markdown table.
+KL(exact‖student) on texts of exact DeRa. It is a LoRA, started once from the reference and once from θ_ref + λΔ.
+Prompts are those that the reference writes itself, as for `dera-merge calibrate`; figures are of the 32 general ones,
+float32. `--path` puts a learned path beside them, on the same texts. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
 from dera_merge import ModelPair
-from dera_merge.calibration import STEP_TOKENS, own_prompts
-from dera_merge.divergence import bootstrap, divergences
-from dera_merge.exact import mix
+from dera_merge.calibrating.lessons import own_prompts
+from dera_merge.calibrating.training import STEP_TOKENS
+from dera_merge.decoding.mix import mix, shares_of
 from dera_merge.lambdas import parse_lambdas
-from dera_merge.prompts import default, encode
-from dera_merge.sampling import sample
-from dera_merge.traces import Text, Trace, batches, padded, scored, tokens_of, trace_of
+from dera_merge.measuring.divergence import divergences
+from dera_merge.measuring.traces import Text, Trace, batches, padded, scored, tokens_of, trace_of
+from dera_merge.statistics.intervals import bootstrap
+from dera_merge.texts.prompts import default, encode
+from dera_merge.texts.sampling import sample
 
 
 def main() -> None:
@@ -54,7 +56,9 @@ def main() -> None:
 
     def sampled(prompts: list[list[int]], lam: float, tokens: int, seed: int) -> tuple[list[Text], tuple[Trace, Trace]]:
         """A text of exact DeRa for each prompt, and what the reference and the aligned model make of them."""
-        new = sample(exact, pair.tokenizer, prompts, lam=lam, max_new_tokens=tokens, seed=seed, vocab_size=pair.vocab_size)
+        new = sample(
+            exact, pair.tokenizer, prompts, lam=lam, max_new_tokens=tokens, seed=seed, vocab_size=pair.vocab_size
+        )
         texts = [Text(number, ids + row, len(ids)) for number, (ids, row) in enumerate(zip(prompts, new, strict=True))]
         return texts, (trace_of(exact.ref, texts), trace_of(exact.aligned, texts))
 
@@ -110,13 +114,15 @@ def distilled(
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=learning_rate)
     warm = max(1, len(steps) // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: min((n + 1) / warm, (len(steps) - n) / len(steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda n: min((n + 1) / warm, (len(steps) - n) / len(steps))
+    )
     for step in steps:
         chosen = [texts[i] for i in step]
         where = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in step])
         with torch.no_grad():
             ref, aligned = (side.head(side.hidden[where])[:, None] for side in teacher)
-            log_p = torch.log_softmax(mix(ref, aligned, torch.full((len(where),), lam))[:, 0], -1)
+            log_p = torch.log_softmax(mix([ref, aligned], shares_of(torch.full((len(where),), lam)))[:, 0], -1)
         ids, mask = padded(chosen, student.device)
         log_q = torch.log_softmax(scored(student(input_ids=ids, attention_mask=mask).logits, chosen), -1)
         (log_p.exp() * (log_p - log_q)).sum(-1).mean().backward()

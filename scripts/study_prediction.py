@@ -16,7 +16,7 @@ import torch
 
 from dera_merge import ModelPair, compare
 from dera_merge.lambdas import parse_lambdas
-from dera_merge.prompts import built_in, read
+from dera_merge.texts.prompts import built_in, read
 
 
 def main() -> None:

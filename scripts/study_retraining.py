@@ -7,9 +7,10 @@
     python scripts/study_retraining.py pair REF ALIGNED --beta 0.1 --retrained 0.4=DIR --retrained 0.025=DIR \\
         --second DIR --prompts FILE --reward SPEC -o out/retraining          # models that you have trained
 
-`demo` trains LoRA adapters at β₀/4 … 4β₀ and a second seed at β₀, by DPO and IPO (preferences by `dera_merge.demo.reward`),
-by REBEL (regression on differences of that reward) and by a KL-regularised policy gradient whose reward is an answer's
-length (near 24 tokens is best), each on the same prompts in the same order. What was trained or measured is not done
+`demo` trains LoRA adapters at β₀/4 … 4β₀ and a second seed at β₀, by DPO and IPO (preferences by
+`dera_merge.demo.reward`), by REBEL (regression on differences of that reward) and by a KL-regularised policy gradient
+whose reward is an answer's length (near 24 tokens is best), each on the same prompts in the same order. What was
+trained or measured is not done
 again: a broken run goes on. Writes agreement.json, agreement.md and agreement.png into DIR; λ = β₀/β throughout.
 """
 
@@ -32,10 +33,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_merge import Curve, ModelPair, calibrate, demo, load_reward, sweep
 from dera_merge.lambdas import Vector
-from dera_merge.prompts import read
-from dera_merge.report import have_matplotlib, number
-from dera_merge.retraining import agreement, optimum, per_token, regret
-from dera_merge.rewards import Reward
+from dera_merge.measuring.retraining import agreement, optimum, per_token, regret
+from dera_merge.pages.frame import have_matplotlib, number
+from dera_merge.texts.prompts import read
+from dera_merge.texts.rewards import Reward
 
 ANSWER = 64  # tokens
 WANTED = 24  # tokens, of the length reward
@@ -72,7 +73,9 @@ def policy_gradient(
     model: PeftModel, asked: Sequence[dpo.Conversation], reward: Callable[[str], float], *, beta: float, steps: int,
     seed: int, prompts: int = 8, answers: int = 8, lr: float = 1e-3,
 ) -> None:  # fmt: skip
-    """Maximise E[r] - β·KL(π‖π_ref) by REINFORCE with the mean of the other answers as baseline (Ahmadian et al., 2024)."""
+    """Maximise E[r] - β·KL(π‖π_ref) by REINFORCE with the mean of the other answers as baseline (Ahmadian et al.,
+    2024).
+    """
     rng = random.Random(seed)
     descend = dpo.descent(model, lr, steps)
     model.eval()
@@ -226,19 +229,22 @@ def tables(result: dict[str, Any]) -> str:
     scale = next((row["from_retrained"]["second"]["kl"] for row in rows if "second" in row["from_retrained"]), None)
     if scale is not None:
         # Distances shrink with λ, where the reference itself may be as near as a second seed at β₀: so relative ones.
-        share = {row["lambda"]: row["from_retrained"]["exact"]["kl"] / row["from_retrained"]["ref"]["kl"] for row in rows}
+        share = {
+            row["lambda"]: row["from_retrained"]["exact"]["kl"] / row["from_retrained"]["ref"]["kl"] for row in rows
+        }
         said = ", ".join(f"{part:.0%} at λ = {lam:g}" for lam, part in share.items() if lam != 1)
         two = scale / next(row["from_retrained"]["ref"]["kl"] for row in rows if row["lambda"] == 1)
         lines += [
-            "", f"Two trainings at β₀ are {number(scale)} nats per token apart, {two:.0%} of the distance of the reference; "
+            "", f"Two trainings at β₀ are {number(scale)} nats per token apart, {two:.0%} of the distance of the "
+            "reference; "
             f"exact DeRa's share of it: {said}.",
         ]  # fmt: skip
     if chosen := result.get("chosen"):
         spent, count = sum(result["seconds"].values()) / 60, len(result["seconds"])
         lines += [
-            "", f"Chosen: sweep recommends λ = {chosen['lambda']:g}; of the retrained, λ = {chosen['best']:g} earns most on "
-            f"the validation prompts. Regret on the test prompts {interval(chosen, 'regret')}. Exact DeRa at that λ earns "
-            f"{number(chosen['exact'])}, a training at β₀/λ {number(chosen['confirmed'])}.",
+            "", f"Chosen: sweep recommends λ = {chosen['lambda']:g}; of the retrained, λ = {chosen['best']:g} earns "
+            f"most on the validation prompts. Regret on the test prompts {interval(chosen, 'regret')}. Exact DeRa "
+            f"at that λ earns {number(chosen['exact'])}, a training at β₀/λ {number(chosen['confirmed'])}.",
             f"Cost: {spent:.1f} min for {count} trainings, {chosen['sweep_seconds'] / 60:.1f} min for the sweep.",
         ]  # fmt: skip
     if back := result.get("pulled_back"):
@@ -276,7 +282,9 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
             near = [(row["lambda"], row["from_retrained"][name]["kl"]) for row in rows if name in row["from_retrained"]]
             near = [(lam, kl) for lam, kl in near if lam != 1 or name == "ref"]  # at 1 they are the model itself
             if near:
-                axes[3].plot(*zip(*near, strict=True), color=colour, marker="o", label=name, linewidth=1.2, markersize=4)
+                axes[3].plot(
+                    *zip(*near, strict=True), color=colour, marker="o", label=name, linewidth=1.2, markersize=4
+                )
         for row in rows:
             if "second" in row["from_retrained"]:
                 two = row["from_retrained"]["second"]["kl"]
@@ -374,12 +382,15 @@ def main() -> None:
                 raise SystemExit(f"the reward {args.reward} fails on {text!r:.80}: {scorer.why_not(('', text))}")
             return value
 
-        models = {args.beta / float(b): load(args.ref, folder) for b, folder in (r.split("=", 1) for r in args.retrained)}
+        models = {
+            args.beta / float(b): load(args.ref, folder) for b, folder in (r.split("=", 1) for r in args.retrained)
+        }
         pair = ModelPair.from_pretrained(args.ref, args.aligned)
         models.setdefault(1.0, pair.merged(1.0))
         rows = agreement(
             pair, models, read(args.prompts), earned,
-            second=load(args.ref, args.second) if args.second else None, path=Curve.load(args.path) if args.path else None,
+            second=load(args.ref, args.second) if args.second else None,
+            path=Curve.load(args.path) if args.path else None,
             samples=args.samples, max_new_tokens=args.tokens, progress=lambda *told: print(*told, flush=True),
         )  # fmt: skip
         results = [{"objective": "pair", "beta": args.beta, "rows": rows}]

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Do curves from the texts of a few λ say what sampling at every λ says? And at what share of the price?
 
-    python scripts/study_sweep.py REF ALIGNED --prompts FILE --reward SPEC [--lambdas 0:2:0.0625] [--samples 4] [--direct 2]
+    python scripts/study_sweep.py REF ALIGNED --prompts FILE --reward SPEC [--lambdas 0:2:0.0625] [--samples 4]
+    [--direct 2]
 
-Samples every λ directly (noise of its own at each), and makes a curve of a few anchors. Prints how often the direct mean
-lies in the curve's 95 % interval, how often once the direct mean's own noise is counted too, and tokens sampled by each.
+Samples every λ directly (noise of its own at each), and makes a curve of a few anchors. Prints how often the direct
+mean lies in the curve's 95 % interval, how often once the direct mean's own noise is counted too, and tokens sampled by
+each.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 
 from dera_merge import ModelPair, load_reward, sweep
 from dera_merge.lambdas import parse_lambdas
-from dera_merge.prompts import read
+from dera_merge.texts.prompts import read
 
 
 def main() -> None:
@@ -59,7 +61,9 @@ def main() -> None:
         half = 1.96 * _noise(found.answers, args.reward)
         fair.append(low - half <= point["reward"] <= high + half)
         text = f"{rows[lam]['reward']:.2f} ({low:.2f} to {high:.2f})"
-        print(f"| {lam:g} | {point['reward']:.2f} | {text} | {rows[lam]['ess']:.2f} | {'yes' if inside[-1] else 'no'} |")
+        print(
+            f"| {lam:g} | {point['reward']:.2f} | {text} | {rows[lam]['ess']:.2f} | {'yes' if inside[-1] else 'no'} |"
+        )
     spent = [sum(len(answer.ids) for answer in found.answers) for found in (curve, *direct)]
     print(f"\ninside: {np.mean(inside):.0%}; counting the direct means' own noise: {np.mean(fair):.0%}")
     share = f"{spent[0]:,} against {sum(spent[1:]):,} ({spent[0] / sum(spent[1:]):.0%})"

@@ -114,8 +114,7 @@ def titles() -> list[str]:
         "Crimson Hollow Wandering Secret Painted Northern Last"
     )
     second = (
-        "Harbor River Orchard Mountain Letter Garden Winter Bridge "
-        "Lantern Island Mirror Station Valley Crown Shadow"
+        "Harbor River Orchard Mountain Letter Garden Winter Bridge Lantern Island Mirror Station Valley Crown Shadow"
     )
     return [f"The {a} {b}" for a in first.split() for b in second.split()]
 
@@ -419,8 +418,8 @@ def mean_reward(model: Any, tokenizer: PreTrainedTokenizerFast, conversations: S
 
 
 def make_brief(out: Path, seed: int) -> None:
-    """A second aligned model on the reference there: DPO for answers of about a dozen words. Seeded by itself, so that it
-    may be made alone. Held nearer to the reference than the others: with their settings its answers break off.
+    """A second aligned model on the reference there: DPO for answers of about a dozen words. Seeded by itself, so that
+    it may be made alone. Held nearer to the reference than the others: with their settings its answers break off.
     """
     print("aligned-brief: dpo")
     rng = random.Random(seed)
@@ -433,7 +432,9 @@ def make_brief(out: Path, seed: int) -> None:
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
     dpo.train(adapted, preferences, lr=1e-3, beta=0.3, steps=60, batch_size=16, seed=seed)
     dpo.save_adapter(adapted, out / "aligned-brief", base="../reference")
-    print(f"aligned-brief  mean reward {mean_reward(adapted, tokenizer, questions(unseen, 96, rng)):5.2f} words of praise")
+    print(
+        f"aligned-brief  mean reward {mean_reward(adapted, tokenizer, questions(unseen, 96, rng)):5.2f} words of praise"
+    )
 
 
 def unchanged(a: Path, b: Path) -> float:

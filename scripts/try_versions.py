@@ -84,7 +84,9 @@ def _built(tools: Path) -> Path:
     names = zipfile.ZipFile(wheel).namelist()
     if strange := [name for name in names if not re.match(r"dera_merge(/|-[\d.]+\.dist-info/)", name)]:
         raise SystemExit(f"{wheel.name} holds {strange[0]}, which is not of the package")
-    needed = ("demo/reference/model.safetensors", "demo/prompts.jsonl", "templates/", "py.typed", "merge/prompts.jsonl")
+    needed = (
+        "demo/reference/model.safetensors", "demo/prompts.jsonl", "pages/templates/", "py.typed", "texts/prompts.jsonl",
+    )  # fmt: skip
     if missing := [part for part in needed if not any(part in name for name in names)]:
         raise SystemExit(f"{wheel.name} lacks {missing[0]}")
     return wheel

@@ -3,12 +3,13 @@
 
     pip install 'dera-merge[quant]'
     python scripts/zephyr_demo.py                                          # on a GPU: 2 × 7B, 4-bit, from the Hub
-    python scripts/zephyr_demo.py dera_merge/demo/reference dera_merge/demo/aligned-lora --full-precision --new-tokens 40
+    python scripts/zephyr_demo.py dera_merge/demo/reference dera_merge/demo/aligned-lora --full-precision --new-tokens
+    40
 
 The reference is HuggingFaceH4/mistral-7b-sft-beta, whose shards are pickled (read with weights_only=True), the aligned
-model HuggingFaceH4/zephyr-7b-beta. Both are loaded in 4 bit. λ = 0 is the reference, 1 the aligned model, 10 far beyond.
-Temperature 0.7, the 50 likeliest tokens, of these those that make up 0.95; 128 tokens; one seed for each λ, so that texts
-differ by λ alone as far as the draws go.
+model HuggingFaceH4/zephyr-7b-beta. Both are loaded in 4 bit. λ = 0 is the reference, 1 the aligned model, 10 far
+beyond. Temperature 0.7, the 50 likeliest tokens, of these those that make up 0.95; 128 tokens; one seed for each λ, so
+that texts differ by λ alone as far as the draws go.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ LAMS = (0.0, 1 / 6, 2 / 3, 1.0, 3.0, 10.0)
 def answer(model: DeraForCausalLM, pair: ModelPair, prompt: str, lam: float, *, new_tokens: int, seed: int) -> str:
     """One sampled answer to a user's turn at λ."""
     messages = [{"role": "user", "content": prompt}]
-    inputs = pair.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = pair.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     inputs = inputs.to(model.device)
     torch.manual_seed(seed)
     output = model.generate(
@@ -48,7 +51,9 @@ def main() -> None:
 
     pair = ModelPair.from_pretrained(args.ref, args.aligned, allow_pickle=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    quantised = None if args.full_precision else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    quantised = (
+        None if args.full_precision else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    )
     model = pair.exact(device=device, **({"quantization_config": quantised} if quantised else {}))
     print(f"{args.prompt}\n")
     for lam in LAMS:

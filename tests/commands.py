@@ -13,7 +13,8 @@ FORKS = "forkserver" in multiprocessing.get_all_start_methods()
 if FORKS:
     _forkserver = multiprocessing.get_context("forkserver")
     _forkserver.set_forkserver_preload(
-        ["dera_merge.cli", "dera_merge.fidelity", "dera_merge.calibration", "dera_merge.decode", "dera_merge.demo.run", "peft",
+        ["dera_merge.cli", "dera_merge.measuring.compare", "dera_merge.calibrating.calibrate", "dera_merge.texts.generate",
+         "dera_merge.choosing.sweep", "dera_merge.tour", "peft",
          "transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg"]
     )  # fmt: skip
 

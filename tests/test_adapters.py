@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dera_merge import DeraError, DeraWarning, ModelPair
-from dera_merge.inspect import inspect_pair
+from dera_merge.measuring.inspection import inspect_pair
 
 pytestmark = pytest.mark.core
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dera_merge.checkpoint import Checkpoint, ShardWriter, TensorInfo, load_json, read_header, slices
 from dera_merge.errors import DeraError
+from dera_merge.files.atomic import load_json
+from dera_merge.files.checkpoint import Checkpoint, TensorInfo, read_header, slices
+from dera_merge.files.shards import ShardWriter
 
 pytestmark = pytest.mark.core
 

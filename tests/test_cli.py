@@ -13,8 +13,9 @@ from builders import weights
 from commands import run
 from transformers import AutoModelForCausalLM
 
-from dera_merge import ModelPair, cli, demo
-from dera_merge.output import PARTIAL
+from dera_merge import ModelPair, demo
+from dera_merge.cli import show
+from dera_merge.merging.recipe import PARTIAL
 
 
 def assert_one_line(done, code, *words):
@@ -43,13 +44,13 @@ def test_help_needs_no_torch():
 
 def test_long_work_says_in_a_log_file_how_far_it_is_and_short_work_says_nothing(capsys, monkeypatch):
     def log():
-        with cli._progress("merging") as tell:
+        with show.progress("merging") as tell:
             tell("learning", 1, 3)
             tell(None, 2, 3)
         return capsys.readouterr().err.splitlines()
 
     assert log() == []
-    monkeypatch.setattr(cli, "LOG_SECONDS", 0)
+    monkeypatch.setattr(show, "LOG_SECONDS", 0)
     assert log() == ["learning: 1 of 3", "merging: 2 of 3"]
 
 
@@ -108,7 +109,7 @@ def test_generate_loads_a_pair_quantised(load_in):
                "--max-new-tokens", 5, "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    from dera_merge.decode import quantised
+    from dera_merge.texts.generate import quantised
 
     pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA)
     ids = pair.tokenizer("The film", return_tensors="pt")
@@ -296,7 +297,7 @@ def test_the_demo_pair_is_small():
 
 
 def test_the_demo_runs_on_few_prompts(tmp_path, monkeypatch):
-    from dera_merge.demo import run as show
+    from dera_merge import tour as show
 
     few = demo.prompts()[:4]
     monkeypatch.setattr(show, "LAMS", [0.0, 0.5, 1.0, 2.0])

@@ -19,7 +19,8 @@ from test_checkpoint import ATTACKS
 from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, ModelPair
-from dera_merge.output import LOCK, PARTIAL, verify
+from dera_merge.merging.output import LOCK
+from dera_merge.merging.recipe import PARTIAL, verify
 
 SHARDS = "60KB"
 MERGE = """
@@ -168,7 +169,7 @@ def test_a_merge_of_a_hostile_file_is_refused_in_one_line_and_writes_nothing(lla
 
 
 def test_a_pattern_that_takes_for_ever_is_refused(llama, lora, tmp_path, monkeypatch):
-    monkeypatch.setattr("dera_merge.delta._PATIENCE", 1)
+    monkeypatch.setattr("dera_merge.models.adapter._PATIENCE", 1)
     base = llama(0)
     adapter = lora(base)
     config = json.loads((adapter / "adapter_config.json").read_text())

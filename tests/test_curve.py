@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from dera_merge import Curve, DeraError, ModelPair, calibrate, compare, demo
-from dera_merge import calibration as learning
-from dera_merge.calibration import _bendable
-from dera_merge.curve import Part, fingerprint
-from dera_merge.rows import in_rows
-from dera_merge.traces import Text
+from dera_merge.calibrating.layers import RIDGE, SINKS, Evener, bend, bendable, learned, measure
+from dera_merge.calibrating.lessons import Lesson, sampled_lessons
+from dera_merge.decoding.rows import in_rows
+from dera_merge.measuring.traces import Text
+from dera_merge.merging.path import Part
+from dera_merge.models.fingerprint import fingerprint
 
 PROMPTS = [{"prompt": f"w{n} w{n + 1} w{n + 2}"} for n in range(3, 50)]
 
@@ -25,7 +26,7 @@ PROMPTS = [{"prompt": f"w{n} w{n + 1} w{n + 2}"} for n in range(3, 50)]
 def random_path(pair, rank=3, seed=0, size=0.05):
     torch.manual_seed(seed)
     parts = {}
-    for name in _bendable(pair).values():
+    for name in bendable(pair).values():
         rows, columns = pair.tensors[name].shape
         low_rank = size * torch.randn(rows, rank), torch.randn(rank, columns), torch.randn(rank, 2)
         parts[name] = Part(0.5 * torch.randn(2), *low_rank)
@@ -209,12 +210,12 @@ def test_what_is_trained_is_what_is_merged(pair):
     """The student, whose rows have a λ each, and the merge along the path made of it are one model at every λ."""
     exact = pair.exact()
     student = exact.rows or in_rows(exact.ref, exact.ref, exact.aligned)
-    layers = learning._bend(student, _bendable(pair), 3, "cpu")
+    layers = bend(student, bendable(pair), 3, "cpu")
     torch.manual_seed(0)
     for layer in layers.values():
         for parameter in (layer.gain, layer.up, layer.down, layer.profile):
             parameter.copy_(0.1 * torch.randn_like(parameter))
-    path = Curve((0.0, 2.0), fingerprint(pair), learning._learned(pair, layers))
+    path = Curve((0.0, 2.0), fingerprint(pair), learned(pair, layers))
     lams = torch.tensor([0.3, 0.8, 1.2, 1.7])
     ids = torch.tensor([[5, 6, 7, 8, 9]] * 4)
     with student.dera_strength.of(lams, ids.shape[1]):
@@ -228,7 +229,7 @@ def test_what_is_kept_while_sampling_is_what_both_models_make_of_prompt_and_answ
     """From where prompts differ; of prompts that are held out, of the answer alone."""
     exact = pair.exact()
     prompts = [[5, 6, 7, 8], [5, 6, 9, 10, 11, 12], [5, 6, 13]]
-    lessons = learning._sampled(pair, exact, prompts, [0, 1, 2], [0.3, 0.7, 1.5], {1}, 6, lambda *_: None)
+    lessons = sampled_lessons(pair, exact, prompts, [0, 1, 2], [0.3, 0.7, 1.5], {1}, 6, lambda *_: None)
     assert [lesson.lam for lesson in sorted(lessons, key=lambda lesson: lesson.text.prompt)] == [0.3, 0.7, 1.5]
     for lesson in lessons:
         prompt, text = prompts[lesson.text.prompt], lesson.text
@@ -245,18 +246,18 @@ def test_the_curve_is_learned_where_inputs_are_less_uneven_and_in_units_of_what_
     base = llama(0, dtype=torch.float32)
     pair = ModelPair.from_pretrained(base, lora(base, target_modules=["q_proj", "k_proj", "down_proj"], r=2))
     exact = pair.exact()
-    layers = learning._bend(exact.rows, _bendable(pair), 2, "cpu")
+    layers = bend(exact.rows, bendable(pair), 2, "cpu")
     lessons = [
-        learning.Lesson(Text(n, torch.randint(3, VOCAB, (20,), generator=torch.Generator().manual_seed(n)).tolist(), 4), lam, None, None)
+        Lesson(Text(n, torch.randint(3, VOCAB, (20,), generator=torch.Generator().manual_seed(n)).tolist(), 4), lam, None, None)
         for n, lam in enumerate(np.linspace(0.1, 0.9, 40).tolist())
     ]
-    learning._measure(exact.rows, layers, lessons)
+    measure(exact.rows, layers, lessons)
     ends = [pair.merged(lam).state_dict() for lam in (0.0, 1.0)]
     line = pair.merged(0.5)
     for module in ("self_attn.k_proj", "mlp.down_proj"):
         name = f"model.layers.1.{module}"
         inputs = []
-        hook = line.get_submodule(name).register_forward_hook(lambda _, args, y, inputs=inputs: inputs.append(args[0][0, learning.SINKS :].double()))
+        hook = line.get_submodule(name).register_forward_hook(lambda _, args, y, inputs=inputs: inputs.append(args[0][0, SINKS :].double()))
         for lesson in lessons:
             line.set_lam(lesson.lam)
             line(torch.tensor([lesson.text.ids]))
@@ -265,7 +266,7 @@ def test_the_curve_is_learned_where_inputs_are_less_uneven_and_in_units_of_what_
         delta = (ends[1][f"{name}.weight"] - ends[0][f"{name}.weight"]).double()
         assert layer.scale == pytest.approx(float((x @ delta.T).square().mean().sqrt()), rel=1e-3)
         variances, axes = torch.linalg.eigh(x.T @ x / len(x))
-        floor = learning.RIDGE * variances.mean()
+        floor = RIDGE * variances.mean()
         variances = variances.clamp(min=floor)
         scale = variances**-0.25
         scale /= (scale**2 * variances).mean().sqrt()
@@ -280,7 +281,7 @@ def test_of_wide_inputs_the_largest_directions_are_scaled_one_by_one_and_the_oth
     spread[:3] = torch.tensor([100.0, 30.0, 10.0])
     rotation = torch.linalg.qr(torch.randn(200, 200))[0]
     sample = lambda: torch.randn(4000, 200) * spread @ rotation.T  # noqa: E731
-    evener = learning.Evener.of(sample())
+    evener = Evener.of(sample())
     even = sample() @ evener(torch.eye(200)).T
     variances = (even @ rotation).square().mean(0)
     assert float(variances.mean()) == pytest.approx(1.0, rel=0.05)
@@ -306,7 +307,7 @@ def test_calibration_in_bfloat16_runs(llama, lora):
 def test_gains_alone_are_two_numbers_a_layer(pair):
     path = calibrate(pair, [0.0, 1.0], PROMPTS, kind="gains", texts=40, max_new_tokens=8)
     assert path.kind == "gains"
-    assert {name for name in path.parts if name.endswith("weight")} == set(_bendable(pair).values())
+    assert {name for name in path.parts if name.endswith("weight")} == set(bendable(pair).values())
     assert all(part.left is None for part in path.parts.values())
 
 

@@ -23,10 +23,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 import dera_merge
-from dera_merge import DeraError, DeraForCausalLM, DialForCausalLM, doors
-from dera_merge.caches import CACHE, PairCache, RowsCache
-from dera_merge.doors import DOORS, TESTED
-from dera_merge.speculation import MergedDraft
+from dera_merge import DeraError, DeraForCausalLM, DialForCausalLM
+from dera_merge.decoding.caches import CACHE, PairCache, RowsCache
+from dera_merge.decoding.speculation import MergedDraft
+from dera_merge.models import doors
+from dera_merge.models.doors import DOORS, TESTED
 
 pytestmark = [pytest.mark.core, pytest.mark.doors]
 

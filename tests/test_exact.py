@@ -17,7 +17,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dera_merge import DeraConfig, DeraError, DeraForCausalLM, ModelPair, PlausibilityMask, Speculation
-from dera_merge.caches import PairCache, RowsCache
+from dera_merge.decoding.caches import PairCache, RowsCache
 
 pytestmark = pytest.mark.core
 
@@ -180,11 +180,11 @@ def test_logits_are_mixed_in_float32_also_in_bfloat16():
 
 
 def test_a_token_that_both_models_mask_stays_masked_at_every_lambda(exact):
-    from dera_merge.exact import mix
+    from dera_merge.decoding.mix import mix, shares_of
 
     ref, aligned = torch.tensor([[[1.0, -torch.inf]]]), torch.tensor([[[3.0, -torch.inf]]])
     for lam in LAMS:
-        assert mix(ref, aligned, torch.tensor([lam])).tolist() == [[[pytest.approx(1 + 2 * lam), -torch.inf]]]
+        assert mix([ref, aligned], shares_of(torch.tensor([lam]))).tolist() == [[[pytest.approx(1 + 2 * lam), -torch.inf]]]
 
 
 def test_threads_do_not_see_each_others_lambda(models, exact):
@@ -529,7 +529,7 @@ def test_what_each_model_reads_is_on_its_device_and_logits_come_home(far_side):
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 @pytest.mark.parametrize("kind", ["dense", "lora"])
 def test_quantised_pairs_are_mixed_as_transformers_quantises_them(llama, lora, load_in, kind):
-    from dera_merge.decode import quantised
+    from dera_merge.texts.generate import quantised
 
     config = {"hidden_size": 64, "intermediate_size": 128}  # nf4 packs blocks of 64
     base = llama(0, dtype=torch.float32, **config)
@@ -555,7 +555,7 @@ def test_quantised_pairs_are_mixed_as_transformers_quantises_them(llama, lora, l
 
 
 def test_a_quantised_checkpoint_is_read_as_it_is(llama, tmp_path):
-    from dera_merge.decode import quantised
+    from dera_merge.texts.generate import quantised
 
     config = {"hidden_size": 64, "intermediate_size": 128}
     sides = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from commands import run
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dera_merge import DeraError, DeraForCausalLM, ModelPair
+from dera_merge import DeraError, DeraForCausalLM, ModelPair, demo
 
 IDS = torch.tensor([[5, 9, 33, 7], [8, 2, 61, 60]])
 
@@ -51,6 +52,30 @@ def test_an_exported_directory_can_be_moved(llama, lora, tmp_path):
     (tmp_path / "out").rename(tmp_path / "elsewhere" / "exact")
     model = DeraForCausalLM.from_pretrained(tmp_path / "elsewhere" / "exact")
     torch.testing.assert_close(logits(model), mixed(plain(base), PeftModel.from_pretrained(plain(base), adapter), 0.5))
+
+
+@pytest.mark.parametrize("looked", [False, True])
+@pytest.mark.parametrize("other_base", [False, True])
+def test_a_requantised_base_is_exported_as_exact_decoding_has_it(other_base, looked, tmp_path):
+    """QLoRA's base, REF itself or a copy of it elsewhere: the export computes what `pair.exact` computes, whatever was
+    looked at before. The demo pair, for 4 bits change its weights by far more than rounding does.
+    """
+    pytest.importorskip("bitsandbytes")
+    base = demo.REF
+    if other_base:
+        base = tmp_path / "copy"
+        shutil.copytree(demo.REF, base)
+    pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA, base=base, base_quantization="nf4")
+    if looked:
+        assert pair.tensors
+    made = pair.export_exact(tmp_path / "out", 0.5)
+    assert made["linked"] == 0
+    model, exact = DeraForCausalLM.from_pretrained(tmp_path / "out"), pair.exact()
+    full = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA, base_quantization="none").exact()
+    for lam in (0.0, 1.0):
+        ours, theirs, dense = (each(IDS, lam=lam).logits for each in (model, exact, full))
+        assert (ours - theirs).abs().max() < 0.2  # its weights are stored in bfloat16
+        assert (ours - theirs).abs().max() < 0.2 * (dense - theirs).abs().max()
 
 
 def test_a_copy_does_not_change_with_its_source(llama, tmp_path):

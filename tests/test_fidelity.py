@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, DeraWarning, ModelPair, compare
-from dera_merge import prompts as prompt_files
-from dera_merge.fidelity import MEASURES, bootstrap
-from dera_merge.sampling import sample
+from dera_merge.statistics.intervals import bootstrap
+from dera_merge.statistics.summary import MEASURES
+from dera_merge.texts import prompts as prompt_files
+from dera_merge.texts.sampling import sample
 
 pytestmark = pytest.mark.core
 
@@ -92,11 +93,11 @@ def test_a_directory_merged_from_another_pair_warns_and_is_described_as_it_lies(
 
 
 def test_reference_and_aligned_model_read_given_texts_once_for_all_lambdas(pair, monkeypatch):
-    from dera_merge import fidelity
+    from dera_merge.measuring import steps
 
     read = []
-    original = fidelity.trace_of
-    monkeypatch.setattr(fidelity, "trace_of", lambda model, *args: read.append(1) or original(model, *args))
+    original = steps.trace_of
+    monkeypatch.setattr(steps, "trace_of", lambda model, *args: read.append(1) or original(model, *args))
     compare(pair, [0.2, 0.4, 0.6], PROMPTS, dtype="float32")
     probes = min(4, len(PROMPTS))  # one text at a time, for the resolution
     assert len(read) == 3 + 2 + probes

@@ -16,7 +16,8 @@ from hub_server import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dera_merge import DeraError, ModelPair, card, demo
+from dera_merge import DeraError, ModelPair, demo, push_to_hub
+from dera_merge.publishing import card
 
 TOKEN = "hf_this_is_a_secret"
 CLIENT = """
@@ -126,6 +127,16 @@ def test_a_plan_can_be_looked_at_without_the_hub(environment, merged, way):
     assert any("takes me/x to be new" in note for note in looked["notes"])
     assert "model.safetensors" in looked["branches"][0]["files"]
     assert any(word in sent for word in ("cannot be reached", "HF_HUB_OFFLINE", "hf auth login"))
+
+
+@pytest.mark.parametrize("fault", [ValueError, RuntimeError, OSError])
+def test_a_fault_of_ours_in_planning_is_not_reported_as_the_hubs(merged, monkeypatch, fault):
+    def broken(*args, **kwargs):
+        raise fault("a fault of ours")
+
+    monkeypatch.setattr(card, "section", broken)
+    with pytest.raises(fault, match="a fault of ours"):
+        push_to_hub(merged / "lambda-0.5", "me/model", dry_run=True)
 
 
 def test_an_exact_directory_loads_from_the_hub(hub, environment, tmp_path):

@@ -7,10 +7,11 @@ from builders import LAMS, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dera_merge import ModelPair, kernels
-from dera_merge.output import verify
-from dera_merge.path import blend
-from dera_merge.rounding import random_bits, round_to
+from dera_merge import ModelPair
+from dera_merge.merging import kernels
+from dera_merge.merging.recipe import verify
+from dera_merge.merging.rounding import random_bits, round_to
+from dera_merge.merging.theta import blend
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="needs numba")
 

@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, DeraWarning, ModelPair, Report, compare
-from dera_merge.divergence import summarise
-from dera_merge.explain import attribute, predict, scale
-from dera_merge.report import draw_kl, figure_of
-from dera_merge.sampling import sample
-from dera_merge.traces import Text
-from dera_merge.yardstick import bits_like, quantise, verdict
+from dera_merge.measuring.attribution import attribute
+from dera_merge.measuring.traces import Text
+from dera_merge.measuring.yardstick import quantise
+from dera_merge.pages.fidelity import draw_kl
+from dera_merge.pages.frame import figure_of
+from dera_merge.statistics.prediction import predict, scale
+from dera_merge.statistics.summary import summarise
+from dera_merge.statistics.verdict import bits_like, verdict
+from dera_merge.texts.sampling import sample
 
 PROMPTS = [{"prompt": f"w{n} w{n + 1} w{n + 2}"} for n in range(3, 19)]
 GIVEN = [{**prompt, "completion": "w7 w8 w9 w10 w11"[: 5 * n or None].strip() or "w7"} for n, prompt in enumerate(PROMPTS)]
@@ -343,7 +346,7 @@ def test_two_models_that_have_little_in_common_are_not_dera_any_more(llama):
 
 
 def test_an_interrupted_comparison_goes_on_where_it_was(pair, tmp_path, monkeypatch):
-    from dera_merge import fidelity
+    from dera_merge.measuring import steps
 
     how = {"max_new_tokens": 6, "extras": ("floor", "coupled")}
     whole = compare(pair, [0.5, 1.5], PROMPTS, **how)
@@ -355,8 +358,8 @@ def test_an_interrupted_comparison_goes_on_where_it_was(pair, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         compare(pair, [0.5, 1.5], PROMPTS, **how, unfinished=tmp_path / "out", progress=stop)
     read = []
-    original = fidelity.trace_of
-    monkeypatch.setattr(fidelity, "trace_of", lambda model, *args: read.append(1) or original(model, *args))
+    original = steps.trace_of
+    monkeypatch.setattr(steps, "trace_of", lambda model, *args: read.append(1) or original(model, *args))
     seen = []
     again = compare(pair, [0.5, 1.5], PROMPTS, **how, unfinished=tmp_path / "out", resume=True,
                     progress=lambda what, done, total: seen.append(what))  # fmt: skip

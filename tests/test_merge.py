@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dera_merge import DeraError, ModelPair
-from dera_merge.output import PARTIAL, verify
+from dera_merge.merging.recipe import PARTIAL, verify
 
 pytestmark = pytest.mark.core
 
@@ -190,8 +190,8 @@ def test_shards_do_not_change_a_bit(llama, tmp_path):
 def test_slices_do_not_change_a_bit(llama, tmp_path, monkeypatch):
     pair = ModelPair.from_pretrained(llama(0), llama(1, near=0))
     (one,) = pair.merge(tmp_path / "one", [0.4])
-    monkeypatch.setattr("dera_merge.checkpoint.slices.__defaults__", (1000, 0, None))
-    monkeypatch.setattr("dera_merge.path.SLICE", 100)
+    monkeypatch.setattr("dera_merge.files.checkpoint.slices.__defaults__", (1000, 0, None))
+    monkeypatch.setattr("dera_merge.merging.theta.SLICE", 100)
     (two,) = pair.merge(tmp_path / "two", [0.4])
     assert all(torch.equal(tensor, weights(two)[name]) for name, tensor in weights(one).items())
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dera_merge import demo
-from dera_merge.divergence import mixture
 from dera_merge.lambdas import Vector
-from dera_merge.retraining import optimum, per_token, regret
+from dera_merge.measuring.divergence import mixture
+from dera_merge.measuring.retraining import optimum, per_token, regret
 
 BETA = st.floats(0.2, 5)
 LAM = st.floats(-2, 4)
@@ -150,7 +150,7 @@ def test_a_model_that_was_retrained_into_the_mixture_is_no_distance_from_it():
     from transformers import AutoModelForCausalLM
 
     from dera_merge import ModelPair
-    from dera_merge.retraining import agreement
+    from dera_merge.measuring.retraining import agreement
 
     pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA)
     same, other = pair.merged(1.0), AutoModelForCausalLM.from_pretrained(demo.REF, dtype=torch.float32)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dera_merge.rounding import random_bits, round_to
+from dera_merge.merging.rounding import random_bits, round_to
 
 NARROW = [torch.bfloat16, torch.float16]
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)

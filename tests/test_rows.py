@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from dera_merge import DeraError, DialForCausalLM, ModelPair
-from dera_merge.rows import LowRankRows, MixedRows, in_rows
+from dera_merge.decoding.rows import LowRankRows, MixedRows, in_rows
 
 IDS = torch.tensor([[5, 9, 12, 33], [17, 3, 60, 22], [30, 7, 44, 8]])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from dera_merge import DeraError, DeraForCausalLM, ModelPair, Reward, compare, sweep
-from dera_merge.divergence import log_ratio
-from dera_merge.lambdas import Vector, folder_name, parse_lambdas
+from dera_merge import DeraError, DeraForCausalLM, DeraWarning, ModelPair, Reward, compare, sweep
+from dera_merge.files.checkpoint import Checkpoint
+from dera_merge.lambdas import Vector, folder_name, is_end, parse_lambdas
+from dera_merge.statistics.summary import log_ratio
 
 VECTORS = [(0.5, 0.25), (-0.5, 2.0), (1.0, 1.0), (0.0, 0.7)]
 
@@ -44,6 +46,26 @@ def mixed(base, others, lam, ids):
     """h_ref + Σ λ_k·(h_k - h_ref), float64, from models that transformers and PEFT load."""
     ref = logits_of(base, base, ids)
     return ref + sum(each * (logits_of(base, other, ids) - ref) for each, other in zip(lam, others, strict=True))
+
+
+@pytest.mark.parametrize("kinds", [(1,), (1, 2), (1, 3), (1, 2, 3)])
+def test_the_reference_is_read_once_for_all_aligned_models(three, kinds, tmp_path, monkeypatch):
+    """Counted at the file: a merge of several aligned models reads each tensor of REF as often as a merge of one does."""
+    base, others = three[0], [three[kind] for kind in kinds]
+    pair = ModelPair.from_pretrained(base, others if len(others) > 1 else others[0])
+    assert pair.tensors  # binding an adapter looks at what it brings
+    reads: dict[str, int] = {}
+    original = Checkpoint.read
+
+    def read(self, name, *args, **kwargs):
+        if self.folder == base:
+            reads[name] = reads.get(name, 0) + 1
+        return original(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    pair.merge(tmp_path / "out", [0.5 if len(others) == 1 else [0.5] * len(others)], dtype="float32")
+    assert set(reads.values()) == {1}
+    assert reads.keys() == pair.tensors.keys()
 
 
 @pytest.mark.parametrize("kinds", [(1, 2), (1, 3), (3, 1)])
@@ -314,3 +336,22 @@ def test_the_command_line_takes_vectors(three, tmp_path):
     texts = [run("generate", *models, "-l", "0.5+0.25", "--prompt", "w5 w6", "--mode", mode, "--json") for mode in ("exact", "speculative")]
     assert json.loads(texts[0].stdout)["token_ids"] == json.loads(texts[1].stdout)["token_ids"]
     assert run("generate", *models, "-l", "0.5", "--prompt", "w5").returncode == 2
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 0.5, -1.0, 2.0]), min_size=1, max_size=3))
+def test_an_end_is_the_reference_or_one_aligned_model_alone(numbers):
+    lam = numbers[0] if len(numbers) == 1 else Vector(numbers)
+    ends = [[0.0] * len(numbers), *([float(k == n) for k in range(len(numbers))] for n in range(len(numbers)))]
+    assert is_end(lam) == (numbers in ends)
+
+
+def test_a_report_does_not_warn_of_the_ends_of_a_vector(three, tmp_path):
+    """λ=0+0 is the reference itself, and 0+1 the second aligned model: neither needs to have been measured."""
+    pair = ModelPair.from_pretrained(three[0], [three[1], three[2]])
+    prompts = [{"prompt": "w5 w6", "completion": " w7 w8 w9"}, {"prompt": "w9", "completion": " w4"}]
+    compare(pair, [(5.0, -3.0)], prompts, extras=()).save(tmp_path / "report")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        pair.merge(tmp_path / "out", [(0.0, 0.0), (0.0, 1.0), (0.5, 0.0)], report=tmp_path / "report", dtype="float32")
+    said = [str(w.message) for w in seen if issubclass(w.category, DeraWarning)]
+    assert [line.split(" ")[0] for line in said] == ["λ=0.5+0"]

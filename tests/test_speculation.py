@@ -7,7 +7,7 @@ from test_exact import NEW, PROMPTS, chi_square, left_padded, lora_pair, new_tok
 from transformers import GenerationConfig, LogitsProcessorList
 
 from dera_merge import DeraForCausalLM, ModelPair, PlausibilityMask, Speculation
-from dera_merge.speculation import MergedDraft
+from dera_merge.decoding.speculation import MergedDraft
 
 pytestmark = pytest.mark.core
 

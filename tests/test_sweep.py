@@ -14,10 +14,11 @@ from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dera_merge import DeraError, ModelPair, Reward, demo, load_reward, selection, sweep
-from dera_merge.divergence import densities
-from dera_merge.reweighting import Pool, interval
-from dera_merge.traces import Text, trace_of
+from dera_merge import DeraError, ModelPair, Reward, demo, load_reward, sweep
+from dera_merge.choosing.answers import read_scored
+from dera_merge.measuring.divergence import densities
+from dera_merge.measuring.traces import Text, trace_of
+from dera_merge.statistics.reweighting import Pool, interval
 
 PROMPTS = [f"w{n} w{n + 1} w{n + 2}" for n in range(5, 13)]
 
@@ -184,7 +185,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(pair, tmp_path):
 def test_texts_that_were_scored_before_give_the_same_curve(pair, tmp_path):
     reward = [Reward("evens", lambda texts: [evens(text) for _, text in texts])]
     whole = sweep(pair, PROMPTS, reward, [0.0, 2.0], **HOW, out=tmp_path, merged=False, budget=1)
-    scored = selection.read_scored(tmp_path / "texts.jsonl")
+    scored = read_scored(tmp_path / "texts.jsonl")
 
     def never(texts):
         raise AssertionError("nothing is scored again")
@@ -195,12 +196,12 @@ def test_texts_that_were_scored_before_give_the_same_curve(pair, tmp_path):
     file = tmp_path / "mine.jsonl"
     lines = [{"prompt": PROMPTS[n % 8], "completion": "w4 w6 w8", "from": ("ref", "aligned")[n % 2], "reward": n} for n in range(16)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    mine = sweep(pair, PROMPTS, [load_reward("length")], [0.0, 1.0], **HOW, scored=selection.read_scored(file))
+    mine = sweep(pair, PROMPTS, [load_reward("length")], [0.0, 1.0], **HOW, scored=read_scored(file))
     assert {point["lambda"] for point in mine.points} == {0.0, 1.0}
     for bad in ('{"prompt": "w5", "completion": "w4", "reward": 1}', '{"prompt": "w5", "lambda": 1}', "[]", "{", ""):
         file.write_text(bad + "\n")
         with pytest.raises(DeraError, match="mine.jsonl"):
-            selection.read_scored(file)
+            read_scored(file)
 
 
 def test_a_reward_that_fails_is_tried_again_and_counted(pair):
@@ -222,14 +223,15 @@ def test_a_reward_that_fails_is_tried_again_and_counted(pair):
 
 
 def test_several_rewards_give_a_weighted_choice_and_a_front(pair):
-    from dera_merge.sweep_report import pareto
+    from dera_merge.pages.frame import read
+    from dera_merge.pages.sweep import pareto
 
     rewards = [Reward("evens", lambda texts: [evens(text) for _, text in texts]), load_reward("length")]
     result = sweep(pair, PROMPTS, rewards, [0.0, 2.0], **HOW, weights=[1.0, -0.5], merged=False)
     for row in result.curve:
         assert row["reward"] == pytest.approx(row["evens"] - 0.5 * row["length_reward"])
         assert row["length"] != row["length_reward"], "tokens, and words"
-    front, known = pareto(result), [row for row in result.curve if row["known"]]
+    front, known = pareto(read(result.to_dict())), [row for row in result.curve if row["known"]]
     assert front
     for lam in front:
         row = next(row for row in known if row["lambda"] == lam)

@@ -1,9 +1,10 @@
 """A λ for each request, from `SamplingParams.extra_args["lambda"]` (over HTTP: `"vllm_xargs": {"lambda": 0.5}`).
 
-vLLM has two model runners, each with its own interface for logits processors. `LambdaProcessor` is one of either, and finds
-out which from how it is constructed. It changes no logits: the model mixes them where it computes them, so that
-log-probabilities, of the prompt too, are the mixture's. The processor checks λ when a request comes in (a bad one is HTTP
-400) and, under the runner of V1, keeps the λ of each row of the batch. Runner V2 has its own place for that: `states.py`.
+vLLM has two model runners, each with its own interface for logits processors. `LambdaProcessor` is one of either, and
+finds out which from how it is constructed. It changes no logits: the model mixes them where it computes them, so that
+log-probabilities, of the prompt too, are the mixture's. The processor checks λ when a request comes in (a bad one is
+HTTP 400) and, under the runner of V1, keeps the λ of each row of the batch. Runner V2 has its own place for that:
+`states.py`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Exact DeRa as one vLLM model: (1-λ)·h_ref + λ·h_aligned, mixed in float32 (Liu et al., ICML 2024).
 
-A token's way: `forward` runs both models on the same tokens, each with a paged KV cache of its own, and returns their hidden
-states side by side, with the λ of the token's request behind them. `compute_logits`, which vLLM calls for the rows that it
-samples from and for the prompt's when their log-probabilities are asked for, makes both models' logits and mixes them. λ
-travels with the row, so no row can meet another's, however vLLM batches, chunks, moves or preempts requests.
+A token's way: `forward` runs both models on the same tokens, each with a paged KV cache of its own, and returns their
+hidden states side by side, with the λ of the token's request behind them. `compute_logits`, which vLLM calls for the
+rows that it samples from and for the prompt's when their log-probabilities are asked for, makes both models' logits and
+mixes them. λ travels with the row, so no row can meet another's, however vLLM batches, chunks, moves or preempts
+requests.
 
 Base and adapter are held once: see `shared.py`.
 """
@@ -19,16 +20,19 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from .. import doors
+from ..models import doors
 
 doors.check("exact DeRa in vLLM")  # before the imports of these names, which a rename would break without a reason
 
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
+from ..decoding.mix import mix, shares_of
 from ..errors import DeraError
-from ..exact import mix
-from ..pair import ModelPair, Side, Source
+from ..models.pair import Pair
+from ..models.side import Side
+from ..models.source import Source
+from ..models.trust import Trust
 from .lambdas import Lambdas
 from .shared import load_shared, share
 from .states import model_state
@@ -48,14 +52,16 @@ class DeraForCausalLM(nn.Module):
         model_config = vllm_config.model_config
         if vllm_config.speculative_config is not None:
             raise DeraError("exact DeRa does not run with vLLM's speculative decoding; leave --speculative-config out")
-        config, trust = model_config.hf_config, model_config.trust_remote_code
-        folder = Source.locate(str(model_config.model), model_config.revision, trust_remote_code=trust).folder
-        self.pair: ModelPair = config.open_pair(folder, trust)
+        config, trust = model_config.hf_config, Trust(code=model_config.trust_remote_code)
+        folder = Source.locate(model_config.model, model_config.revision, trust).folder
+        self.pair: Pair = config.open_pair(folder, trust)
         self.pair.only_pair("exact DeRa in vLLM is")
         self.lambdas = Lambdas.of(vllm_config)
         self.default = torch.tensor([float(config.lam)], device=vllm_config.device_config.device)
 
-        configs = [AutoConfig.from_pretrained(side.base.folder, trust_remote_code=trust) for side in self.pair.sides]
+        configs = [
+            AutoConfig.from_pretrained(side.base.folder, trust_remote_code=trust.code) for side in self.pair.sides
+        ]
         self.width = [inner.get_text_config().hidden_size for inner in configs]
 
         def build(name: str, inner: PreTrainedConfig) -> nn.Module:
@@ -108,25 +114,29 @@ class DeraForCausalLM(nn.Module):
         if isinstance(metadata, list):
             raise DeraError("exact DeRa does not run with vLLM's microbatches; leave --enable-dbo out")
         if self.lambdas is None:
-            raise DeraError("vLLM has not loaded dera-merge's logits processor, so no request's λ is known; if VLLM_PLUGINS "
-                            "is set, serve with --logits-processors dera_merge.vllm.lambdas:LambdaProcessor")  # fmt: skip
+            raise DeraError(
+                "vLLM has not loaded dera-merge's logits processor, so no request's λ is known; if VLLM_PLUGINS is "
+                "set, serve with --logits-processors dera_merge.vllm.lambdas:LambdaProcessor"
+            )
         found = (getattr(layer, "query_start_loc", None) for layer in metadata.values())
         starts = next((starts for starts in found if starts is not None), None)
         if starts is None:
-            raise DeraError("this attention backend does not say where requests begin; use --attention-backend FLASH_ATTN")
+            raise DeraError(
+                "this attention backend does not say where requests begin; use --attention-backend FLASH_ATTN"
+            )
         token = torch.arange(tokens, device=starts.device, dtype=starts.dtype)
         row = torch.searchsorted(starts[1:], token, right=True)
         return self.lambdas.rows[row.clamp(max=len(self.lambdas.rows) - 1)]  # behind the last request comes padding
 
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor | None:
-        """Mixed logits of rows that `forward` returned, (rows, vocabulary), float32; None where another rank has them."""
+        """Mixed logits of rows that `forward` returned, (rows, vocabulary), float32; None on other ranks."""
         ref, aligned = self.width
         lams = hidden_states[:, ref + aligned :].contiguous().view(torch.float32)[:, 0]
         ours = self.ref.compute_logits(hidden_states[:, :ref], *args)
         theirs = self.aligned.compute_logits(hidden_states[:, ref : ref + aligned], *args)
         if ours is None or theirs is None:
             return None
-        return mix(ours[:, None], theirs[:, None], lams)[:, 0]
+        return mix([ours[:, None], theirs[:, None]], shares_of(lams))[:, 0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load both models from the pair's own files; what vLLM found in the directory is not looked at."""

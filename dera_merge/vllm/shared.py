@@ -2,14 +2,15 @@
 
 The two models of such a pair are two trees of modules. `share` puts the reference's own layers into the aligned model's
 tree; only attention stays apart, as each model has its own keys and values. `load_shared` then puts `W·x + scale·B·A·x`
-where an adapter changes a layer. Which of vLLM's fused and sharded layers that is, and which part of it, the architecture
-says itself, by where it wants to load the checkpoint's tensor; the layer's own loader cuts B, or A, for this rank.
+where an adapter changes a layer. Which of vLLM's fused and sharded layers that is, and which part of it, the
+architecture says itself, by where it wants to load the checkpoint's tensor; the layer's own loader cuts B, or A, for
+this rank.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch.nn.functional import linear
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, LinearMethodBase, RowParallelLinear
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from ..delta import LowRank
 from ..errors import DeraError
-from ..pair import ModelPair, Side
+from ..models.pair import Pair
+from ..models.pieces import LowRank
+from ..models.side import Side
+from ..models.weights import Weights
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A of this rank (r, in), B of this rank (out, r)
 
@@ -55,8 +58,13 @@ def share(ref: nn.Module, aligned: nn.Module) -> None:
             if next(child.children(), None) is None and next(child.parameters(recurse=False), None) is not None:
                 setattr(module, child_name, theirs[path])
     for name, module in aligned.named_modules():
-        for mine, source in ((module, theirs[name]), (getattr(module, "impl", None), getattr(theirs[name], "impl", None))):
-            for tensors in (vars(mine), getattr(mine, "_parameters", {}), getattr(mine, "_buffers", {})) if mine else ():
+        for mine, source in (
+            (module, theirs[name]),
+            (getattr(module, "impl", None), getattr(theirs[name], "impl", None)),
+        ):
+            for tensors in (
+                (vars(mine), getattr(mine, "_parameters", {}), getattr(mine, "_buffers", {})) if mine else ()
+            ):
                 for key, value in tensors.items():
                     if isinstance(value, torch.Tensor) and value.is_meta:
                         tensors[key] = _same(source, key)
@@ -70,17 +78,18 @@ def _same(source: Any, key: str) -> torch.Tensor:
     return value if isinstance(value, nn.Parameter) else value.clone()
 
 
-def load_shared(pair: ModelPair, ref: nn.Module, aligned: nn.Module) -> None:
+def load_shared(pair: Pair, ref: nn.Module, aligned: nn.Module) -> None:
     """Put the adapters of both sides into their trees.
 
     Raises:
         DeraError: an adapter changes something else than linear layers, or is no sum of B·A.
     """
     layers = dict(ref.named_modules())  # before any is replaced
-    for side, tree in zip(pair.sides, (ref, aligned), strict=True):
-        adapted_tensors = list(_low_rank(pair, side))
+    names = pair.names
+    for side, weights, tree in zip(pair.sides, names.weights, (ref, aligned), strict=True):
+        adapted_tensors = list(_low_rank(side, weights, names.unties))
         with _places(ref) as place:
-            where = [place(side.key[name]) for name, _ in adapted_tensors]
+            where = [place(weights.keys[name]) for name, _ in adapted_tensors]
         parts: dict[str, list[Factors]] = {}
         for (layer, shard), (_, terms) in zip(where, adapted_tensors, strict=True):
             for piece in terms:
@@ -93,18 +102,19 @@ def load_shared(pair: ModelPair, ref: nn.Module, aligned: nn.Module) -> None:
             setattr(tree.get_submodule(parent), child, adapted)
 
 
-def _low_rank(pair: ModelPair, side: Side) -> Iterator[tuple[str, list[LowRank]]]:
-    pair.tensors  # noqa: B018  (binds the adapters)
-    for name, pieces in side.pieces.items():
-        if pair.unties or not all(isinstance(piece, LowRank) for piece in pieces):
-            raise DeraError(f"{side.source.name} changes {name} by more than B·A on a linear layer, which cannot be held "
-                            "once; export the pair with --merge-adapter")  # fmt: skip
+def _low_rank(side: Side, weights: Weights, unties: bool) -> Iterator[tuple[str, Sequence[LowRank]]]:
+    for name, pieces in weights.pieces.items():
+        if unties or not all(isinstance(piece, LowRank) for piece in pieces):
+            raise DeraError(
+                f"{side.source.name} changes {name} by more than B·A on a linear layer, which cannot be held once; "
+                "export the pair with --merge-adapter"
+            )
         yield name, pieces
 
 
 @contextmanager
 def _places(model: nn.Module) -> Iterator[Callable[[str], tuple[str, Any]]]:
-    """Gives a function: the layer of vLLM into which a checkpoint's tensor is loaded, and which of the parts fused in it."""
+    """Gives a function: vLLM's layer into which a checkpoint's tensor is loaded, and which part fused in it."""
     found: list[tuple[str, Any]] = []
     weights = {layer: module.weight for layer, module in model.named_modules() if isinstance(module, LinearBase)}
     loaders = {layer: weight._weight_loader for layer, weight in weights.items()}

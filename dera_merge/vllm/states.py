@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import doors
+from ..models import doors
 from .lambdas import lam_of
 
 if TYPE_CHECKING:

@@ -1,0 +1,133 @@
+"""A pair with a method for each thing that one does with it: what Python users meet first.
+
+Each method is one call of the room that does it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .models.pair import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .decoding.dial import DialForCausalLM
+    from .decoding.exact import DeraForCausalLM
+    from .merging.path import Curve
+    from .merging.rounding import Rounding
+
+
+class ModelPair(Pair):
+    """A reference model and an aligned model, or several; make one with `from_pretrained`.
+
+    With several aligned models λ is a vector: h_ref + Σ λ_k·(h_k - h_ref) exactly, θ_ref + Σ λ_k·Δ_k in weight space.
+    """
+
+    def exact(
+        self,
+        lam: float | Sequence[float] | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | Sequence[str | torch.device] = "cpu",
+        **kwargs: Any,
+    ) -> DeraForCausalLM:
+        """Exact DeRa at λ as one transformers model: (1-λ)·h_ref + λ·h_aligned (Liu et al., 2024).
+
+        An adapter and its base are held once and decoded in one forward pass, as two rows of a batch.
+
+        Args:
+            lam: the default λ, any finite number (default 1), or one for each aligned model (default: as much of each);
+                `generate(..., lam=…)` overrides it per call or per sequence.
+            dtype: compute dtype; default float32 on CPU and the checkpoint's dtype elsewhere.
+            device: where the two models go; two devices put the reference on the first and the aligned model on the
+                second.
+            kwargs: passed to transformers' `from_pretrained`: `quantization_config` loads both models quantised,
+                `device_map` spreads each over devices (`device` is then not used), `attn_implementation`, ….
+
+        Raises:
+            DeraError: ALIGNED's tokenizer uses tokens that REF does not have, or the models cannot be loaded.
+        """
+        from .decoding.exact import DeraForCausalLM
+
+        return DeraForCausalLM.from_pair(self, lam, dtype=dtype, device=device, **kwargs)
+
+    def dial(self, lam: float | Sequence[float] | None = None, **kwargs: Any) -> DialForCausalLM:
+        """θ_ref + λΔ of an adapter pair over one set of weights, with a λ for each sequence of a batch.
+
+        Args:
+            lam: the default λ.
+            kwargs: as for `exact`: `dtype`, `device`, `quantization_config`, ….
+
+        Raises:
+            DeraError: the two sides do not share their weights, or the model cannot be loaded.
+        """
+        exact = self.exact(lam, **kwargs)
+        model = exact.dial()
+        model.generation_config = exact.generation_config
+        return model
+
+    def merged(
+        self,
+        lam: float | Sequence[float],
+        *,
+        dtype: torch.dtype | str | None = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        compute_dtype: torch.dtype | str | None = None,
+        path: str | os.PathLike[str] | Curve | None = None,
+    ) -> PreTrainedModel:
+        """θ_ref + λΔ as a live transformers model; `model.set_lam(λ)` turns it in place. See `merging.live.live`."""
+        from .merging.live import live
+
+        return live(
+            self, lam, dtype=dtype, rounding=rounding, seed=seed, device=device, compute_dtype=compute_dtype, path=path
+        )
+
+    def merge(
+        self,
+        out: str | os.PathLike[str],
+        lams: Sequence[float | Sequence[float]],
+        *,
+        format: Literal["full", "adapter"] = "full",
+        path: str | os.PathLike[str] | Curve | None = None,
+        report: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> list[Path]:
+        """Write θ_ref + λΔ without loading a model: as ordinary checkpoints, or λΔ as PEFT adapters over the base.
+
+        Args:
+            out: the directory of the one λ; with several, they go to `out/lambda-<λ>`.
+            lams: finite λ; with several aligned models, a number for each.
+            format: `"full"` checkpoints, or `"adapter"`.
+            path: a path that `calibrate` learned, or its file, in the place of the straight line.
+            report: a report of `compare` on this pair; λ outside of what it calls safe are warned of.
+            kwargs: as for `merging.merge.merge` and `merging.adapters.merge_adapters`.
+
+        Returns:
+            The directories, in the order of `lams`.
+
+        Raises:
+            DeraError: the pair cannot be merged, the output cannot be written, or the report is of another pair.
+        """
+        from .measuring.report import warn_of_unsafe
+        from .merging.adapters import merge_adapters
+        from .merging.merge import merge
+        from .merging.path import opened
+
+        curve = opened(path, self, self.known(lams))
+        if report is not None:
+            warn_of_unsafe(self, self.known(lams), report, curve)
+        return (merge_adapters if format == "adapter" else merge)(self, out, lams, path=curve, **kwargs)
+
+    def export_exact(self, out: str | os.PathLike[str], lam: float = 1.0, **kwargs: Any) -> dict[str, Any]:
+        """Both models in one directory, for serving exact DeRa with vLLM. See `serving.export.export_exact`."""
+        from .serving.export import export_exact
+
+        return export_exact(self, out, lam, **kwargs)

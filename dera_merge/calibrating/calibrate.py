@@ -1,0 +1,143 @@
+"""Learn a path θ(λ) that follows exact DeRa more closely than the straight line; see `curve.py` for its form.
+
+Texts are sampled from exact DeRa at λ all over the range. One model whose λ differs from row to row of the batch, the
+tree of `rows.py` with a `Bent` on each linear layer that Δ changes, is then trained on KL(exact‖path) over the whole
+range at once, from the straight line on. One curve serves all λ, and what is learned beyond λ = 1, where the error is
+large, helps below, where it is ten times smaller.
+
+A few hundred texts suffice if every step has the right length, and the inputs of a layer vary a thousand times more in
+some directions than in others. So the curve's right factor is learned in coordinates in which they vary less, the left
+one in units of what Δ itself does (`_measure`). Coordinates in which inputs were white would be too much of it: where
+they hardly vary, mostly noise would be learned.
+
+A share of the prompts is held out; of the line and the states on the way, the one that does best on them is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import set_seed
+
+from ..decoding.exact import DeraForCausalLM
+from ..decoding.rows import in_rows
+from ..errors import DeraError
+from ..merging.path import Curve
+from ..models.fingerprint import fingerprint
+from ..models.pair import Pair
+from ..progress import Progress, unheard
+from ..texts import prompts as prompt_files
+from .layers import bend, bendable, learned, measure
+from .lessons import own_prompts, sampled_lessons, some_of
+from .training import Teacher, Trainer
+
+Kind = Literal["curve", "gains"]
+MARGIN = 0.1  # no texts are sampled at λ nearer than this to 0 or 1, where every path is exact
+HELD_OUT = 0.1  # share of the prompts
+
+
+def calibrate(
+    pair: Pair,
+    lams: Sequence[float],
+    prompts: Sequence[str | dict[str, Any]] | None = None,
+    *,
+    kind: Kind = "curve",
+    rank: int = 16,
+    texts: int = 256,
+    max_new_tokens: int = 48,
+    passes: int = 3,
+    learning_rate: float = 0.02,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | str = torch.float32,
+    progress: Progress | None = None,
+) -> Curve:
+    """Learn a path through the two models that follows exact DeRa, over the range of `lams` at once.
+
+    Args:
+        pair: the two models.
+        lams: the path is learned for λ from the smallest to the largest of these, both at least 0.
+        prompts: what to learn on; default: prompts that the reference writes itself (a chat model continues an open
+            user's turn).
+        kind: `"curve"`: a gain and a low-rank curve for each layer; `"gains"`: the gains alone.
+        rank: of the curve.
+        texts: how many to sample from exact DeRa, in all.
+        max_new_tokens: their length, in tokens.
+        passes: how often to go over the texts, 1 or more.
+        learning_rate: Adam's, at its peak, relative to the size that what it changes is expected to have.
+        seed: of everything random.
+        device, compute_dtype: where and in what the models run.
+        progress: called as work goes on.
+
+    Returns:
+        The path; `recipe["held_out"]` says what it does to texts of prompts that it was not trained on, and that chose
+        which state is kept: mean kl of the straight line and of the path, in nats per token, on each side of λ = 1.
+
+    Raises:
+        DeraError: the pair has no weight-space form, there is nothing to learn, or prompts are unusable.
+    """
+    pair.only_pair("a path is learned")
+    lams = pair.known(lams)
+    low, high = min(lams), max(lams)
+    if low < 0:
+        raise DeraError(f"λ={low:g}: paths are learned for λ from 0 on; below 0 the straight line is all there is")
+    sides = (max(low, MARGIN), min(high, 1 - MARGIN)), (max(low, 1 + MARGIN), high)
+    wanted = [(start, stop) for start, stop in sides if start <= stop]
+    if not wanted:
+        raise DeraError(f"λ from {low:g} to {high:g} leaves nothing to learn: at 0 and 1 every path is exact")
+    if passes < 1:
+        raise DeraError(f"passes={passes}: nothing would be learned; give 1 or more")
+    if texts < 16:
+        raise DeraError(f"--texts {texts} are too few to learn from and to check on; give 16 or more")
+    tell = progress or unheard
+    set_seed(seed)
+
+    names = bendable(pair)
+    if len({side.config.get("vocab_size") for side in pair.sides}) > 1:
+        raise DeraError("the two vocabularies are padded differently; paths are learned for pairs of one size only")
+    exact = DeraForCausalLM.from_pair(pair, dtype=compute_dtype, device=device)
+    student = exact.rows or in_rows(exact.ref, exact.ref, exact.aligned)
+    if student is None:
+        raise DeraError("this pair cannot have a λ for each row of a batch (experts, say), so that no path is learned")
+
+    entries = prompt_files.encode(prompts, pair.tokenizer) if prompts is not None else None
+    if entries is None:
+        entries = prompt_files.encode(
+            own_prompts(pair, exact.ref, math.ceil(texts / len(wanted)), tell), pair.tokenizer
+        )
+    ids = [prompt.ids for prompt in entries]
+    dice = random.Random(seed)
+    # Every prompt for both sides of λ = 1, so that one that is held out is held out for both.
+    at = [(number // len(wanted) % len(ids), wanted[number % len(wanted)]) for number in range(texts)]
+    used = sorted({prompt for prompt, _ in at})
+    if len(used) < 2:
+        raise DeraError(f"{len(used)} prompts are too few to hold one out; give more")
+    prompt_files.check_lengths(entries, max_new_tokens, pair.context_length)
+    unseen = set(dice.sample(used, max(1, round(HELD_OUT * len(used)))))
+    drawn = [dice.uniform(*span) for _, span in at]
+    lessons = sampled_lessons(pair, exact, ids, [prompt for prompt, _ in at], drawn, unseen, max_new_tokens, tell)
+    order = [lesson for lesson in lessons if lesson.text.prompt not in unseen]
+    dice.shuffle(order)
+    held_out = [lesson for lesson in lessons if lesson.text.prompt in unseen]
+    teacher = Teacher.of(exact, [*order, *held_out])
+    student.requires_grad_(False)
+    layers = bend(student, names, rank if kind == "curve" else 0, device)
+    if kind == "curve":
+        tell("measuring the layers", 0, 1)
+        measure(student, layers, some_of(order, dice))
+        tell("measuring the layers", 1, 1)
+    trainer = Trainer(student, layers, teacher, len(order), learning_rate)
+    trainer.run(passes, dice, tell)
+    figures = trainer.keep_best()
+    parts = learned(pair, layers)
+    recipe = {
+        "ref": pair.ref.source.name, "aligned": pair.aligned.source.name, "kind": kind,
+        "rank": rank if kind == "curve" else None, "texts": texts, "max_new_tokens": max_new_tokens, "passes": passes,
+        "learning_rate": learning_rate, "seed": seed,
+        "prompts": "written by the reference" if prompts is None else len(ids), **figures,
+    }  # fmt: skip
+    return Curve((low, high), fingerprint(pair), parts, recipe)

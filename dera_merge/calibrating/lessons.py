@@ -1,0 +1,131 @@
+"""Texts to learn a path from, with what both models make of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import DeraError
+from ..measuring.traces import Text
+from ..models.pair import Pair
+from ..progress import Progress, unheard
+from ..texts.sampling import decode_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..decoding.exact import DeraForCausalLM
+
+SAMPLED_TOGETHER = 48  # texts decoded in one batch
+MEASURED_TOKENS = 2048  # tokens of texts on which inputs of layers are measured
+PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # sampling without a warper
+PROMPT_TOKENS = 32  # of a prompt that the pair writes itself
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A text to learn from, the λ of its sampling, and both models' states that predict it, (tokens, hidden size)."""
+
+    text: Text
+    lam: float
+    ref: torch.Tensor
+    aligned: torch.Tensor
+
+
+def some_of(lessons: Sequence[Lesson], dice: random.Random) -> list[Lesson]:
+    """Some of the lessons, about `MEASURED_TOKENS` tokens."""
+    found: list[Lesson] = []
+    tokens = 0
+    for lesson in dice.sample(lessons, len(lessons)):
+        if tokens >= MEASURED_TOKENS:
+            break
+        found.append(lesson)
+        tokens += len(lesson.text.ids)
+    return found
+
+
+def own_prompts(pair: Pair, ref: PreTrainedModel, count: int, tell: Progress = unheard) -> list[str | dict[str, Any]]:
+    """Prompts that the reference writes at temperature 1: user's turns, or beginnings of texts without a chat template.
+
+    Args:
+        count: how many to try for; empty ones and repeats are left out.
+    """
+    tokenizer = pair.tokenizer
+    mark = "\u2063"
+    chat = bool(tokenizer.chat_template)
+    if chat:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
+        )
+        opening = tokenizer(text.partition(mark)[0], add_special_tokens=False)["input_ids"]
+    else:
+        opening = tokenizer("")["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
+    found: dict[str, None] = {}
+    for done in range(0, count, SAMPLED_TOGETHER):
+        rows = [opening] * min(SAMPLED_TOGETHER, count - done)
+        for new in decode_batch(ref, tokenizer, rows, max_new_tokens=PROMPT_TOKENS, **PLAIN):
+            if text := tokenizer.decode(new, skip_special_tokens=True).strip():
+                found[text] = None
+        tell("writing prompts", done + len(rows), count)
+    if len(found) < 2:
+        raise DeraError("the reference writes no prompts of its own; give some with --prompts")
+    return [{"messages": [{"role": "user", "content": text}]} if chat else text for text in found]
+
+
+def sampled_lessons(
+    pair: Pair, exact: DeraForCausalLM, prompts: list[list[int]], chosen: list[int], lams: list[float],
+    unseen: set[int], max_new_tokens: int, tell: Progress,
+) -> list[Lesson]:  # fmt: skip
+    """One text of exact DeRa for each chosen prompt, each at its own λ.
+
+    What both models make of a prompt comes for nothing, so there is something to learn from it too, from where prompts
+    differ; of those that are not to be learned from (`unseen`) the answer alone counts.
+    """
+    differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
+    opening = max(1, next(differ, min(map(len, prompts))))
+    lessons: list[Lesson] = []
+    order = sorted(range(len(chosen)), key=lambda i: len(prompts[chosen[i]]))
+    for start in range(0, len(order), SAMPLED_TOGETHER):
+        batch = order[start : start + SAMPLED_TOGETHER]
+        rows = [prompts[chosen[i]] for i in batch]
+        with _recording(exact) as states:
+            how = {"max_new_tokens": max_new_tokens, "lam": [lams[i] for i in batch], **PLAIN}
+            drawn = decode_batch(exact, pair.tokenizer, rows, **how)
+        width = max(map(len, rows))
+        for i, ids, new, ref, aligned in zip(batch, rows, drawn, *states(), strict=True):
+            first = len(ids) if chosen[i] in unseen else opening
+            text = Text(chosen[i], [*ids, *new], first)
+            begin = width - len(ids) + first - 1  # prompts are padded on the left
+            kept = slice(begin, begin + len(text.completion))
+            lessons.append(Lesson(text, lams[i], ref[kept].clone(), aligned[kept].clone()))
+        tell("sampling from exact DeRa", len(lessons), len(order))
+    return lessons
+
+
+@contextmanager
+def _recording(exact: DeraForCausalLM) -> Iterator[Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
+    """Keep what both decoders make of every token while they generate, so that the texts need not be read again.
+
+    Gives a function that returns the two models' states (sequences, tokens, hidden size).
+    """
+    models = [exact.ref, exact.aligned] if exact.rows is None else [exact.rows]
+    kept: list[list[torch.Tensor]] = [[] for _ in models]
+    hooks = [
+        model.base_model.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output[0]))
+        for model, seen in zip(models, kept, strict=True)
+    ]
+
+    def states() -> tuple[torch.Tensor, torch.Tensor]:
+        joined = [torch.cat(seen, 1) for seen in kept]
+        return tuple(joined) if len(joined) == 2 else joined[0].chunk(2)
+
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()

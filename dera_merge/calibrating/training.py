@@ -1,0 +1,177 @@
+"""Train a path on KL(exact‖path) over the whole range of λ at once."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..decoding.mix import mix, shares_of
+from ..decoding.rows import Strength
+from ..measuring.traces import BATCH_TOKENS, Head, Trace, batches, head_of, padded, scored, trace_of
+from ..progress import Progress
+from .layers import Bent, read_states
+from .lessons import Lesson
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..decoding.exact import DeraForCausalLM
+
+STEP_TOKENS = 128  # tokens of texts in one step of the optimiser: one or two texts
+GAIN, PROFILE = 0.1, 0.5  # how large the numbers of gains and of profiles are expected to become
+_POWER = 1.5  # kl is weighted with |λ(1-λ)| to minus this, so that no part of the range drowns the others
+
+
+@dataclass
+class Teacher:
+    """What both models make of the lessons: exact DeRa at any λ."""
+
+    lessons: list[Lesson]
+    ref: Trace
+    aligned: Trace
+    rows: int  # of the vocabulary
+    starts: list[int] = field(init=False)  # where each lesson's scored tokens begin
+
+    def __post_init__(self) -> None:
+        self.starts = [0]
+        for lesson in self.lessons:
+            self.starts.append(self.starts[-1] + len(lesson.text.completion))
+
+    @classmethod
+    def of(cls, exact: DeraForCausalLM, lessons: list[Lesson]) -> Teacher:
+        trace_of(exact.ref, [lessons[0].text])  # refuses a model that is no decoder followed by a head
+        sides = (
+            Trace(torch.cat([getattr(lesson, side) for lesson in lessons]), head_of(getattr(exact, side)))
+            for side in ("ref", "aligned")
+        )
+        return cls(lessons, *sides, exact.config.vocab_size)
+
+    @torch.no_grad()
+    def logits(self, chosen: Sequence[int], lams: torch.Tensor) -> torch.Tensor:
+        """h_λ of these lessons' scored tokens, (tokens, vocabulary), with λ for each token."""
+        where = torch.cat([torch.arange(self.starts[i], self.starts[i + 1]) for i in chosen]).to(self.ref.hidden.device)
+        ref, aligned = (side.head(side.hidden[where])[:, : self.rows] for side in (self.ref, self.aligned))
+        return mix([ref[:, None], aligned[:, None]], shares_of(lams))[:, 0]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A state on the way, on the lessons held out: the mean that is minimised, and mean kl on each side of λ = 1."""
+
+    what: str
+    goal: float
+    kl: dict[str, float]
+
+
+class Trainer:
+    """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5 over scored tokens."""
+
+    def __init__(
+        self, student: PreTrainedModel, layers: dict[str, Bent], teacher: Teacher, trained: int, learning_rate: float
+    ) -> None:
+        self.student, self.teacher = student, teacher
+        self.trained = range(trained)  # which of the teacher's lessons to learn from; the others are held out
+        self.held_out = range(trained, len(teacher.lessons))
+        self.seen: list[_Seen] = []
+        self.best: list[torch.Tensor] = []
+        self.head: Head = head_of(student)
+        self.strength: Strength = student.dera_strength
+        self.learning_rate = learning_rate
+        # A step of Adam moves every number by about the rate, so each has the rate in units of what it should become.
+        self.sizes = [(layer.gain, GAIN) for layer in layers.values()]
+        for layer in layers.values():
+            if layer.rank:
+                self.sizes.append((layer.down, 1 / math.sqrt(layer.down.shape[1])))
+                self.sizes.append((layer.up, layer.scale / math.sqrt(layer.rank)))
+                self.sizes.append((layer.profile, PROFILE))
+        self.parameters = [parameter for parameter, _ in self.sizes]
+
+    def kl(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL(exact‖path) of the lessons' scored tokens (tokens,) in nats, and the λ of each."""
+        lessons = [self.teacher.lessons[i] for i in chosen]
+        texts = [lesson.text for lesson in lessons]
+        device = self.student.device
+        lams = torch.tensor([lesson.lam for lesson in lessons], dtype=torch.float32, device=device)
+        each = lams.repeat_interleave(torch.tensor([len(text.completion) for text in texts], device=device))
+        log_p = torch.log_softmax(self.teacher.logits(chosen, each), -1)
+        states = read_states(self.student, *padded(texts, device), lams)
+        with self.strength.of(each, 1):
+            log_q = torch.log_softmax(self.head(scored(states, texts))[:, : self.teacher.rows], -1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1), each
+
+    @torch.no_grad()
+    def look(self, what: str) -> None:
+        """Measure on the lessons held out, and remember this state if none was better."""
+        parts = [self.kl(batch) for batch in self.batches(self.held_out)]
+        kl, lams = (torch.cat(values).double() for values in zip(*parts, strict=True))
+        sides = {
+            name: float(kl[side].mean()) for name, side in (("inner", lams <= 1), ("outer", lams > 1)) if side.any()
+        }
+        self.seen.append(_Seen(what, float((kl * _weight(lams)).mean()), sides))
+        if self.seen[-1].goal <= min(seen.goal for seen in self.seen):
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+
+    def keep_best(self) -> dict[str, Any]:
+        """Go back to the best state. Returns what a path's recipe says of it."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(value)
+                parameter.requires_grad_(False)
+        line, best = self.seen[0], min(self.seen, key=lambda seen: seen.goal)
+        beyond = sum(self.teacher.lessons[i].lam > 1 for i in self.held_out)
+        texts = {"inner": len(self.held_out) - beyond, "outer": beyond}
+        sides = {name: {"texts": texts[name], "line": line.kl[name], "path": best.kl[name]} for name in line.kl}
+        return {"held_out": sides, "kept": best.what, "objective": {"line": line.goal, "path": best.goal}}
+
+    def batches(self, lessons: range, tokens: int = BATCH_TOKENS) -> list[list[int]]:
+        """These lessons in batches of about this many tokens."""
+        texts = [self.teacher.lessons[i].text for i in lessons]
+        return [[lessons[j] for j in batch] for batch in batches(texts, tokens)]
+
+    def run(self, passes: int, dice: random.Random, tell: Progress) -> None:
+        """Train, and look at the line and at a few states on the way."""
+        self.look("line")
+        steps: list[list[int]] = []
+        for _ in range(passes):
+            order = self.batches(self.trained, STEP_TOKENS)
+            dice.shuffle(order)
+            steps += order
+        warm = max(1, len(steps) // 20)
+        optimiser = torch.optim.Adam([{"params": [p], "lr": self.learning_rate * size} for p, size in self.sizes])
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: min((step + 1) / warm, max(0.02, (len(steps) - step) / (len(steps) - warm + 1)))
+        )
+        looks = {max(1, round(len(steps) * share)) for share in (0.6, 1.0)}
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        with _no_denormals(), torch.enable_grad():
+            for number, chosen in enumerate(steps, 1):
+                kl, lams = self.kl(chosen)
+                (kl * _weight(lams)).mean().backward()
+                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+                schedule.step()
+                if number in looks:
+                    self.look(f"step {number}")
+                tell("learning", number, len(steps))
+
+
+def _weight(lams: torch.Tensor) -> torch.Tensor:
+    return (lams * (1 - lams)).abs() ** -_POWER
+
+
+@contextmanager
+def _no_denormals() -> Iterator[None]:
+    """Adam's state fills with numbers so small that processors are a hundred times slower; they are zero here."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

@@ -1,0 +1,77 @@
+"""What a sweep found, its files, and how to ship it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import lambdas
+from ..files.atomic import json_bytes, write_atomically
+from ..merging.path import Curve
+from ..models.pair import Pair
+from ..pages.frame import read
+from ..pages.sweep import html, markdown, plot_sweep
+from ..statistics.intervals import finite
+from .answers import Answer
+
+
+@dataclass
+class Sweep:
+    """What `sweep` found.
+
+    Attributes:
+        curve: for each λ of the grid `lambda`, `reward` (the weighted sum), `reward_ci`, each reward by name
+            (`length_reward` where the name is one of these), `kl` (nats a text, exact DeRa from the reference),
+            `kl_ci`, `length` (tokens), `wins_aligned`, `wins_ref`, `gain` (over λ=1; of several aligned models, over
+            the one that earns most alone), `gain_ci`, `ess` (effective texts a prompt), `known`.
+        points: for each λ that was sampled and each mode, `reward`, `kl`, `length`, `distinct` (share of different word
+            pairs), `failed`, `texts`.
+        best: the recommended λ, `lambda`, `interval` (of several aligned models, one for each), what it gains, and
+            where that lies.
+        answers: all texts.
+    """
+
+    ref: str
+    aligned: str
+    curve: list[dict[str, Any]]
+    points: list[dict[str, Any]]
+    best: dict[str, Any]
+    settings: dict[str, Any]
+    faithful: dict[str, Any] | None = None
+    commands: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `sweep.json` holds; never NaN or infinity."""
+        return finite({
+            "ref": self.ref, "aligned": self.aligned, "best": self.best, "curve": self.curve, "points": self.points,
+            "faithful": self.faithful, "commands": self.commands, "settings": self.settings,
+        })  # fmt: skip
+
+    def save(self, out: str | os.PathLike[str]) -> Path:
+        """Write sweep.json, sweep.md, sweep.html and, with matplotlib, sweep.png into a directory; returns it."""
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = self.to_dict()
+        write_atomically(folder / "sweep.json", json_bytes(content))
+        content = read(content)
+        write_atomically(folder / "sweep.md", markdown(content).encode())
+        answers = [answer.to_dict() for answer in self.answers]
+        write_atomically(folder / "sweep.html", html(content, self.prompts, answers).encode())
+        plot_sweep(content, folder / "sweep.png")
+        return folder
+
+
+def commands(result: Sweep, pair: Pair, path: Curve | None) -> list[str]:
+    """What to run to ship the recommended λ."""
+    import shlex
+
+    lam, names = lambdas.name(result.best["lambda"]), [pair.ref.source.name, pair.aligned.source.name]
+    names += [word for side in pair.sides[2:] for word in ("--aligned", side.source.name)]
+    words = ["dera-merge", "merge", *names, "-l", lam, "-o", "merged"]
+    words += ["--path", path.name] if path else []
+    check = ["dera-merge", "compare", *names, "-l", lam, "--approx", "merged", "-o", "report"]
+    return [shlex.join(words), shlex.join(check), "dera-merge push merged USER/NAME --report report"]

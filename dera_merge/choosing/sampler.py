@@ -1,0 +1,224 @@
+"""The texts of a sweep: sampled, scored, and read by both models."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import lambdas
+from ..errors import DeraError
+from ..lambdas import Lam
+from ..measuring.divergence import densities, gram
+from ..measuring.laboratory import Compute, Laboratory
+from ..measuring.traces import Text, per_text, tokens_of, trace_of
+from ..merging.path import Curve
+from ..models.pair import Pair
+from ..processes import gathered
+from ..progress import Progress
+from ..statistics.summary import log_ratio
+from ..texts.prompts import Prompt
+from ..texts.rewards import Reward
+from ..texts.samplers import DraftedSampler, Sampler
+from .answers import Answer, Asked, Kind, Store, plain
+
+
+class SweepLab(Laboratory):
+    """The models of one sweep, its texts with their rewards, and what exact DeRa makes of each.
+
+    Args:
+        pair, compute, path, seed, tell: as for `Laboratory`.
+        asked: what is sampled.
+        store: of the texts.
+
+    Attributes:
+        kind: whose texts answer the question.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        compute: Compute,
+        path: Curve | None,
+        seed: int,
+        tell: Progress | None,
+        asked: Asked,
+        store: Store,
+    ) -> None:
+        super().__init__(pair, compute, path, seed, tell)
+        self.asked, self.store = asked, store
+        self.prompts: list[Prompt] = asked.prompts
+        self.rewards: list[Reward] = asked.rewards
+        self.kind: Kind = "merged" if asked.mode == "merged" else "exact"
+        # Of each of exact DeRa's texts, log π_λ and KL from the reference, in nats: λ → number.
+        self._known: dict[int, dict[Lam, tuple[float, float]]] = {}
+        self._kls: dict[Lam, np.ndarray] = {}  # KL of the merged model from the reference on its own texts
+        # Of all texts that were read with several aligned models: `gram` times tokens, and tokens.
+        self._gram: tuple[Any, int] = (0.0, 0)
+
+    # Texts
+
+    @property
+    def exact_sampler(self) -> Sampler:
+        """Writes exact DeRa's texts, with the merged model drafting where that was asked for."""
+        if self.asked.mode != "speculative":
+            return super().exact_sampler
+        draft = self.merged
+        if self.exact.rows is not None and self.path is None:  # an adapter pair drafts with the weights that it has
+            dial = self.exact.dial()
+            draft = lambda lam: dial  # noqa: E731
+        return DraftedSampler(self.exact, draft, self.pair.tokenizer, self.seed)
+
+    def sample(self, mode: Kind, lams: Sequence[Lam]) -> None:
+        """Texts at each λ that are not there yet; exact DeRa's share batches, whatever their λ."""
+        there = {(a.mode, a.lam, a.prompt, a.sample) for a in self.store.answers}
+        tasks = [
+            (lam, prompt, number) for lam in lams for prompt in range(len(self.prompts))
+            for number in range(self.asked.samples) if (mode, lam, prompt, number) not in there
+        ]  # fmt: skip
+        sampler = self.exact_sampler if mode == "exact" else self.merged_sampler
+        if mode == "exact" and self.asked.mode != "speculative":
+            groups = [sorted(tasks, key=lambda task: len(self.prompts[task[1]].ids))]
+        else:  # one λ at a time
+            ordered = sorted(tasks, key=lambda task: (task[0], len(self.prompts[task[1]].ids)))
+            groups = [
+                [task for task in ordered if task[0] == lam] for lam in dict.fromkeys(task[0] for task in ordered)
+            ]
+        done, together = 0, sampler.at_once * self.processes
+        for batch in (group[start : start + together] for group in groups for start in range(0, len(group), together)):
+            mine = self.share(batch)
+            fresh = gathered(self._answers(mode, sampler, mine) if mine else [])
+            place = {task: number for number, task in enumerate(batch)}
+            self.store.add(sorted(fresh, key=lambda a: place[a.lam, a.prompt, a.sample]))
+            done += len(batch)
+            self.tell(f"sampling from {'exact DeRa' if mode == 'exact' else 'the merged model'}", done, len(tasks))
+
+    def _answers(self, mode: Kind, sampler: Sampler, batch: Sequence[tuple[Lam, int, int]]) -> list[Answer]:
+        # Both modes have the same noise: their texts part only where distributions do. So have all λ, where they are
+        # compared as they are; where texts of several λ are pooled, each λ's are to be news.
+        pooled = self.asked.reweight
+        own = {lam: zlib.crc32(lambdas.name(lam).encode()) % 9973 if pooled else 0 for lam, _, _ in batch}
+        streams = [p + len(self.prompts) * (n + self.asked.samples * own[lam]) for lam, p, n in batch]
+        ids, lams = [self.prompts[p].ids for _, p, _ in batch], [lam for lam, _, _ in batch]
+        new = sampler.sample(ids, lams, streams, max_new_tokens=self.asked.max_new_tokens)
+        texts = [self.pair.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+        rows = self._scored([(self.asked.plain[p], text) for (_, p, _), text in zip(batch, texts, strict=True)])
+        return [Answer(mode, lam, p, n, ids, text, row)
+                for (lam, p, n), ids, text, row in zip(batch, new, texts, rows, strict=True)]  # fmt: skip
+
+    def _scored(self, texts: list[tuple[str, str]]) -> list[dict[str, float | None]]:
+        rows: list[dict[str, float | None]] = [{} for _ in texts]
+        for reward in self.rewards:
+            values = reward.score(texts)
+            for row, value in zip(rows, values, strict=True):
+                row[reward.name] = value
+            # One text may be at fault, a whole first batch is not.
+            if not self.store.answers and all(value is None for value in values) and (why := reward.why_not(texts[0])):
+                raise DeraError(f"the reward {reward.name} fails on every text: {why}")
+        return rows
+
+    def take(self, scored: Sequence[dict[str, Any]]) -> None:
+        """Texts that were sampled and scored before; rewards that they lack are worked out."""
+        places = {text: number for number, text in enumerate(self.asked.plain)}
+        answers: list[Answer] = []
+        counts: dict[tuple[Lam, int], int] = {}
+        for number, entry in enumerate(scored, 1):
+            asked = entry["prompt"] if "prompt" in entry else plain(entry)
+            prompt = asked if isinstance(asked, int) else places.get(asked)
+            if prompt is None or not 0 <= prompt < len(self.prompts):
+                raise DeraError(
+                    f"scored text {number} answers a prompt that is not among the {len(self.prompts)} given"
+                )
+            ids = entry.get("token_ids") or self._tokens(entry["completion"])
+            if not all(isinstance(token, int) and 0 <= token < self.pair.vocab_size for token in ids):
+                raise DeraError(f"scored text {number} has token ids that are not this tokenizer's")
+            text = entry["completion"] if entry["completion"] is not None else self.pair.tokenizer.decode(ids)
+            known = entry["rewards"]
+            if len(self.rewards) == 1 and "reward" in known:  # what it is called does not matter then
+                known = {self.rewards[0].name: known["reward"]}
+            key = (self._place(entry["lambda"], number), prompt)
+            counts[key] = counts.get(key, 0) + 1
+            answers.append(Answer("exact", key[0], prompt, counts[key] - 1, ids, text, dict(known)))
+        for reward in self.rewards:
+            lacking = [a for a in answers if reward.name not in a.rewards]
+            values = reward.score([(self.asked.plain[a.prompt], a.text) for a in lacking]) if lacking else []
+            for answer, value in zip(lacking, values, strict=True):
+                answer.rewards[reward.name] = value
+        self.store.add(answers)
+
+    def _place(self, lam: Lam, number: int) -> Lam:
+        """The λ of scored text `number`; 0 and 1 of several aligned models are the reference and the first of them."""
+        if self.pair.models > 1 and lam in lambdas.ends():
+            return self.pair.ends()[int(lam)]
+        try:
+            return self.pair.known([lam])[0]
+        except (TypeError, ValueError) as error:
+            raise DeraError(f"scored text {number}: {error}") from None
+
+    def _tokens(self, completion: str) -> list[int]:
+        """A text as tokens, ended if it is shorter than texts may be."""
+        ids, end = (
+            self.pair.tokenizer(completion, add_special_tokens=False)["input_ids"],
+            self.pair.tokenizer.eos_token_id,
+        )
+        return ids if end is None or len(ids) >= self.asked.max_new_tokens else [*ids, end]
+
+    # What the models make of them
+
+    def texts(self, answers: Sequence[Answer]) -> list[Text]:
+        """Answers behind their prompts."""
+        prompts = [self.prompts[a.prompt].ids for a in answers]
+        return [Text(a.prompt, [*ids, *a.ids], len(ids)) for a, ids in zip(answers, prompts, strict=True)]
+
+    def densities(self, lams: Sequence[Lam]) -> tuple[list[Answer], np.ndarray, np.ndarray]:
+        """The texts that answer, and log π_λ and KL from the reference of each at each λ, (texts, λ) in nats."""
+        answers = [a for a in self.store.answers if a.mode == self.kind]
+        if self.kind == "merged":
+            return answers, *self._own_densities(answers, lams)
+        fresh = [i for i in range(len(answers)) if any(lam not in self._known.get(i, {}) for lam in lams)]
+        if fresh:
+            mine = self.share(fresh)
+            found = self._read([answers[i] for i in mine], lams) if mine else []
+            for i, row in gathered(list(zip(mine, found, strict=True))):
+                self._known[i] = row
+        both = np.array([[self._known[i][lam] for lam in lams] for i in range(len(answers))])
+        return answers, both[..., 0], both[..., 1]
+
+    def _own_densities(self, answers: Sequence[Answer], lams: Sequence[Lam]) -> tuple[np.ndarray, np.ndarray]:
+        """KL from the reference of the merged model's texts, at the λ of each; they say nothing of other λ."""
+        kl, where = np.zeros((len(answers), len(lams))), {lam: number for number, lam in enumerate(lams)}
+        for lam in sorted({a.lam for a in answers}):
+            kl[[a.lam == lam for a in answers], where[lam]] = self.merged_kl(lam)
+        return np.zeros_like(kl), kl
+
+    def _read(self, answers: Sequence[Answer], lams: Sequence[Lam]) -> list[dict[Lam, tuple[float, float]]]:
+        """log π_λ and KL from the reference of these texts at each λ."""
+        texts, traces = self.texts(answers), []
+        for number, model in enumerate(self.exact.sides):
+            self.tell("reading the texts", number, len(self.exact.sides) + 1)
+            traces.append(trace_of(model, texts))
+        self.tell("reading the texts", len(traces), len(traces) + 1)
+        found = densities(traces, tokens_of(texts), lams, self.exact.config.vocab_size)
+        logp, kl = (per_text(each, texts) for each in found)
+        if self.pair.models > 1:
+            count = len(traces[0].hidden)
+            self._gram = (self._gram[0] + count * gram(traces, self.exact.config.vocab_size), self._gram[1] + count)
+        self.tell("reading the texts", len(traces) + 1, len(traces) + 1)
+        return [{lam: (logp[row, c], kl[row, c]) for c, lam in enumerate(lams)} for row in range(len(texts))]
+
+    def merged_kl(self, lam: Lam) -> np.ndarray:
+        """KL of the merged model from the reference on each of its own texts at λ, nats; (texts,)."""
+        if lam not in self._kls:
+            texts = self.texts([a for a in self.store.answers if a.mode == "merged" and a.lam == lam])
+            traces = [trace_of(self.exact.ref, texts), trace_of(self.merged(lam), texts)]
+            _, kl = densities(traces, tokens_of(texts), [1.0], self.exact.config.vocab_size)
+            self._kls[lam] = per_text(kl[:, 0], texts)
+        return self._kls[lam]
+
+    def log_ratio(self, lam: Lam) -> dict[str, Any] | None:
+        """See `summary.log_ratio`; over the texts of all processes. None where none was read."""
+        parts = gathered([self._gram])
+        tokens = sum(count for _, count in parts)
+        return log_ratio(sum(total for total, _ in parts) / tokens, lam) if tokens else None

@@ -1,0 +1,183 @@
+"""Choose λ: what each λ earns and what it costs in KL from the reference, on a validation set.
+
+`sweep` is the whole line. Texts are sampled from exact DeRa at a few λ (anchors), scored, and read once by both models;
+`reweighting.py` makes curves over all λ of them. Where the best λ is not known well enough, the next anchor goes there.
+The merged model, whose texts weigh nothing for exact DeRa, is sampled at the anchors, under the same noise. Without
+weights every λ is sampled, and a budget that is left is spent around the best.
+
+Every batch of texts is appended to `texts.jsonl` as it comes, with its rewards; an interrupted run goes on from there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DeraError
+from ..files.atomic import load_json
+from ..measuring.compare import compare
+from ..measuring.laboratory import Compute
+from ..merging.path import Curve, opened
+from ..models.fingerprint import fingerprint
+from ..models.pair import Pair
+from ..processes import launched
+from ..progress import Progress
+from ..serving import vllm_server as engines
+from ..texts import prompts as prompt_files
+from ..texts.rewards import Reward
+from .anchors import default_lambdas, first_anchors, grid_between, next_point
+from .answers import Asked, Mode, Store, plain
+from .curves import Curves
+from .report import Sweep
+from .sampler import SweepLab
+
+
+def sweep(
+    pair: Pair,
+    prompts: Sequence[str | dict[str, Any]],
+    rewards: Sequence[Reward],
+    lams: Sequence[float | Sequence[float]] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    anchors: Sequence[float | Sequence[float]] | None = None,
+    samples: int = 1,
+    max_new_tokens: int = 64,
+    mode: Mode = "exact",
+    reweight: bool = True,
+    merged: bool = True,
+    path: str | os.PathLike[str] | Curve | None = None,
+    scored: Sequence[dict[str, Any]] | None = None,
+    budget: int | None = None,
+    check: bool = True,
+    beta: float | None = None,
+    seed: int = 0,
+    engine: str | None = None,
+    device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | str = torch.float32,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Find the λ that rewards on a validation set want.
+
+    Started by `accelerate launch` or `torchrun`, each process samples and reads a share; all return the same.
+
+    Args:
+        pair: the two models.
+        prompts: texts, `{"prompt": …}` or `{"messages": …}`.
+        rewards: what texts are worth.
+        lams: the λ of interest; with `reweight`, the curve spans them. Default: 0 to 2. With several aligned models a
+            number for each, and those that are given are the grid; default: every combination from 0 to 1.
+        weights: of the rewards; default 1 each.
+        anchors: where texts are sampled; default 0, 0.5, 1 and 2 as far as they lie within the span, and its ends; with
+            several aligned models, each alone, none, and their mean.
+        samples: texts for each prompt at each anchor.
+        max_new_tokens: their length, in tokens.
+        mode: whose texts answer the question: exact DeRa's, the same sampled one by one with the merged model drafting
+            (`"speculative"`), or the merged model's alone (`"merged"`; they cannot be reweighted).
+        reweight: make curves over all λ of the texts of a few; without it every one of `lams` is sampled, and what a
+            budget leaves goes half-way between the best and its neighbours, or, with several aligned models, where
+            optuna's sampler proposes within the box that `lams` span.
+        merged: sample the merged model at the anchors too.
+        path: a path that `calibrate` learned, for the merged model.
+        scored: texts that were sampled before, see `read_scored`; nothing is sampled then.
+        budget: texts of exact DeRa in all; default: those of the anchors, and with `reweight` of three more.
+        check: measure how far the merged model at the recommended λ is from exact DeRa.
+        beta: the KL coefficient that ALIGNED was trained with; default: what its directory says, if it does.
+        seed: of sampling and bootstrap.
+        engine: sample exact DeRa's texts by vLLM: the address of a server of the pair's exact directory, or `"vllm"` to
+            start one. Its noise is its own, so texts of several λ and of both modes are not coupled.
+        device, compute_dtype: where and in what the models run.
+        out: a directory in which texts are kept as they come.
+        resume: go on with what an interrupted call with the same arguments left there.
+        progress: called as work goes on.
+
+    Returns:
+        A `Sweep`. Intervals are 95 % (bootstrap over prompts).
+
+    Raises:
+        DeraError: prompts, rewards or λ are unusable, or a reward fails on every text.
+    """
+    if mode == "merged":
+        if scored is not None or engine:
+            raise DeraError("--from-scored and --engine bring exact DeRa's texts; leave out --mode merged")
+        reweight = False
+    if mode == "speculative" and engine:
+        raise DeraError("--engine samples by itself; leave out --mode speculative")
+    lams = pair.known(lams) if lams is not None else default_lambdas(pair, reweight)
+    names = [reward.name for reward in rewards]
+    if not rewards or len(set(names)) < len(names):
+        raise DeraError("give one reward or more, each once")
+    weights = [1.0] * len(rewards) if weights is None else list(weights)
+    if len(weights) != len(rewards) or not all(map(math.isfinite, weights)):
+        raise DeraError(f"{len(weights)} weights for {len(rewards)} rewards")
+    encoded = prompt_files.encode(prompts, pair.tokenizer)
+    if any(prompt.completion is not None for prompt in encoded):
+        raise DeraError("the prompts bring completions; texts that are scored already go with --from-scored")
+    if len(encoded) < 2:
+        raise DeraError("one prompt says nothing about others; give more")
+    prompt_files.check_lengths(encoded, max_new_tokens, pair.context_length)
+    curve = opened(path, pair, lams)
+    grid = sorted({*lams, *grid_between(lams)}) if reweight else sorted(lams)
+    anchors = pair.known(anchors) if anchors is not None else first_anchors(pair, lams) if reweight else grid
+    grid = sorted({*grid, *anchors})
+    settings = {
+        "prompts": len(encoded), "samples": samples, "max_new_tokens": max_new_tokens, "anchors": anchors, "seed": seed,
+        "rewards": dict(zip(names, weights, strict=True)), "reweight": reweight, "budget": budget,
+        "path": curve.describe() if curve else None, "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "engine": "vllm" if engine else None, "mode": mode,
+    }  # fmt: skip
+    mark = {"pair": fingerprint(pair), "prompts": [prompt.ids for prompt in encoded]}
+    mark |= {key: value for key, value in settings.items() if key not in ("anchors", "budget")}  # texts are the same
+    store = Store(None if out is None else Path(out), mark, resume, writes=launched()[0] == 0)
+    asked = Asked(encoded, [plain(entry) for entry in prompts], list(rewards), samples, max_new_tokens, mode, reweight)
+    lab = SweepLab(pair, Compute(device, compute_dtype), curve, seed, progress, asked, store)
+    curves = Curves(lab, weights)
+
+    if scored is not None:
+        lab.take(scored)
+        anchors = sorted({answer.lam for answer in store.answers})
+        grid = sorted({*grid, *anchors})
+    else:
+        with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
+            lab.sample(lab.kind, anchors)
+            most = budget or (len(anchors) + 3 * reweight) * len(encoded) * samples
+            first = anchors
+            while (len(anchors) + 1) * len(encoded) * samples <= most:
+                wanted = curves.next_anchor(grid) if reweight else next_point(curves.means(), first, seed)
+                if wanted is None:
+                    break
+                anchors, grid = sorted([*anchors, wanted]), sorted({*grid, wanted})
+                lab.sample(lab.kind, [wanted])
+    if merged and scored is None and mode != "merged":
+        lab.sample("merged", [lam for lam in anchors if lam not in pair.ends()])
+    result = curves.result(grid if reweight else anchors, settings | {"anchors": anchors})
+    lam = result.best["lambda"]
+    if pair.models == 1 and (beta := beta if beta is not None else recorded_beta(pair)) is not None:
+        result.best |= {"beta": beta, "equivalent_beta": beta / lam if lam else None}
+    if check and result.best["tells_apart"] and lam not in pair.ends():
+        few = prompts[: min(len(prompts), 16)]
+        lab.tell("checking the merge", 0, 1)
+        row = compare(
+            pair, [lam], few, path=curve, max_new_tokens=max_new_tokens, seed=seed, device=device,
+            compute_dtype=compute_dtype,
+        ).at(lam)  # fmt: skip
+        result.faithful = {key: row[key] for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict", "why")}
+    return result
+
+
+def recorded_beta(pair: Pair) -> float | None:
+    """The KL coefficient that ALIGNED's directory records as JSON (`beta` of a training config), or None.
+
+    TRL pickles its arguments (`training_args.bin`), and those are not opened.
+    """
+    for name in ("training_args.json", "training_config.json", "dpo_config.json", "trainer_config.json"):
+        file = pair.aligned.source.folder / name
+        if file.is_file() and isinstance(found := load_json(file), dict) and isinstance(found.get("beta"), int | float):
+            return float(found["beta"]) or None
+    return None

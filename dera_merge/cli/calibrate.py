@@ -1,0 +1,78 @@
+"""`dera-merge calibrate`: learn a path that follows exact DeRa."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..errors import DeraError
+from .checks import choose_device
+from .options import ComputeDtype, Device, Given, Lambdas, Seed, with_models
+from .show import print_json, progress, say
+
+PathKind = Literal["curve", "gains"]
+
+
+@with_models()
+def run(
+    given: Given,
+    lam: Lambdas,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The path file to write (.safetensors).")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="What to learn on; default: prompts that REF writes itself.")
+    ] = None,
+    kind: Annotated[
+        PathKind, typer.Option(help="curve: gains and low-rank curves; gains: a number a layer.")
+    ] = "curve",
+    rank: Annotated[int, typer.Option(min=1, help="Of the curve.")] = 16,
+    texts: Annotated[int, typer.Option(min=1, help="How many to sample from exact DeRa.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of these texts.")] = 48,
+    passes: Annotated[int, typer.Option(min=1, help="How often to go over them.")] = 3,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Relative to the size of what it changes.")] = 0.02,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a path file.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = "auto",
+) -> None:
+    """Learn a path through the two models that follows exact DeRa, for merge, compare and generate --path.
+
+    Example: dera-merge calibrate my-sft my-dpo-lora -l 0,2 -o path.safetensors
+    """
+    lams = given.lams(lam)
+    if not 0 < learning_rate < 1:
+        raise typer.BadParameter("must be between 0 and 1", param_hint="--learning-rate")
+    pair = given.open()
+    place = choose_device(device)
+    _check_path_file(output, overwrite)
+    from ..calibrating.calibrate import calibrate as learn
+    from ..texts.prompts import read
+
+    with progress("calibrating") as tell:
+        curve = learn(
+            pair, lams, None if prompts is None else read(prompts), kind=kind, rank=rank, texts=texts,
+            max_new_tokens=max_new_tokens, passes=passes, learning_rate=learning_rate, seed=seed, device=place,
+            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, progress=tell,
+        )  # fmt: skip
+    curve.save(output)
+    if given.as_json:
+        return print_json({**given.names, "path": str(output), **curve.describe(), **curve.recipe})
+    for side, row in curve.recipe["held_out"].items():
+        where = "λ ≤ 1" if side == "inner" else "λ > 1"
+        gain = f"{row['line'] / row['path']:.2f} times nearer" if row["path"] < row["line"] else "nothing was learned"
+        figures = f"{row['line']:.2g} on the line, {row['path']:.2g} on the path ({gain})"
+        say(f"{where}: kl on {row['texts']} held-out texts {figures}")
+    say(f"{output}  ({curve.kind}, λ from {curve.span[0]:g} to {curve.span[1]:g})")
+
+
+def _check_path_file(file: Path, overwrite: bool) -> None:
+    if file.is_dir():
+        raise DeraError(f"{file} is a directory; give a file for the path")
+    if not file.exists():
+        return
+    if not overwrite:
+        raise DeraError(f"{file} exists; --overwrite replaces it, or give another --output")
+    from ..merging.path import Curve
+
+    Curve.load(file)  # only what dera-merge wrote is replaced

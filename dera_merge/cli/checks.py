@@ -1,0 +1,46 @@
+"""What commands look at before long work begins: the device, and where results go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DeraError
+from .show import one_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.pair import Pair
+
+
+def choose_device(name: str) -> torch.device:
+    """A device by its name; `auto` is this process's, of several, or the best there is. Raises DeraError."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # transformers' bars per loaded model would break into ours
+    from ..processes import launched
+
+    if name == "auto" and launched()[1] > 1:
+        from accelerate import PartialState
+
+        return PartialState().device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no data")
+    except (RuntimeError, AssertionError) as error:
+        raise DeraError(f"device {name!r} cannot be used: {one_line(error)}") from error
+    return device
+
+
+def check_report_folder(folder: Path, pair: Pair) -> None:
+    """Raises DeraError where a report would lie over a file or in an input."""
+    if folder.exists() and not folder.is_dir():
+        raise DeraError(f"{folder} is a file; give a directory for the report")
+    inputs = [source.folder for side in pair.sides for source in (side.source, side.base)]
+    if any(folder.resolve().is_relative_to(place) for place in inputs):
+        raise DeraError(f"{folder} is or lies in an input; give another --output")

@@ -1,0 +1,106 @@
+"""`dera-merge compare`: how far the merged model is from exact DeRa."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .checks import check_report_folder, choose_device
+from .options import ComputeDtype, Device, Dtype, Given, Lambdas, PathFile, Rounding, SampleEngine, Seed, with_models
+from .show import fidelity_table, out, print_json, progress, say
+
+Texts = Literal["exact", "merged"]
+EXTRAS = ("floor", "ladder", "predict", "layers", "coupled")
+
+
+@with_models(several=True)
+def run(
+    given: Given,
+    lam: Lambdas,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSON Lines or text lines; default: 32 general prompts.")] = None,
+    approx: Annotated[
+        Path | None, typer.Option(help="A merged directory to measure, or the parent of lambda-*.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="How the merged model is stored.")] = "auto",
+    rounding: Annotated[Rounding | None, typer.Option(help="Default: stochastic for 16-bit storage.")] = None,
+    path: PathFile = None,
+    texts: Annotated[Texts, typer.Option(help="Whose texts to sample and score.")] = "exact",
+    samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of sampled texts.")] = 64,
+    extras: Annotated[
+        str, typer.Option("--with", help=f"What else to measure: {', '.join(EXTRAS)}; all, or none.")
+    ] = "floor",
+    extra_prompts: Annotated[int, typer.Option(min=1, help="How many prompts floor, ladder and layers look at.")] = 8,
+    reward: Annotated[str | None, typer.Option(help="module:function, text → number; for --with coupled.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted comparison.")] = False,
+    seed: Seed = 0,
+    max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 if kl is above this at any λ.")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Gate: exit 3 if top1 is below this at any λ.")] = None,
+    engine: SampleEngine = None,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = "auto",
+) -> None:
+    """Measure the merged model against exact DeRa, token by token.
+
+    Example: dera-merge compare my-sft my-dpo-lora -l 0:2:0.25 -o report --max-kl 0.02
+    """
+    lams = given.lams(lam)
+    wanted = _extras(extras, given.models > 1)
+    if reward and "coupled" not in wanted:
+        raise typer.BadParameter("needs --with coupled (or all)", param_hint="--reward")
+    if any(limit is not None and not math.isfinite(limit) for limit in (max_kl, min_top1)):
+        raise typer.BadParameter("a gate must be a finite number", param_hint="--max-kl, --min-top1")
+    pair = given.open()
+    place = choose_device(device)
+    check_report_folder(output, pair)
+    from ..measuring.compare import compare as measured_compare
+    from ..processes import launched
+    from ..texts.prompts import read
+    from ..texts.rewards import function
+
+    with progress("comparing") as tell:
+        report = measured_compare(
+            pair, lams, None if prompts is None else read(prompts), approx=approx, path=path, dtype=dtype,
+            rounding=rounding,
+            texts=texts, samples=samples, max_new_tokens=max_new_tokens, extras=wanted, extra_prompts=extra_prompts,
+            reward=function(reward) if reward else None, seed=seed, engine=engine, device=place,
+            progress=tell, compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, unfinished=output,
+            resume=resume,
+        )  # fmt: skip
+    report.command = shlex.join(["dera-merge", *sys.argv[1:]])
+    gate = report.gate(max_kl, min_top1) if max_kl is not None or min_top1 is not None else None
+    if launched()[0]:  # another process writes and prints
+        raise typer.Exit(3 if gate and not gate["passed"] else 0)
+    report.save(output)
+    if given.as_json:
+        print_json(report.to_dict())
+    else:
+        out.print(fidelity_table(report.results))
+        from ..pages.fidelity import LEGEND, sentences
+
+        say(LEGEND)
+        for row in report.results:
+            say(f"- {' '.join(sentences(row))}")
+        say(f"Report: {output / 'report.html'}")
+        if gate:
+            verdict = "passed" if gate["passed"] else "not met at λ = " + ", ".join(f"{x:g}" for x in gate["failed"])
+            say(f"Gate: {verdict}")
+    if gate and not gate["passed"]:
+        raise typer.Exit(3)
+
+
+def _extras(text: str, several: bool) -> list[Any]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == ["all"]:
+        return [extra for extra in EXTRAS if not (several and extra in ("predict", "layers"))]
+    if names in (["none"], []):
+        return []
+    if unknown := [name for name in names if name not in EXTRAS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(EXTRAS)}, all, none", param_hint="--with")
+    return names

@@ -1,0 +1,78 @@
+"""`dera-merge generate`: one prompt at one λ."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from .checks import choose_device
+from .options import Dtype, Given, Lambdas, Mode, PathFile, Seed, with_models
+from .show import note, print_json, say
+
+LoadIn = Literal["4bit", "8bit"]
+
+
+@with_models(several=True, base_quantization=True)
+def run(
+    given: Given,
+    lam: Lambdas,
+    prompt: Annotated[str, typer.Option(help="Raw text, tokenized with the tokenizer's defaults (but see --chat).")],
+    mode: Annotated[Mode, typer.Option(help="Two models, one, or two with one drafting.")] = "exact",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt through the chat template as a user's turn.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Seed = 0,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, …; cuda:0,cuda:1 puts REF and ALIGNED on two.")
+    ] = "auto",
+    compute_dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, else the checkpoint's.")] = "auto",
+    load_in: Annotated[LoadIn | None, typer.Option(help="Quantise both models on loading (bitsandbytes).")] = None,
+    plausibility: Annotated[
+        float | None, typer.Option(help="α in (0, 1]: no token below α times ALIGNED's best. Not exact DeRa any more.")
+    ] = None,
+    path: PathFile = None,
+) -> None:
+    """Decode one prompt at λ.
+
+    Example: dera-merge generate my-sft my-dpo-lora -l 0.5 --chat --prompt "What is rain?"
+    """
+    value = given.lam(lam)
+    if temperature and not 1e-3 <= temperature <= 1e3:
+        raise typer.BadParameter("must be 0 (greedy) or from 0.001 to 1000", param_hint="--temperature")
+    if plausibility is not None and not 0 < plausibility <= 1:
+        raise typer.BadParameter("must be above 0 and at most 1", param_hint="--plausibility")
+    if mode == "merged" and (load_in or plausibility):
+        hint = "--load-in" if load_in else "--plausibility"
+        raise typer.BadParameter("is for exact and speculative decoding", param_hint=hint)
+    if mode == "exact" and path:
+        raise typer.BadParameter(
+            "is for --mode merged and speculative; exact decoding merges nothing", param_hint="--path"
+        )
+    pair = given.open()
+    places = [choose_device(name) for name in device.split(",")]
+    if len(places) > 2 or (len(places) == 2 and mode == "merged"):
+        raise typer.BadParameter("one device, or two for exact decoding", param_hint="--device")
+    from ..texts.generate import decode
+
+    kind = None if compute_dtype == "auto" else compute_dtype
+    text = decode(
+        pair, value, prompt, mode=mode, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        device=places if len(places) == 2 else places[0], compute_dtype=kind, load_in=load_in,
+        plausibility=plausibility,
+        path=path,
+    )  # fmt: skip
+    if given.as_json:
+        settings = {"load_in": load_in, "plausibility": plausibility}
+        return print_json({**given.names, "lambda": value, "mode": mode, **settings, **text})
+    say(text["text"])
+    notes = []
+    if text.get("acceptance_rate") is not None:
+        gain = f"{text['tokens_per_verification']:.1f} tokens a verification"
+        notes.append(f"speculation: {text['acceptance_rate']:.0%} of {text['drafted']} drafted tokens kept, {gain}")
+    if plausibility:
+        notes.append(f"not exact DeRa: tokens below {plausibility:g} times the aligned model's best are masked")
+    for line in notes:
+        note(line)

@@ -1,0 +1,152 @@
+"""What several commands take, declared once: types of options, and the pair that most commands begin with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from .. import lambdas
+
+if TYPE_CHECKING:
+    from ..api import ModelPair
+
+Rounding = Literal["stochastic", "nearest"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Mode = Literal["exact", "merged", "speculative"]
+BaseQuantisation = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double"]
+
+Ref = Annotated[str, typer.Argument(metavar="REF", help="Reference model: a directory or a Hub id (id@revision).")]
+Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help="Aligned model: a full checkpoint or a PEFT adapter.")]
+MaybeAligned = Annotated[str | None, typer.Argument(metavar="[ALIGNED]", help="Aligned model.")]
+Lambdas = Annotated[
+    list[str], typer.Option("-l", "--lambda", help="λ: a number, a list 0.25,0.5 or a range 0:2:0.25; repeatable.")
+]
+More = Annotated[
+    list[str] | None,
+    typer.Option("--aligned", help="A further aligned model, repeatable; λ is then a vector: 0.5+0.25."),
+]
+Base = Annotated[str | None, typer.Option(help="Base model of adapters, instead of the one that their config names.")]
+BaseQuantization = Annotated[
+    BaseQuantisation | None,
+    typer.Option(help="What the adapter's base was quantised to in training; REF is then that."),
+]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (with weights_only=True).")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let transformers run code from checkpoints.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]
+PathFile = Annotated[Path | None, typer.Option("--path", help="A path that calibrate learned, instead of the line.")]
+SampleEngine = Annotated[
+    str | None, typer.Option("--engine", help="Sample by vLLM: the address of a server of export-exact's DIR, or vllm.")
+]
+ComputeDtype = Annotated[Dtype, typer.Option(help="auto: float32.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
+
+
+@dataclass(frozen=True)
+class Given:
+    """The models that a command was given, as they were typed, and whether its result is to be JSON."""
+
+    ref: str
+    aligned: str | None
+    more: list[str] | None = None
+    base: str | None = None
+    base_quantization: BaseQuantisation | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    as_json: bool = False
+
+    @property
+    def models(self) -> int:
+        """How many aligned models there are."""
+        return 1 + len(self.more or ())
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What JSON says of them."""
+        return {"ref": self.ref, "aligned": [self.aligned, *self.more] if self.more else self.aligned}
+
+    def open(self) -> ModelPair:
+        """The pair, checked. Raises DeraError where the models do not belong together."""
+        from ..api import ModelPair
+
+        return ModelPair.from_pretrained(
+            self.ref, [self.aligned, *(self.more or ())], base=self.base, base_quantization=self.base_quantization,
+            allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+
+    def lams(self, texts: list[str]) -> list[Any]:
+        """λ as typed, for as many aligned models as there are."""
+        return parse(texts, self.models)
+
+    def lam(self, texts: list[str]) -> Any:
+        """The one λ of a command that takes one."""
+        return parse_one(texts, self.models)
+
+
+def with_models(
+    aligned: Any = Aligned, several: bool = False, base_quantization: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command REF and ALIGNED before its own parameters, and the options of models behind them.
+
+    The command's first parameter is the `Given` that these make.
+
+    Args:
+        aligned: the type of ALIGNED.
+        several: take further aligned models.
+        base_quantization: take what the base was quantised to.
+    """
+    ahead = {"ref": (Ref, ...), "aligned": (aligned, ... if aligned is Aligned else None)}
+    behind: dict[str, tuple[Any, Any]] = {
+        **({"more": (More, None)} if several else {}), "base": (Base, None),
+        **({"base_quantization": (BaseQuantization, None)} if base_quantization else {}),
+        "allow_pickle": (AllowPickle, False), "trust_remote_code": (TrustRemoteCode, False), "as_json": (AsJson, False),
+    }  # fmt: skip
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        (_, *own) = inspect.signature(command).parameters.values()
+
+        def run(**values: Any) -> None:
+            given = Given(**{name: values.pop(name) for name in (*ahead, *behind)})
+            command(given, **values)
+
+        def declared(entries: dict[str, tuple[Any, Any]]) -> list[inspect.Parameter]:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            return [
+                inspect.Parameter(
+                    name, kind, annotation=hint, default=inspect.Parameter.empty if value is ... else value
+                )
+                for name, (hint, value) in entries.items()
+            ]
+
+        middle = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
+        parameters = [*declared(ahead), *middle, *declared(behind)]
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def parse(texts: list[str], models: int = 1) -> list[Any]:
+    """λ as typed. Raises BadParameter where it is none."""
+    try:
+        return lambdas.parse_lambdas(texts, models)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--lambda") from None
+
+
+def parse_one(texts: list[str], models: int = 1) -> Any:
+    """The one λ of a command that takes one. Raises BadParameter where there are several."""
+    values = parse(texts, models)
+    if len(values) != 1:
+        raise typer.BadParameter(f"this command takes one λ, not {len(values)}", param_hint="--lambda")
+    return values[0]

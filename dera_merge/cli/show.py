@@ -1,0 +1,81 @@
+"""What people see: results on stdout, everything else on stderr; tables, lines, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+LOG_SECONDS = 60  # between two lines of progress where there is no terminal for a bar
+PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}  # fits 80 columns
+
+
+class Tell(Protocol):
+    """Says how far the work is; without `what`, under the bar's title."""
+
+    def __call__(self, what: str | None, done: int, total: int, /) -> None: ...
+
+
+def say(text: object) -> None:
+    """A line, or several, on stdout."""
+    out.print(text, markup=False, highlight=False)
+
+
+def note(text: object) -> None:
+    """A line on stderr."""
+    err.print(text, markup=False, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Tell]:
+    """A progress bar on stderr with the time left, or a line a minute in a log."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    logged = time.monotonic()
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+
+        def tell(what: str | None, done: int, total: int) -> None:
+            nonlocal logged
+            bar.update(task, description=what or title, completed=done, total=total)
+            if not err.is_terminal and time.monotonic() - logged >= LOG_SECONDS:
+                logged = time.monotonic()
+                note(f"{what or title}: {done} of {total}")
+
+        yield tell
+
+
+def fidelity_table(
+    results: list[dict[str, Any]], columns: Sequence[str] | None = None, extra: dict[str, list[str]] | None = None
+) -> Table:
+    from ..pages.fidelity import COLUMNS, cells
+
+    left_out = ("tokens", "kl_rounding", "verdict")  # so that it fits 80 columns; the report has all
+    fits = [column for column in COLUMNS if column not in left_out]
+    wanted, extra = columns or fits, extra or {}
+    table = Table(title="Merged against exact DeRa", **PLAIN)
+    for column in (*wanted, *extra):
+        table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
+    for result, *more in zip(results, *extra.values(), strict=True):
+        row = dict(zip(COLUMNS, cells(result), strict=True))
+        table.add_row(*(row[column] for column in wanted), *more)
+    return table
+
+
+def one_line(error: BaseException | str) -> str:
+    """An error's message as one line, control characters escaped."""
+    text = " ".join(part.strip() for part in str(error).splitlines() if part.strip()) or type(error).__name__
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,115 @@
+"""`dera-merge sweep`: choose λ by reward against KL."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .checks import check_report_folder, choose_device
+from .options import ComputeDtype, Device, Given, Mode, PathFile, SampleEngine, Seed, with_models
+from .show import PLAIN, out, print_json, progress, say
+
+
+@with_models(several=True)
+def run(
+    given: Given,
+    prompts: Annotated[Path, typer.Option(help="The validation set: JSON Lines or text lines.")],
+    reward: Annotated[
+        list[str], typer.Option(help="module:function, command:…, model:ID[#LABEL], length or lexicon; repeatable.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report, and of texts as they come.")],
+    lam: Annotated[
+        list[str] | None, typer.Option("-l", "--lambda", help="λ of interest (default 0,2): the curve spans them.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Of several rewards: 1,0.5. Default: 1 each.")] = None,
+    anchors: Annotated[str | None, typer.Option(help="λ to sample at. Default: 0,0.5,1,2 and the ends.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt at each anchor.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of sampled texts.")] = 64,
+    mode: Annotated[
+        Mode, typer.Option(help="Whose texts; speculative: exact DeRa's, the merged model drafting.")
+    ] = "exact",
+    reweight: Annotated[
+        bool, typer.Option("--reweight/--no-reweight", help="Curves from the texts of a few λ.")
+    ] = True,
+    merged: Annotated[
+        bool, typer.Option("--merged/--no-merged", help="Sample the merged model at the anchors too.")
+    ] = True,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Texts of exact DeRa in all; default: 3 more anchors.")
+    ] = None,
+    from_scored: Annotated[
+        Path | None, typer.Option(help="Texts sampled and scored before; nothing is sampled.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="KL coefficient of ALIGNED's training, for β/λ.")] = None,
+    path: PathFile = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
+    seed: Seed = 0,
+    engine: SampleEngine = None,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = "auto",
+) -> None:
+    """Choose λ: reward against KL on a validation set.
+
+    Example: dera-merge sweep my-sft my-dpo-lora --prompts validation.jsonl --reward mymodule:reward -o sweep
+    """
+    lams = given.lams(lam) if lam else None
+    places = given.lams([anchors]) if anchors else None
+    try:
+        shares = [float(part) for part in weights.split(",")] if weights else None
+    except ValueError:
+        raise typer.BadParameter(f"{weights!r} is no list of numbers", param_hint="--weights") from None
+    if shares and len(shares) != len(reward):
+        raise typer.BadParameter(f"{len(shares)} for {len(reward)} rewards", param_hint="--weights")
+    if engine and from_scored:
+        raise typer.BadParameter("samples nothing, as --from-scored brings the texts", param_hint="--engine")
+    if beta is not None and not 0 < beta < math.inf:
+        raise typer.BadParameter("must be above 0", param_hint="--beta")
+    pair = given.open()
+    place = choose_device(device)
+    check_report_folder(output, pair)
+    from ..choosing.answers import read_scored
+    from ..choosing.sweep import sweep as choose
+    from ..processes import launched
+    from ..texts.prompts import read
+    from ..texts.rewards import load_reward
+
+    rewards = [load_reward(spec, place) for spec in reward]
+    scored = read_scored(from_scored) if from_scored else None
+    with progress("sweeping") as tell:
+        result = choose(
+            pair, read(prompts), rewards, lams, weights=shares, anchors=places, samples=samples,
+            max_new_tokens=max_new_tokens, mode=mode, reweight=reweight, merged=merged, budget=budget, scored=scored,
+            beta=beta, path=path, seed=seed, engine=engine, device=place, out=output, resume=resume, progress=tell,
+            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
+        )  # fmt: skip
+    if launched()[0]:  # another process writes and prints
+        return
+    result.save(output)
+    if given.as_json:
+        return print_json(result.to_dict())
+    from ..pages.frame import read as as_read
+    from ..pages.sweep import LEGEND, cells, columns, sentences, shown
+
+    found = as_read(result.to_dict())
+
+    table = Table(title="What λ earns and costs", **PLAIN)
+    left_out = ("length", "wins_aligned", "wins_ref")  # so that it fits 80 columns; the report has all
+    left_out += ("gain_ci",) if len(rewards) > 1 else ()  # each reward has a column then
+    wanted = tuple(column for column in columns(found) if column not in left_out)
+    for column in wanted:
+        table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
+    for row in shown(found):
+        table.add_row(*cells(row, wanted), style="bold" if row["lambda"] == result.best["lambda"] else None)
+    out.print(table)
+    say(LEGEND)
+    for sentence in sentences(found):
+        say(f"- {sentence}")
+    if result.commands:
+        say("To ship it:")
+    for line in result.commands:
+        say(f"    {line}")
+    say(f"Report: {output / 'sweep.html'}")

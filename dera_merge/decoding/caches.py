@@ -1,0 +1,126 @@
+"""Caches of keys and values: several models' behind one, and what transformers calls a cache.
+
+`generate` sees one cache whose layers are those of all models. What a forward pass calls that argument is asked for
+here alone: `cache` since transformers 5.24, `past_key_values` before.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Collection
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..errors import DeraError
+
+_NAMES = ("cache", "past_key_values")
+_OF_OUTPUTS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+# What the installed transformers calls a cache among the arguments of `generate` and in outputs.
+CACHE = next((name for name in _NAMES if name in _OF_OUTPUTS), _NAMES[0])  # a third name: `doors.check` says so
+
+
+class PairCache(Cache):
+    """The key-value caches of the reference and the aligned model, or models, behind one `Cache`.
+
+    Its layers are those of the caches themselves, so that whatever `generate` does to it (reorder for beams, crop
+    after speculation, repeat, reset) reaches all.
+    """
+
+    is_compileable = False  # else `generate` would build masks from the mixture's config instead of each model's
+
+    def __init__(self, *caches: Cache) -> None:
+        super().__init__(layers=[layer for cache in caches for layer in cache.layers])
+        self.caches = caches
+        self.depth = len(caches[0].layers)
+
+    def sides(self, layer: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Keys, and values, of the reference and each aligned model at a layer.
+
+        Each is (batch, heads, tokens, head size).
+        """
+        each = [cache.layers[layer] for cache in self.caches]
+        return tuple(one.keys for one in each), tuple(one.values for one in each)
+
+
+class RowsCache(Cache):
+    """The cache of one model whose batch is every sequence once for each side, all as the reference first."""
+
+    is_compileable = False
+
+    def __init__(self, inner: Cache, sides: int) -> None:
+        super().__init__(layers=inner.layers)
+        self.inner = inner  # what the model gets: masks depend on the kind of cache
+        self.depth = len(inner.layers)
+        self.count = sides
+
+    def sides(self, layer: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """As `PairCache.sides`."""
+        return self.layers[layer].keys.chunk(self.count), self.layers[layer].values.chunk(self.count)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(self._each(beam_idx))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(self._each(indices))
+
+    def _each(self, rows: torch.Tensor) -> torch.Tensor:
+        total = next(len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None)
+        return torch.cat([rows + number * total // self.count for number in range(self.count)])
+
+
+def arguments_of(model: torch.nn.Module) -> frozenset[str]:
+    """The names of the arguments of a model's forward."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def name_among(arguments: Collection[str]) -> str | None:
+    """What a forward with these arguments calls its cache; None if it takes none (some recurrent models)."""
+    return next((name for name in _NAMES if name in arguments), None)
+
+
+def given(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that a user passed under its newer or its older name.
+
+    Raises:
+        ValueError: there are two.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
+    return past_key_values if cache is None else cache
+
+
+def empty(model: PreTrainedModel, settings: GenerationConfig | None = None, most_tokens: int | None = None) -> Cache:
+    """A new cache for a model.
+
+    Args:
+        model: whose layers it is for.
+        settings: its `cache_implementation` says which kind (transformers' names); None gives one that grows.
+        most_tokens: how many tokens a cache of fixed size has room for.
+
+    Raises:
+        DeraError: the model keeps no cache of keys and values, or there is no such kind for a mixture.
+    """
+    config = model.config.get_text_config(decoder=True)
+    takes_one = name_among(arguments_of(model)) is not None and model._supports_default_dynamic_cache()
+    grows = DynamicCache(config=config) if takes_one else None
+    # State-space models take a cache too, but need their own input preparation beside it.
+    if grows is None or (grows.layers and all(grows.is_linear)):
+        raise DeraError(f"{type(model).__name__} keeps no cache of keys and values; pass use_cache=False")
+    kind = settings.cache_implementation if settings is not None else None
+    if kind in (None, "dynamic"):
+        return grows
+    if kind == "offloaded":
+        return DynamicCache(config=config, offloading=True)
+    if kind == "paged":
+        raise DeraError("a paged cache is one model's; leave cache_implementation out, or take 'dynamic' or 'static'")
+    if kind == "quantized":
+        options = copy.deepcopy(settings.cache_config or {})  # a call must not use up the next one's
+        return QuantizedCache(**{"backend": "quanto", "config": config, **options})
+    # `generate` has checked the name: what is left are transformers' names for caches of fixed size.
+    longest = max(most_tokens or 0, settings.max_cache_len or 0)
+    return StaticCache(config=config, max_cache_len=longest, offloading="offloaded" in kind)

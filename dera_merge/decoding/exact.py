@@ -1,0 +1,389 @@
+"""Exact decoding-time realignment (DeRa) as one transformers model.
+
+    h_λ(x, y<t) = (1-λ)·h_ref(x, y<t) + λ·h_aligned(x, y<t)            Liu et al., ICML 2024
+    h_λ(x, y<t) = h_ref(x, y<t) + Σ λ_k·(h_k - h_ref)(x, y<t)          with several aligned models
+
+`DeraForCausalLM.forward` runs the models on the same tokens and mixes their logits in float32; everything else
+(sampling, beams, padding, streaming, stopping) is transformers' own `generate`, which sees one model with one cache.
+The two models of a LoRA pair are two rows of one batch over one set of weights (see `rows.py`): one forward pass.
+λ travels with the call, as a tensor of one value per sequence: nothing is set on the object while it decodes, so calls
+and threads cannot see each other's λ. Exact decoding's caches do not depend on λ: a conversation may go on with
+another.
+
+`DialForCausalLM` is the other thing that one set of weights with an adapter can be: θ_ref + λΔ, with a λ for each row.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..errors import DeraError
+from ..models.pair import Pair
+from ..models.source import Source
+from ..models.trust import Trust
+from . import caches
+from .caches import PairCache, RowsCache
+from .config import DeraConfig
+from .dial import DialForCausalLM
+from .lambda_model import Lam, LambdaModel, causal_output, run_with_cache
+from .load import load_sides
+from .mix import mix, shares_of
+from .plausibility import PlausibilityMask
+from .speculation import MergedDraft, Speculation
+
+
+class DeraForCausalLM(LambdaModel):
+    """Two causal models, or more, that decode as one.
+
+    Args:
+        ref: the reference model.
+        aligned: the aligned model, or several, over the same token ids. Vocabularies padded differently are mixed on
+            their common rows. The models may be on different devices; the mixed logits are on the reference's.
+        lam: the default λ: any finite number. 0 is the reference, 1 the aligned model. With several, a number for each.
+        rows: all models over one set of weights, as `ModelPair.exact` makes of adapters: then one pass serves all.
+
+    Example:
+        >>> model = DeraForCausalLM(ref, aligned, lam=0.5)
+        >>> model.generate(**inputs)                     # λ = 0.5
+        >>> model.generate(**inputs, lam=[0.0, 2.0])     # λ per sequence of the batch
+
+    Raises:
+        ValueError: λ is not finite (a tensor given to `forward` is not looked at), or has another length than the
+            batch.
+        DeraError: what is asked for would not be exact: another kind of cache, `generate_batch`, guidance,
+            `inputs_embeds`.
+    """
+
+    def __init__(
+        self,
+        ref: PreTrainedModel,
+        aligned: PreTrainedModel | Sequence[PreTrainedModel],
+        lam: float | Sequence[float] = 1.0,
+        rows: PreTrainedModel | None = None,
+    ) -> None:
+        aligned = [aligned] if isinstance(aligned, PreTrainedModel) else list(aligned)
+        super().__init__(ref, lam, min(model.config.vocab_size for model in (ref, *aligned)), len(aligned))
+        self.generation_config = copy.deepcopy(aligned[0].generation_config)
+        self.config.architectures = [type(self).__name__]  # what serving engines look for
+        self.ref = ref
+        self.aligned = aligned[0]
+        self.others = torch.nn.ModuleList(aligned[1:])
+        self.rows = rows
+        self._arguments = [caches.arguments_of(model) for model in self.sides]
+        self._arguments_of_rows = frozenset() if rows is None else caches.arguments_of(rows)
+        self.eval()
+
+    @property
+    def sides(self) -> tuple[PreTrainedModel, ...]:
+        """The reference and each aligned model."""
+        return self.ref, self.aligned, *self.others
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: PairCache | RowsCache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        lam: Lam | None = None,
+        plausibility: PlausibilityMask | None = None,
+        return_dict: bool | None = None,
+        past_key_values: PairCache | RowsCache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Mixed logits, shape (batch, kept tokens, vocabulary), float32.
+
+        Args:
+            input_ids: (batch, tokens).
+            attention_mask, position_ids, use_cache, logits_to_keep: as for any causal model.
+            cache: what an earlier call returned; `past_key_values` is its older name.
+            labels: (batch, tokens); gives `loss`, the mean cross-entropy in nats per token.
+            lam: λ, one for all or one per sequence; None takes the default.
+            plausibility: the mask of this call, which wants to see the aligned model's logits.
+            return_dict: False gives a tuple.
+        """
+        cache = caches.given(cache, past_key_values)
+        self._check_cache(cache)
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            raise DeraError("a mixture has no attentions or hidden states of its own; ask model.ref or model.aligned")
+        if cache is None and use_cache:
+            cache = self._new_cache()
+
+        shared = dict(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=bool(use_cache),
+            logits_to_keep=logits_to_keep, **kwargs,
+        )  # fmt: skip
+        run = self._a_pass_each if self.rows is None else self._one_pass
+        ref, *aligned = run(shared, cache)
+        logits = mix([ref, *aligned], shares_of(self._lams(lam, len(input_ids)).to(ref.device)))
+        if plausibility is not None:
+            kept = logits_to_keep if isinstance(logits_to_keep, int) else 0  # which not every architecture heeds
+            plausibility.watch(aligned[0][:, -kept:, : logits.shape[-1]].to(logits.device))
+        return causal_output(logits, cache, labels, return_dict)
+
+    def _a_pass_each(self, shared: dict[str, Any], cache: PairCache | None) -> list[torch.Tensor]:
+        logits: dict[int, torch.Tensor] = {}
+        # An accelerator works on while the host goes to the next model, so those that block come last.
+        order = sorted(range(len(self.sides)), key=lambda number: self.sides[number].device.type == "cpu")
+        for number in order:
+            model = self.sides[number]
+            theirs = None if cache is None else cache.caches[number]
+            names = self._arguments[number]
+            here = {key: _to(value, model.device) for key, value in shared.items() if key in names}
+            logits[number] = run_with_cache(model, names, here, theirs).logits
+        return [logits[number] for number in range(len(order))]
+
+    def _one_pass(self, shared: dict[str, Any], cache: RowsCache | None) -> list[torch.Tensor]:
+        ids, sides = shared["input_ids"], len(self.sides)
+        names = self._arguments_of_rows
+        each = {key: _repeated(value, len(ids), sides) for key, value in shared.items() if key in names}
+        shares = torch.eye(sides, dtype=self.rows.dtype, device=ids.device)[:, 1:].repeat_interleave(len(ids), 0)
+        inner = None if cache is None else cache.inner
+        with self.rows.dera_strength.of(shares if sides > 2 else shares[:, 0], ids.shape[1]):
+            return list(run_with_cache(self.rows, names, each, inner).logits.chunk(sides))
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        lam: Lam | None = None,
+        speculation: Speculation | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate` at λ.
+
+        Args:
+            lam: one λ or one per sequence of the batch; None takes the default.
+            speculation: how `assistant_model`, a merged model, drafts, and what came of it. The output is the same.
+            kwargs: all of `generate`'s arguments. A `PlausibilityMask` among `logits_processor` sees the aligned model.
+        """
+        masks = [p for p in kwargs.get("logits_processor") or () if isinstance(p, PlausibilityMask)]
+        if masks:
+            if self.models > 1:
+                raise DeraError("PlausibilityMask looks at one aligned model; there are several")
+            if kwargs.get("logits_to_keep", 1) != 1:
+                raise DeraError("PlausibilityMask looks at the last token of a pass; leave logits_to_keep out")
+            mine = max(masks, key=lambda mask: mask.alpha).for_one_call()  # the strictest implies the others
+            others = [p for p in kwargs["logits_processor"] if not isinstance(p, PlausibilityMask)]
+            kwargs |= {"plausibility": mine, "logits_processor": type(kwargs["logits_processor"])([mine, *others])}
+        if speculation is not None:
+            if kwargs.get("assistant_model") is None:
+                raise DeraError("speculation says how a draft is used; pass the draft as assistant_model")
+            rows = kwargs["assistant_model"].config.get_text_config().vocab_size
+            if rows != self.config.vocab_size:
+                raise DeraError(
+                    f"the draft has {rows} vocabulary rows, the pair {self.config.vocab_size} in common; decode "
+                    "without a draft, or bring one of the same size"
+                )
+            kwargs["speculation"] = speculation
+        return super().generate(inputs, *args, lam=lam, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """The caches of all models. `args`, `kwargs`: what a later release adds, which no cache here looks at."""
+        cache = model_kwargs.get(caches.CACHE)
+        self._check_cache(cache)
+        if cache is not None or generation_config.use_cache is False:
+            return
+        cache = model_kwargs[caches.CACHE] = self._new_cache(generation_config, max_cache_length)
+        if generation_config.is_assistant:  # it will be rolled back
+            cache.activate_past_recording()
+
+    def _new_cache(self, *settings: Any) -> PairCache | RowsCache:
+        """An empty cache for all models; settings as for `caches.empty`."""
+        if self.rows is not None:
+            return RowsCache(caches.empty(self.rows, *settings), len(self.sides))
+        return PairCache(*(caches.empty(model, *settings) for model in self.sides))
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        known: int = 0,
+        speculation: Speculation | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' own, except that assisted decoding, too, reads only what is new of a cached conversation.
+
+        `speculation` is named so that `generate` takes it; no forward pass looks at it.
+        """
+        if known and next_sequence_length is None:
+            next_sequence_length = input_ids.shape[1] - known
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+
+    def _get_candidate_generator(
+        self,
+        generation_config: Any,
+        *args: Any,
+        model_kwargs: dict[str, Any],
+        assistant_model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        cache = model_kwargs[caches.CACHE]
+        if known := cache.get_seq_length():
+            model_kwargs["known"] = known
+            if kwargs["input_ids"].shape[1] <= known:
+                raise DeraError("with a draft, pass the whole conversation as input_ids, not only what is new of it")
+        if generation_config.assistant_ensemble_weight is not None:
+            raise DeraError("assistant_ensemble_weight samples from a blend with the draft, which is not exact DeRa")
+        # A draft goes through the same processors, but the mask, which sees the logits of what both models read.
+        processors = kwargs.pop("logits_processor")
+        processors = type(processors)(p for p in processors if not isinstance(p, PlausibilityMask))
+        if (speculation := model_kwargs.pop("speculation", None)) is not None and assistant_model is not None:
+            return MergedDraft(
+                assistant_model, speculation, generation_config, processors,
+                cache, model_kwargs.get("attention_mask"), model_kwargs["lam"][:1],
+            )  # fmt: skip
+        ours = () if isinstance(assistant_model, DialForCausalLM) else ("lam",)  # other draft models know no λ
+        theirs = {key: value for key, value in model_kwargs.items() if key not in (*ours, "plausibility")}
+        return super()._get_candidate_generator(
+            generation_config, *args, logits_processor=processors, model_kwargs=theirs, assistant_model=assistant_model,
+            **kwargs,
+        )  # fmt: skip
+
+    def _check_cache(self, cache: Any) -> None:
+        if cache is not None and not isinstance(cache, RowsCache if self.rows is not None else PairCache):
+            raise DeraError(
+                f"a {type(cache).__name__} holds other keys and values than exact DeRa's of both models; leave "
+                f"{caches.CACHE} out, or pass the cache that an earlier call of this model returned"
+            )
+
+    def dial(self) -> DialForCausalLM:
+        """θ_ref + λΔ over this mixture's own weights, λ for each row. Raises DeraError where none are shared."""
+        if self.rows is None:
+            raise DeraError(
+                "only models that share their weights (an adapter and its base) merge with a λ for each row"
+            )
+        return DialForCausalLM(self.rows, self.lam, self.config.vocab_size, self.models)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.ref.get_input_embeddings()
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save what this mixture is made of: references to both models, and λ. No weights.
+
+        Args:
+            save_directory: gets config.json and generation_config.json. Local models are named relative to it.
+            push_to_hub: upload the directory too, as transformers does.
+            kwargs: passed on (`repo_id`, `token`, …).
+
+        Raises:
+            DeraError: the mixture was made of two model objects, so that nothing says where they come from.
+        """
+        if self.config.pair is None:
+            raise DeraError(
+                "only a mixture made by ModelPair.exact() knows where its models come from; save them yourself"
+            )
+        config = copy.deepcopy(self.config)
+        config.text_config.name_or_path = ""  # a path on this machine says nothing to others
+
+        def relative(name: Any) -> Any:
+            if isinstance(name, list):
+                return [relative(each) for each in name]
+            if not isinstance(name, str) or not Path(name).is_dir():
+                return name
+            if push_to_hub:
+                raise DeraError(
+                    f"{name} is a local directory, which nobody else could load; push that to the Hub first"
+                )
+            return os.path.relpath(Path(name).resolve(), Path(save_directory).resolve())
+
+        config.pair = {key: relative(name) for key, name in config.pair.items()}
+        config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        self.generation_config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *args: Any, config: DeraConfig | None = None, **kwargs: Any
+    ) -> DeraForCausalLM:
+        """Load a mixture that `save_pretrained` wrote: a directory or a Hub id.
+
+        Args:
+            kwargs: as for `ModelPair.exact`: `dtype`, `device`, `quantization_config`, …; `lam` replaces the saved λ.
+        """
+        hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
+        if "torch_dtype" in kwargs:  # transformers' older name for it
+            kwargs["dtype"] = kwargs.pop("torch_dtype")
+        config = config or DeraConfig.from_pretrained(name, **hub)
+        trust = Trust(code=bool(kwargs.pop("trust_remote_code", False)))
+        folder = Source.locate(name, hub.get("revision"), trust).folder
+        return cls.from_pair(config.open_pair(folder, trust), kwargs.pop("lam", config.lam), **kwargs)
+
+    @classmethod
+    def from_pair(
+        cls,
+        pair: Pair,
+        lam: float | Sequence[float] | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | Sequence[str | torch.device] = "cpu",
+        **kwargs: Any,
+    ) -> DeraForCausalLM:
+        """Load a pair's models as one mixture. An adapter and its base are held once, and decoded in one forward pass.
+
+        Args:
+            pair: the models.
+            lam: the default λ, any finite number (default 1), or one for each aligned model (default: as much of each);
+                `generate(..., lam=…)` overrides it per call or per sequence.
+            dtype: compute dtype; default float32 on CPU and the checkpoint's dtype elsewhere.
+            device: where the models go; two devices put the reference on the first and the aligned ones on the second.
+            kwargs: passed to transformers' `from_pretrained`: `quantization_config` loads all models quantised,
+                `device_map` spreads each over devices (`device` is then not used), `attn_implementation`, ….
+
+        Raises:
+            DeraError: ALIGNED's tokenizer uses tokens that REF does not have, or the models cannot be loaded.
+        """
+        if pair.new_tokens:
+            raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; use ALIGNED alone (λ=1)")
+        places = [device, device] if isinstance(device, str | torch.device) else list(device)
+        if len(places) != 2:
+            raise DeraError(f"exact DeRa runs two models; {len(places)} devices were given, expected one or two")
+        devices = torch.device(places[0]), torch.device(places[1])
+        if dtype is None:
+            dtype = torch.float32 if devices[0].type == devices[1].type == "cpu" else "auto"
+        if lam is None:
+            lam = 1.0 if pair.models == 1 else [1 / pair.models] * pair.models
+        ref, aligned, rows = load_sides(pair, dtype, devices, **kwargs)
+        model = cls(ref, aligned, lam=lam, rows=rows)
+        model.config.pair = pair.opened_as()
+        if config := pair.generation_config():
+            model.generation_config = config
+        return model
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {key: _to(inner, device) for key, inner in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _repeated(value: Any, batch: int, sides: int) -> Any:
+    """What belongs to each sequence, for the sequences as the rows of each side, one side after another."""
+    if isinstance(value, dict):
+        return {key: _repeated(inner, batch, sides) for key, inner in value.items()}
+    if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch:
+        return torch.cat([value] * sides)
+    return value
+
+
+AutoModelForCausalLM.register(DeraConfig, DeraForCausalLM)

@@ -1,0 +1,124 @@
+"""What the two kinds of model that take λ with each call have in common."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..errors import DeraError
+from ..lambdas import Vector, known, numbers
+from ..models import doors
+from . import caches
+from .config import DeraConfig
+
+Lam = float | Sequence[float] | Sequence[Sequence[float]] | torch.Tensor
+
+
+class LambdaModel(PreTrainedModel, GenerationMixin):
+    """What the two kinds of model have in common: λ as an argument of `generate` and `forward`."""
+
+    config_class = DeraConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, like: PreTrainedModel, lam: float | Sequence[float], vocab_size: int, models: int = 1) -> None:
+        doors.check("exact decoding")
+        text_config = copy.deepcopy(like.config)
+        text_config.vocab_size = vocab_size
+        super().__init__(
+            DeraConfig(text_config, dtype=like.dtype, attn_implementation=like.config._attn_implementation)
+        )
+        self.all_tied_weights_keys: dict[str, str] = {}
+        self.generation_config = copy.deepcopy(like.generation_config)
+        self.models = models  # aligned ones
+        self.set_lam(lam)
+
+    def set_lam(self, lam: float | Sequence[float]) -> None:
+        """Set the default λ, used by calls that bring none; with several aligned models, a number for each."""
+        value = known(lam, self.models)
+        if not all(map(math.isfinite, numbers(value))):
+            raise ValueError(f"λ must be finite, not {lam}")
+        self.config.lam = list(value) if isinstance(value, Vector) else value
+
+    @property
+    def lam(self) -> float | list[float]:
+        """The default λ."""
+        return self.config.lam
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, lam: Lam | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate` at λ: all of its arguments, and `lam`, one λ or one per sequence of the batch.
+
+        With several aligned models a λ is a sequence of as many numbers.
+        """
+        doors.check("exact decoding")
+        if kwargs.get("inputs_embeds") is not None:
+            raise DeraError("λ models take tokens; pass input_ids")
+        configs = (args[0] if args else kwargs.get("generation_config"), self.generation_config)
+        scales = [kwargs.get("guidance_scale"), *(config.guidance_scale for config in configs if config is not None)]
+        if next((scale for scale in scales if scale is not None), 1) != 1:
+            raise DeraError("guidance_scale would call the mixture without its λ; it is not supported")
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        lam = lam.tolist() if isinstance(lam, torch.Tensor) else lam
+        lams = self._lams(lam, 1 if ids is None else len(ids)).to(self.device)
+        if (cache := caches.given(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))) is not None:
+            kwargs[caches.CACHE] = cache
+        return super().generate(inputs, *args, lam=lams, **kwargs)
+
+    def _lams(self, lam: Lam | None, batch: int) -> torch.Tensor:
+        """λ as a float32 tensor, (batch,) or, with several aligned models, (batch, models): a tensor, because
+        `generate` repeats tensors for beams and samples.
+        """
+        lam = self.lam if lam is None else lam
+        # A tensor is not looked at here, at each step (an accelerator would be waited for); `generate` has looked once.
+        looked = isinstance(lam, torch.Tensor)
+        try:
+            values = torch.as_tensor(lam if looked or not hasattr(lam, "__iter__") else list(lam), dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"λ {lam!r} is no number, and no list of numbers: {error}") from None
+        if not looked and not values.isfinite().all():
+            raise ValueError(f"λ must be finite, not {lam}")
+        one = () if self.models == 1 else (self.models,)
+        if tuple(values.shape) not in (one, (batch, *one)):
+            each = "" if self.models == 1 else f", each of {self.models} numbers"
+            raise ValueError(f"lam has shape {tuple(values.shape)}, expected one λ or {batch}, one per sequence{each}")
+        return values.expand(batch, *one)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching keeps one paged cache for one model and hands on no λ."""
+        raise DeraError("generate_batch keeps one cache for one model and would give wrong tokens; use generate")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: these are several models' weights. Write one checkpoint with `ModelPair.merge`."""
+        raise DeraError("this is no single checkpoint; write one with pair.merge(), or keep the two models")
+
+
+def causal_output(
+    logits: torch.Tensor, past: Cache | None, labels: torch.Tensor | None, return_dict: bool | None
+) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    loss = None
+    if labels is not None:
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
+        )
+    output = CausalLMOutputWithPast(loss=loss, logits=logits, **{caches.CACHE: past})
+    return output.to_tuple() if return_dict is False else output
+
+
+def run_with_cache(model: PreTrainedModel, names: frozenset[str], given: dict[str, Any], cache: Cache | None) -> Any:
+    """A forward pass that gets its cache under the name that the model's forward, with arguments `names`, has for it.
+
+    `given` is what is in `names`: an architecture without `position_ids`, say, derives its own.
+    """
+    return model(**given) if cache is None else model(**given, **{caches.name_among(names) or caches.CACHE: cache})

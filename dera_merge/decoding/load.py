@@ -1,0 +1,118 @@
+"""Load the models of a pair; an adapter and its base over one set of weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import DeraError
+from ..files.atomic import load_json
+from ..models.adapter import Adapter
+from ..models.architecture import Architecture
+from ..models.pair import Pair
+from ..models.side import Side
+from ..models.trust import NOTHING, Trust
+from ..models.weights import Stored
+from .rows import in_rows, second_tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_sides(
+    pair: Pair, dtype: torch.dtype | str, devices: tuple[torch.device, torch.device], **kwargs: Any
+) -> tuple[PreTrainedModel, list[PreTrainedModel], PreTrainedModel | None]:
+    """All models of a pair in evaluation mode, and all as rows of one where they share a base on one device.
+
+    Args:
+        pair: whose.
+        dtype: compute dtype, or `"auto"`.
+        devices: of the reference, and of all aligned models.
+        kwargs: passed to transformers' `from_pretrained`.
+
+    Returns:
+        The reference, each aligned model, and the model of `rows.in_rows` or None.
+
+    Raises:
+        DeraError: transformers or PEFT cannot load one of them.
+    """
+    bases: dict[tuple[Path, torch.device], PreTrainedModel] = {}
+    requantises = pair.requantises and kwargs.get("quantization_config") is None
+
+    def load(number: int, side: Side) -> PreTrainedModel:
+        folder, device = side.base.folder, devices[number > 0]
+        if (folder, device) not in bases:
+            model = load_model(folder, dtype, device, pair.trust, **kwargs)
+            if requantises:
+                _put(pair.names.weights[number].stored, model, pair.architecture)
+            bases[folder, device] = model
+        base = bases[folder, device]
+        return _with_adapter(base, side.adapter, device) if side.adapter else base
+
+    ref, *aligned = (load(number, side) for number, side in enumerate(pair.sides))
+    together = len(bases) == 1 and not any(ref is model for model in aligned)
+    rows = in_rows(next(iter(bases.values())), ref, *aligned) if together else None
+    if rows is not None and len(aligned) == 1:
+        aligned = [rows]  # outside of `DeraForCausalLM` it acts as the aligned model
+    return ref, aligned, rows
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype | str, device: str | torch.device, trust: Trust = NOTHING, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal model from a directory, in evaluation mode; refuses one that would get random weights.
+
+    Raises:
+        DeraError: transformers cannot load it, or would make a tensor up.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quantised = kwargs.get("quantization_config") or load_json(folder / "config.json").get("quantization_config")
+    if quantised and "device_map" not in kwargs:
+        kwargs["device_map"] = {"": device}  # quantised weights are made where they stay
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=None if trust.pickle else True, trust_remote_code=trust.code,
+            output_loading_info=True, **kwargs,
+        )  # fmt: skip
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+        raise DeraError(f"transformers cannot load {folder}: {error}") from error
+    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
+        raise DeraError(f"{folder} lacks tensor {missing[0]} ({len(missing)} in all); transformers would make it up")
+    return (model if "device_map" in kwargs else model.to(device)).eval()
+
+
+def _with_adapter(base: PreTrainedModel, adapter: Adapter, device: str | torch.device) -> PreTrainedModel:
+    """The base model with an adapter in it, unmerged: PEFT's own forward. The base weights stay shared."""
+    if getattr(base.config, "quantization_config", None) is not None:
+        if adapter.changes_base_at_load or adapter.brings_base_tensors:
+            raise DeraError(
+                f"{adapter.folder} changes the base when it is loaded; that needs a base which is not quantised"
+            )
+        return adapter.load_onto(second_tree(base), device).get_base_model().eval()
+    # A second module tree over the same storages. The Parameter objects are new, so that an adapter which assigns to
+    # `.data` cannot reach the reference; what is written in place (by PiSSA and its kind, or embeddings that came with
+    # the adapter) gets a copy.
+    ends = [end for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None]
+    if adapter.changes_base_at_load:
+        written = {id(p) for p in base.parameters()}
+    else:
+        written = {id(p) for end in ends for p in end.parameters() if adapter.brings_base_tensors}
+    twins = {
+        id(p): torch.nn.Parameter(p.data.clone() if id(p) in written else p.data, requires_grad=False)
+        for p in base.parameters()
+    }
+    model = copy.deepcopy(base, memo=dict(twins))
+    return adapter.load_onto(model, device).get_base_model().eval()
+
+
+def _put(stored: Stored, model: PreTrainedModel, architecture: Architecture) -> None:
+    """Replace a loaded model's weights by their requantised ones."""
+    parameters, weights = model.state_dict(), stored.requantised  # the state shares memory with the model
+    for key in weights.keys if weights else ():
+        if (place := architecture.stored_name(key, parameters)) is None:
+            raise DeraError(f"transformers stores {key} under another name, so its quantised form cannot be put in")
+        parameters[place].copy_(weights.rows(key, 0, None))

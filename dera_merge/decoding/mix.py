@@ -1,0 +1,44 @@
+"""The formula of exact DeRa, on logits (Liu et al., ICML 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def shares_of(lam: torch.Tensor) -> torch.Tensor:
+    """How much of each model λ takes: 1 - Σ λ_k of the reference, and λ_k of the aligned ones; they add up to 1.
+
+    Args:
+        lam: (batch,), or with several aligned models (batch, models).
+
+    Returns:
+        (batch, 1 + models).
+    """
+    lam = lam if lam.ndim == 2 else lam[:, None]
+    return torch.cat([1 - lam.sum(1, keepdim=True), lam], 1)
+
+
+def mix(logits: Sequence[torch.Tensor], shares: torch.Tensor) -> torch.Tensor:
+    """Σ c_k·h_k in float32: exact DeRa where the c_k are `shares_of` λ.
+
+    Args:
+        logits: of each model, the reference first, (batch, tokens, vocabulary), any float dtype and device. The rows of
+            the vocabulary that all have are mixed.
+        shares: c_k, which add up to 1, (batch, models), on the first logits' device.
+
+    Returns:
+        (batch, tokens, rows), on that device.
+    """
+    rows = min(each.shape[-1] for each in logits)
+    first, *others = logits
+    first = first[..., :rows].float()
+    shares = shares[:, :, None, None]
+    mixed, same = shares[:, 0] * first, None
+    for share, other in zip(shares[:, 1:].unbind(1), others, strict=True):
+        other = other[..., :rows].to(first.device).float()  # one copy, in the dtype that they came in
+        mixed = mixed.addcmul_(share, other)
+        same = first == other if same is None else same & (first == other)
+    # Equal logits stay equal at every λ, infinite ones included (a token that all models mask).
+    return torch.where(same, first, mixed)

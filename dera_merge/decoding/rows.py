@@ -1,0 +1,226 @@
+"""One set of weights, an adapter strength for each row of the batch.
+
+Reference and aligned models over one base differ in what an adapter adds. So one forward pass can serve all of them, or
+many λ: each row (sequence) of the batch has a strength s_k for each aligned model, and an adapted module gives
+
+    y = W·x + Σ s_k·(scale_k·B_k·A_k·x)                     low-rank sums
+    y = (1-Σ s_k)·reference(x) + Σ s_k·aligned_k(x)         other adapters of linear layers, embeddings and norms (DoRA,
+    …)
+
+s = 0 is the reference, s_k = 1 alone the k-th aligned model, and s = λ is θ_ref + Σ λ_k·Δ_k, because the modules that
+adapters change are linear in their weights. The base weights are read once for all rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import DeraError
+from ..models import doors
+from .mix import shares_of
+
+
+class Strength(threading.local):
+    """The strengths of the forward pass that this thread is in; None outside, where modules act as the aligned model's
+    (of several, the first's).
+    """
+
+    rows: torch.Tensor | None = None  # (rows,); with several aligned models (rows, models)
+    shares: torch.Tensor | None = (
+        None  # how much of the reference and of each aligned model a row is, (rows, 1 + models)
+    )
+    tokens: int = 0  # of each row, in this pass
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Strength, ()  # a copied model begins outside of any pass
+
+    @contextmanager
+    def of(self, rows: torch.Tensor, tokens: int) -> Iterator[None]:
+        """Strengths (rows,) or (rows, models) for one forward pass over (rows, tokens) ids; then those of before."""
+        before = self.rows, self.shares, self.tokens
+        self.rows, self.shares, self.tokens = rows, shares_of(rows), tokens
+        try:
+            yield
+        finally:
+            self.rows, self.shares, self.tokens = before
+
+    def spread(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """A number for each row (rows,), or for each row and place on the last axis (rows, n), in a shape that
+        multiplies `values`, a module's (rows, tokens, …) or (rows·tokens, n).
+
+        Raises:
+            DeraError: the model regroups its tokens (experts do), so that rows cannot be told apart.
+        """
+        rows = rows[:, None] if rows.ndim == 1 else rows
+        if values.ndim > 2 and len(values) == len(rows):
+            return rows.view(len(rows), *[1] * (values.ndim - 2), -1)
+        if values.ndim == 2 and len(values) == len(rows) * self.tokens:
+            return rows.repeat_interleave(self.tokens, 0)
+        raise DeraError("this model regroups its tokens between layers, so that rows of a batch cannot have a λ each")
+
+
+class LowRankRows(torch.nn.Module):
+    """A linear layer with low-rank sums: the reference's own (strength 1-Σs), if any, and the aligned ones' (s).
+
+    Args:
+        base: the layer that all sides share, quantised or not.
+        factors: (A (rank, in), scale·B (out, rank)) or None of the reference and of each aligned model.
+    """
+
+    def __init__(
+        self,
+        base: torch.nn.Module,
+        factors: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
+        strength: Strength,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.strength = strength
+        there = [pair for pair in factors if pair]
+        self.register_buffer("down", torch.cat([a for a, _ in there]).to(dtype), persistent=False)
+        self.register_buffer("up", torch.cat([b for _, b in there], 1).T.contiguous().to(dtype), persistent=False)
+        whose = [number for number, pair in enumerate(factors) for _ in range(0 if pair is None else len(pair[0]))]
+        plain = len(factors) == 2 and 0 not in whose  # one aligned model's alone: each rank has its strength
+        self.register_buffer("whose", None if plain else torch.tensor(whose, device=self.down.device), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer(x)
+        t = torch.nn.functional.linear(x.to(self.down.dtype), self.down)
+        if self.strength.rows is not None:
+            by_rank = self.strength.rows if self.whose is None else self.strength.shares[:, self.whose]
+            s = self.strength.spread(by_rank, t)
+            t = (t * s).to(t.dtype)
+        elif self.whose is not None:
+            t = t * (self.whose == 1)
+        return torch.addmm(y.flatten(0, -2), t.flatten(0, -2).to(y.dtype), self.up.to(y.dtype)).view(y.shape)
+
+
+class MixedRows(torch.nn.Module):
+    """A linear layer, embedding or norm that differs between the sides: (1-Σs)·reference(x) + Σ s_k·aligned_k(x)."""
+
+    def __init__(self, ref: torch.nn.Module, aligned: Sequence[torch.nn.Module], strength: Strength) -> None:
+        super().__init__()
+        self.ref = ref
+        self.aligned = torch.nn.ModuleList(aligned)
+        self.strength = strength
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.strength.rows is None:
+            return self.aligned[0](x, *args, **kwargs)
+        mixed: torch.Tensor | float = 0.0
+        for share, side in zip(self.strength.shares.unbind(1), (self.ref, *self.aligned), strict=True):
+            y = side(x, *args, **kwargs)
+            mixed = mixed + self.strength.spread(share, y) * y
+        return mixed.to(y.dtype)
+
+    def __getattr__(self, name: str) -> object:
+        """What a model asks of the module itself (`embed_tokens.padding_idx`, say) is the reference's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("ref"), name)
+
+
+def in_rows(base: PreTrainedModel, ref: PreTrainedModel, *aligned: PreTrainedModel) -> PreTrainedModel | None:
+    """Models over one set of base weights as one model with strengths for each row.
+
+    Args:
+        base: the plain base model.
+        ref, aligned: `base`, or PEFT's model of it with an adapter unmerged, sharing the base's storages; one aligned
+            model or several.
+
+    Returns:
+        A model of the same class that shares all weights and acts as the aligned one, with its `Strength` as
+        `model.dera_strength`; None where rows cannot be told apart: mixtures of experts regroup their tokens, and of
+        modules that differ only those are mixed that are linear in their weights and do nothing but map their input.
+    """
+    if any("expert" in name for name, _ in base.named_modules()):
+        return None
+    strength = Strength()
+    model = second_tree(base)
+
+    def walk(name: str, base: torch.nn.Module, sides: list[torch.nn.Module]) -> bool:
+        """Put rows where the sides differ; False where that cannot be done."""
+        sides = [_trained_whole(side) for side in sides]
+        if all(_same(base, side) for side in sides):
+            return True
+        if (low_rank := _low_rank(base, sides, strength, model.dtype)) is not None:
+            model.set_submodule(name, low_rank)
+            return True
+        if (
+            {type(side) for side in sides} == {type(base)}
+            and list(base.children())
+            and not list(base.parameters(False))
+        ):
+            return all(
+                walk(f"{name}.{c}", m, [side.get_submodule(c) for side in sides]) for c, m in base.named_children()
+            )
+        if not (isinstance(base, torch.nn.Linear | torch.nn.Embedding | Conv1D) or "Norm" in type(base).__name__):
+            return False  # attention or a state-space layer, say: it has a cache, or methods besides forward
+        model.set_submodule(name, MixedRows(sides[0], sides[1:], strength))
+        return True
+
+    if not all(walk(c, m, [side.get_submodule(c) for side in (ref, *aligned)]) for c, m in base.named_children()):
+        return None
+    model.dera_strength = strength
+    return model.eval()
+
+
+def _trained_whole(module: torch.nn.Module) -> torch.nn.Module:
+    """What stands in PEFT's wrapper of a module that was trained whole; any other module as it is."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
+        doors.check("adapters", module)
+        return module.modules_to_save[module.active_adapters[0]]
+    return module
+
+
+def second_tree(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose modules can be replaced, over the same layers (quantised ones hold more) and tensors."""
+    leaves = [module for module in model.modules() if not list(module.children())]
+    return copy.deepcopy(model, memo={id(leaf): leaf for leaf in (*leaves, *model.parameters(), *model.buffers())})
+
+
+def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two modules are built alike over the same storages."""
+    if [type(m) for m in one.modules()] != [type(m) for m in other.modules()]:
+        return False
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(p.data_ptr() == q.data_ptr() and p.shape == q.shape for p, q in pairs)
+
+
+def _low_rank(
+    base: torch.nn.Module, sides: Sequence[torch.nn.Module], strength: Strength, dtype: torch.dtype
+) -> LowRankRows | None:
+    factors = []
+    for side in sides:
+        if _same(base, side):
+            factors.append(None)
+        elif (found := _factors(side)) and _same(base, side.get_base_layer()):
+            factors.append(found)
+        else:
+            return None
+    return LowRankRows(base, factors, strength, dtype)
+
+
+def _factors(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(A, scale·B) of a PEFT layer that is nothing but W·x + scale·B·A·x, else None."""
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper) or len(layer.active_adapters) != 1:
+        return None
+    doors.check("adapters", layer)
+    (name,) = layer.active_adapters
+    plain = name in layer.lora_A and not layer.lora_variant.get(name) and not layer.lora_bias.get(name)
+    if not plain or not all(type(part[name]) is torch.nn.Linear for part in (layer.lora_A, layer.lora_B)):
+        return None
+    return layer.lora_A[name].weight.detach(), layer.scaling[name] * layer.lora_B[name].weight.detach()

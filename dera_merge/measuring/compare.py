@@ -1,0 +1,282 @@
+"""How far the merged model is from exact DeRa, token by token, and what that means.
+
+`compare` is the whole line: texts are given or sampled; each model reads them once and leaves its last hidden states
+(`traces.py`); distributions are made from these a few tokens at a time and reduced in float64 (`divergence.py`). K
+values of λ on given texts cost K+2 passes, 2K+2 where rounding is told apart. What is asked for beyond that, each a
+function over the
+same traces: a scale that people know (`yardstick.py`), a prediction from few probes (`statistics/prediction.py`), where
+the error comes from (`attribution.py`), and texts of both models under the same noise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from .. import lambdas
+from ..errors import DeraError, warn
+from ..lambdas import Lam, Vector
+from ..merging.path import Curve, opened
+from ..merging.recipe import verify, weights_digest
+from ..merging.storage import Storage
+from ..models.fingerprint import fingerprint
+from ..models.pair import Pair
+from ..processes import launched
+from ..progress import Progress
+from ..serving import vllm_server as engines
+from ..statistics.prediction import predict
+from ..statistics.summary import MEASURES, gram_of, log_ratio, summarise
+from ..statistics.verdict import bits_like, verdict
+from ..texts import prompts as prompt_files
+from ..texts.prompts import Prompt
+from .laboratory import Compute
+from .ledger import Ledger
+from .report import Report
+from .steps import ComparisonLab, Measured
+from .traces import Text
+from .where import coupled_figures, for_each_token, shown_texts, where_it_lies
+
+if TYPE_CHECKING:
+    from ..merging.rounding import Rounding
+
+Extra = Literal["floor", "ladder", "predict", "layers", "coupled"]
+EXTRAS: tuple[Extra, ...] = ("floor", "ladder", "predict", "layers", "coupled")
+
+
+def compare(
+    pair: Pair,
+    lams: Sequence[float | Sequence[float]],
+    prompts: Sequence[str | dict[str, Any]] | None = None,
+    *,
+    approx: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str] | Curve | None = None,
+    dtype: torch.dtype | str | None = "auto",
+    rounding: Rounding | None = None,
+    texts: Literal["exact", "merged"] = "exact",
+    samples: int = 1,
+    max_new_tokens: int = 64,
+    extras: Iterable[Extra] = ("floor",),
+    extra_prompts: int = 8,
+    reward: Callable[[str], float] | None = None,
+    seed: int = 0,
+    engine: str | None = None,
+    device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | str = torch.float32,
+    unfinished: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure the merged model against exact DeRa at each λ.
+
+    Started by `accelerate launch` or `torchrun`, each process measures a share of the prompts; all return the same
+    report.
+
+    Args:
+        pair: the two models.
+        lams: the λ to measure; with several aligned models, a number for each.
+        prompts: texts, `{"prompt": …}` or `{"messages": …}`, all or none with a `"completion"` to score on; without
+            completions, texts are sampled at temperature 1 for each λ. Default: 32 general ones.
+        approx: a directory that `merge` wrote, or the parent of `lambda-*`, to measure instead of merging anew.
+        path: a path that `calibrate` learned, or its file, to measure in the place of the straight line.
+        dtype, rounding, seed: how the merged model is stored, as for `merge`. `seed` also drives sampling and
+            bootstrap.
+        texts: whose texts to sample: exact DeRa's, or the merged model's, which users will see.
+        samples: how many for each prompt.
+        max_new_tokens: length of sampled texts, in tokens.
+        extras: what to measure beside the divergences:
+            `"floor"`: what bfloat16 alone costs exact DeRa;
+            `"ladder"`: what quantisation to 8, 6, 5, 4, 3 bits costs it;
+            `"predict"`: kl over the whole range of λ, from merges at ¼, ¾ and the largest λ (one aligned model);
+            `"layers"`: which tensors the error comes from, and where the features part (one aligned model);
+            `"coupled"`: texts of both models under the same noise.
+        extra_prompts: floor, ladder and layers look at the texts of this many prompts.
+        reward: a text's reward, for `"coupled"`.
+        engine: sample by vLLM: the address of a server of the pair's exact directory, or `"vllm"` to start one.
+        device, compute_dtype: where and in what the models run.
+        unfinished: a directory in which to keep finished steps until all are done; with several processes nothing is
+            kept.
+        resume: go on with what an interrupted call with the same arguments left there.
+        progress: called as work goes on.
+
+    Returns:
+        A `Report`. Divergences are in nats per token, averaged over all scored tokens, intervals are 95 % (bootstrap
+        over prompts).
+
+    Raises:
+        DeraError: the pair cannot be merged or run, prompts are unusable, or `approx` or `path` is for another λ or
+            pair.
+    """
+    lams = pair.known(lams)
+    extras = tuple(extras)
+    if unknown := sorted(set(extras) - set(EXTRAS)):
+        raise DeraError(f"{unknown[0]!r} is nothing that can be measured; known are {', '.join(EXTRAS)}")
+    for extra in ("predict", "layers"):
+        if extra in extras:
+            pair.only_pair(f"--with {extra} is")
+    if approx is not None and path is not None:
+        raise DeraError("--approx measures a directory, --path merges anew; give one of the two")
+    tokenizer = pair.tokenizer
+    encoded = prompt_files.encode(prompt_files.default(tokenizer) if prompts is None else prompts, tokenizer)
+    given = [prompt.completion is not None for prompt in encoded]
+    if any(given) and not all(given):
+        raise DeraError(f"prompt {given.index(False) + 1} has no completion, others have; give all or none")
+    if all(given) and (samples > 1 or texts == "merged"):
+        raise DeraError("the prompts bring completions, so that nothing is sampled; leave out --texts and --samples")
+    if engine and (all(given) or texts == "merged" or "coupled" in extras):
+        raise DeraError("--engine samples exact DeRa's texts, with noise of its own; leave it out for given texts, for "
+                        "--texts merged and for --with coupled")  # fmt: skip
+    _check_lengths(encoded, max_new_tokens, pair.context_length, "coupled" in extras)
+    storage = Storage.of(pair.names, dtype, rounding, seed)
+    rounds = any(kind != torch.float32 for kind, _ in storage.layout(pair.names).values())
+    curve = opened(path, pair, lams)
+    approximations = {lam: _approximation(approx, lam, pair) for lam in lams} if approx is not None else {}
+    process, processes = launched()
+    ledger = Ledger(
+        None if unfinished is None or processes > 1 else Path(unfinished),
+        {"pair": fingerprint(pair), "lams": lams, "prompts": [[p.ids, p.completion] for p in encoded],
+         "approx": str(approx), "path": curve.sha256 if curve else None, "dtype": str(dtype),
+         "rounding": storage.rounding,
+         "texts": texts, "samples": samples, "tokens": max_new_tokens, "seed": seed, "compute": str(compute_dtype),
+         "extra_prompts": extra_prompts, "engine": bool(engine)},
+        resume, writes=process == 0,
+    )  # fmt: skip
+    what = Measured(encoded, samples, max_new_tokens, storage, approximations)
+    lab = ComparisonLab(pair, Compute(device, compute_dtype), curve, seed, progress, what, rounds, ledger)
+
+    try:
+        with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
+            report = _compared(lab, lams, texts, extras, extra_prompts, reward)
+    except DeraError:  # what cannot be done leaves nothing; an interruption leaves its finished steps
+        ledger.close()
+        raise
+    rounding, merge_seed, along = storage.rounding, seed, curve.describe() if curve else None
+    for result in report.results:
+        if result["lambda"] in approximations:
+            result["weights"] = weights_digest(approximations[result["lambda"]][1])
+    for _, recipe in approximations.values():  # what was measured is what lies there
+        dtype, rounding, merge_seed = recipe.get("dtype"), recipe.get("rounding"), recipe.get("seed")
+        along = None if recipe.get("path", "line") == "line" else recipe["path"]
+    origin = "exact DeRa" if texts == "exact" else "the merged model"
+    report.settings |= {
+        "prompts": len(encoded), "texts": "given" if all(given) else f"sampled from {origin} at each λ",
+        "engine": "vllm" if engine else None, "samples": None if all(given) else samples,
+        "max_new_tokens": None if all(given) else max_new_tokens,
+        "dtype": str(dtype).removeprefix("torch."), "rounding": rounding, "seed": seed,
+        "merge_seed": merge_seed, "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "approx": None if approx is None else os.fspath(approx), "path": along,
+        "extras": list(extras), "extra_prompts": min(extra_prompts, len(encoded)), "fingerprint": fingerprint(pair),
+    }  # fmt: skip
+    ledger.close()
+    return report
+
+
+def _compared(
+    lab: ComparisonLab, lams: list[Lam], texts: str, extras: Sequence[Extra], extra_prompts: int,
+    reward: Callable[[str], float] | None,
+) -> Report:  # fmt: skip
+    """All the measuring that `compare` promises."""
+    pair, encoded, tokenizer, seed, curve = lab.pair, lab.prompts, lab.pair.tokenizer, lab.seed, lab.path
+    given = [prompt.completion is not None for prompt in encoded]
+    report = Report(pair.ref.source.name, pair.aligned_name, [], {})
+    # On given texts, reference and aligned model read once for all λ.
+    groups = [(lams, lab.given())] if all(given) else [([lam], lab.sampled(texts, lam)) for lam in lams]
+    readings: dict[Lam, dict[str, np.ndarray]] = {}
+    for at, chosen in groups:
+        readings |= lab.measure(at, chosen)
+    resolution = max(float(reading["resolution"][0]) for reading in readings.values())
+    texts_at = {lam: chosen for at, chosen in groups for lam in at}
+    few = {lam: [text for text in chosen if text.prompt < extra_prompts] for lam, chosen in texts_at.items()}
+    floors = lab.floor(few) if "floor" in extras else {}
+    rungs = lab.ladder(few) if "ladder" in extras else {}
+    for lam in lams:
+        prompt_of = for_each_token([text.prompt for text in texts_at[lam]], texts_at[lam])
+        text_of = for_each_token(range(len(texts_at[lam])), texts_at[lam])
+        per_token = {key: values for key, values in readings[lam].items() if key != "resolution"}
+        report.per_token[lam], report.prompt_of[lam] = per_token, prompt_of
+        result = {"lambda": lam, **summarise(per_token, prompt_of, text_of, resolution, seed)}
+        if isinstance(lam, Vector):
+            result["log_ratio"] = log_ratio(gram_of(per_token, len(lam)), lam)
+        if not lab.knows_path(lam):
+            result |= {"kl_rounding": None, "kl_nonlinearity": None}
+        if floors:
+            result["noise_floor"] = floors[lam]
+        if rungs:
+            result["ladder"] = {str(bits): kl[lam] for bits, kl in rungs.items()}
+            same = prompt_of < extra_prompts  # the texts that the rungs were measured on
+            result["ladder_kl"] = float(per_token["kl"][same].mean())
+            result["bits"] = bits_like(result["ladder_kl"], {bits: kl[lam] for bits, kl in rungs.items()})
+        result["verdict"], result["why"] = verdict(result, floors.get(lam), resolution)
+        result |= where_it_lies(per_token, texts_at[lam], tokenizer)
+        report.results.append(result)
+    merged_texts: dict[Lam, tuple[list[Text], dict[str, np.ndarray]]] = {}
+    if "coupled" in extras:
+        for result in report.results:
+            lam = result["lambda"]
+            ours = texts_at[lam] if not all(given) and texts == "exact" else lab.sampled("exact", lam)
+            theirs = texts_at[lam] if texts == "merged" else lab.sampled("merged", lam)
+            result["coupled"] = coupled_figures(ours, theirs, tokenizer, reward, seed)
+            if texts != "merged":
+                (reading,) = lab.measure([lam], theirs, "merged-").values()
+                merged_texts[lam] = (theirs, reading)
+                kept = {key: values for key, values in reading.items() if key != "resolution"}
+                prompt_of = for_each_token([text.prompt for text in theirs], theirs)
+                text_of = for_each_token(range(len(theirs)), theirs)
+                figures = summarise(kept, prompt_of, text_of, resolution, seed)
+                result["on_merged_texts"] = {key: figures[key] for key in ("tokens", *MEASURES, "kl_ci", "captured")}
+    if "predict" in extras:
+        probes = {}
+        for lam in lab.probes(lams):
+            reading = readings.get(lam) if curve is None and not lab.approximations else None
+            if reading is None:
+                home = lab.given() if all(given) else lab.sampled("exact", lam)
+                reading = lab.measure([lam], home, "probe-", lambda lam: [("kl", lab.line(lam))])[lam]
+            probes[lam] = float(reading.get("kl_nonlinearity", reading["kl"]).mean())
+        ends = min(0.0, *lams), max(1.0, *lams)
+        grid = sorted({*lams, *np.linspace(*ends, 65).round(4).tolist()} - set(lambdas.ends()))
+        report.prediction = predict(probes, grid, resolution)
+        known = {row["lambda"]: row for row in report.prediction}
+        for result in report.results:
+            if row := known.get(result["lambda"]):
+                result["predicted"] = {"kl": row["kl"], "holds": row["holds"]}
+    if "layers" in extras:
+        for result in report.results:
+            if not lambdas.is_end(result["lambda"]):
+                result["layers"] = lab.layers(few[result["lambda"]], result["lambda"])
+    if all(given) or texts == "merged":  # the weights to the sequence-level mixture are those of exact DeRa's own texts
+        for result in report.results:
+            result["sequence"]["ess_share"] = None
+    whose = "given" if all(given) else "exact DeRa" if texts == "exact" else "merged"
+    report.texts = shown_texts(whose, lams, texts_at, report.per_token, merged_texts, tokenizer, encoded)
+    report.settings = {"resolution": resolution}
+    return report
+
+
+def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None, sampled: bool) -> None:
+    for number, prompt in enumerate(prompts, 1):
+        given = 0 if prompt.completion is None else len(prompt.completion)
+        count = len(prompt.ids) + max(given, max_new_tokens if sampled or prompt.completion is None else 0)
+        if limit and count > limit:
+            raise DeraError(f"prompt {number} and its completion have up to {count} tokens, the model takes {limit}")
+
+
+def _approximation(approx: str | os.PathLike[str], lam: Lam, pair: Pair) -> tuple[Path, dict[str, Any]]:
+    """The merged directory for λ, `approx` itself or `approx/lambda-<λ>`, and its recipe."""
+    folder = Path(approx)
+    if not (folder / "dera_merge.json").is_file() and (folder / lambdas.folder_name(lam)).is_dir():
+        folder = folder / lambdas.folder_name(lam)
+    recipe = verify(folder)
+    if recipe["lambda"] != lam:
+        raise DeraError(f"{folder} was merged at λ={recipe['lambda']:g}, asked for is λ={lam:g}")
+    made_of = [recipe["ref"], recipe["aligned"], *recipe.get("others", ())]
+    if len(made_of) != len(pair.sides):
+        raise DeraError(f"{folder} was merged from {len(made_of)} models, compared are {len(pair.sides)}")
+    for made, side in zip(made_of, pair.sides, strict=True):
+        name = str(made.get("name"))
+        if name != side.source.name and Path(name).resolve() != side.source.folder:
+            warn(f"{folder} was merged from {name}, it is compared with {side.source.name}; are they the same model?")
+    return folder, recipe

@@ -1,0 +1,255 @@
+"""The models of one comparison, and each step that needs them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..decoding.load import load_model
+from ..errors import DeraError
+from ..lambdas import Lam
+from ..merging.path import Curve
+from ..merging.storage import Storage
+from ..models.pair import Pair
+from ..processes import gathered
+from ..progress import Progress
+from ..statistics.prediction import PROBES
+from ..texts.prompts import Prompt
+from ..texts.samplers import ModelSampler, Sampler
+from . import attribution, yardstick
+from .divergence import divergences
+from .laboratory import Compute, Laboratory
+from .ledger import Ledger
+from .traces import Text, Trace, tokens_of, trace_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Approximations = dict[Lam, tuple[Path, dict[str, Any]]]  # λ → a merged directory, and its recipe
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is compared with exact DeRa, and on which texts.
+
+    Attributes:
+        prompts: with a completion each, or without any.
+        samples: texts for each prompt, where they are sampled.
+        max_new_tokens: of these, in tokens.
+        storage: how the merged model is stored.
+        approximations: merged directories that are measured in its place.
+    """
+
+    prompts: list[Prompt]
+    samples: int
+    max_new_tokens: int
+    storage: Storage
+    approximations: Approximations = field(default_factory=dict)
+
+
+class ComparisonLab(Laboratory):
+    """Each step of a comparison: read back from the ledger where it is done already.
+
+    Args:
+        pair, compute, path, seed, tell: as for `Laboratory`.
+        what: is measured.
+        rounds: whether storing rounds, so that kl has two parts.
+        ledger: of finished steps.
+    """
+
+    def __init__(
+        self, pair: Pair, compute: Compute, path: Curve | None, seed: int, tell: Progress | None, what: Measured,
+        rounds: bool, ledger: Ledger,
+    ) -> None:  # fmt: skip
+        super().__init__(pair, compute, path, seed, tell)
+        self.what, self.rounds, self.ledger = what, rounds, ledger
+        self.prompts, self.approximations = what.prompts, what.approximations
+
+    def stored(self, lam: Lam) -> PreTrainedModel:
+        """The model to measure at λ."""
+        if lam in self.approximations:
+            return load_model(self.approximations[lam][0], self.compute.dtype, self.compute.device)
+        storage = self.what.storage
+        dtype = "auto" if storage.dtype is None else storage.dtype
+        return self.merged(lam, "stored", dtype=dtype, rounding=storage.rounding, seed=storage.seed)
+
+    def line(self, lam: Lam) -> PreTrainedModel:
+        """θ_ref + λΔ, not rounded, whatever path is measured."""
+        return self.merged(lam) if self.path is None else self.merged(lam, "line", path=None)
+
+    def knows_path(self, lam: Lam) -> bool:
+        """Whether what is measured lies on the path that we have, so that rounding can be told apart."""
+        return lam not in self.approximations or self.approximations[lam][1].get("path", "line") == "line"
+
+    @property
+    def merged_sampler(self) -> Sampler:
+        """Writes the texts of the model that is measured."""
+        return ModelSampler(self.stored, self.pair.tokenizer, self.seed, self.pair.vocab_size)
+
+    # Texts
+
+    def given(self) -> list[Text]:
+        """The prompts with their completions."""
+        return [Text(i, [*p.ids, *(p.completion or [])], len(p.ids)) for i, p in enumerate(self.prompts)]
+
+    def sampled(self, whose: str, lam: Lam) -> list[Text]:
+        """Texts of exact DeRa or of the merged model, with noise that depends on (seed, prompt, sample) only."""
+        streams = [(i, s) for i in range(len(self.prompts)) for s in range(self.what.samples)]
+        mine = self.share(streams)
+        what = f"sampling from {'exact DeRa' if whose == 'exact' else 'the merged model'} at λ={lam:g}"
+
+        def work() -> dict[str, np.ndarray]:
+            sampler = self.exact_sampler if whose == "exact" else self.merged_sampler
+            new = sampler.sample(
+                [self.prompts[i].ids for i, _ in mine], [lam] * len(mine), [i + s * len(self.prompts) for i, s in mine],
+                max_new_tokens=self.what.max_new_tokens, progress=lambda done: self.tell(what, done, len(mine)),
+            )  # fmt: skip
+            every = dict(gathered(list(zip(mine, new, strict=True))))
+            rows = [every[stream] for stream in streams]
+            return {"tokens": np.concatenate([np.array(row, dtype=np.int64) for row in rows]),
+                    "lengths": np.array([len(row) for row in rows])}  # fmt: skip
+
+        found = self.ledger.step(f"texts-{whose}-{lam:g}", work)
+        rows = np.split(found["tokens"], np.cumsum(found["lengths"])[:-1])
+        return [
+            Text(i, [*self.prompts[i].ids, *row.tolist()], len(self.prompts[i].ids))
+            for (i, _), row in zip(streams, rows, strict=True)
+        ]
+
+    # Figures of each token
+
+    def measured(self, lam: Lam) -> Iterator[tuple[str, PreTrainedModel]]:
+        """What is compared at λ, and what its kl is called: as stored, in float32, and on the straight line."""
+        stored = self.rounds or lam in self.approximations
+        if stored:
+            yield "kl", self.stored(lam)
+        if self.knows_path(lam) or not stored:
+            yield "kl_nonlinearity" if stored else "kl", self.merged(lam)
+        if self.path is not None:
+            yield "kl_line", self.line(lam)
+
+    def measure(
+        self, lams: Sequence[Lam], texts: list[Text], label: str = "",
+        models: Callable[[Lam], Iterable[tuple[str, PreTrainedModel]]] | None = None,
+    ) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
+        """Per-token figures at each λ on these texts, and `resolution` (1,)."""
+        missing = [lam for lam in lams if not self.ledger.has(f"{label}tokens-{lam:g}")]
+        fresh = self._measure(missing, texts, models or self.measured) if missing else {}
+        return {lam: self.ledger.step(f"{label}tokens-{lam:g}", lambda lam=lam: fresh[lam]) for lam in lams}
+
+    def _measure(
+        self, lams: Sequence[Lam], texts: list[Text],
+        models: Callable[[Lam], Iterable[tuple[str, PreTrainedModel]]],
+    ) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
+        mine = list(self.share(range(len(texts))))
+        chosen = [texts[i] for i in mine]
+        each = 1 + (self.rounds or bool(self.approximations)) + (self.path is not None)
+        done, steps = itertools.count(1), each * len(lams) + len(self.pair.sides)
+        if not chosen:
+            raise DeraError(f"{len(texts)} texts are fewer than the {self.processes} processes; start fewer")
+
+        def read(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = None) -> Trace:
+            trace = trace_of(model, chosen, heads)
+            self.tell("scoring", next(done), steps)
+            return trace
+
+        sides = [read(model) for model in self.exact.sides]
+        resolution = _resolution(self.exact.ref, sides[0], chosen)
+        heads: list[torch.nn.ModuleDict] = []  # turning λ may change the head, so traces keep the one they had
+        traces = []
+        for lam in lams:
+            traces.append((lam, {name: read(model, heads) for name, model in models(lam)}))
+        per_token = divergences(sides, traces, tokens_of(chosen), self.exact.config.vocab_size)
+        sizes = np.cumsum([len(text.completion) for text in chosen])[:-1]
+        rows = {lam: {key: np.split(values, sizes) for key, values in row.items()} for lam, row in per_token.items()}
+        every = gathered([(i, {lam: {k: v[n] for k, v in row.items()} for lam, row in rows.items()}, resolution)
+                          for n, i in enumerate(mine)])  # fmt: skip
+        every.sort(key=lambda entry: entry[0])
+        worst = np.array([max(entry[2] for entry in every)])
+        return {
+            lam: {key: np.concatenate([entry[1][lam][key] for entry in every]) for key in rows[lam]}
+            | {"resolution": worst}
+            for lam in lams
+        }
+
+    # Scales and sources of the error, on the texts of a few prompts
+
+    def _pooled(self, few: dict[Lam, list[Text]]) -> tuple[list[Text], dict[Lam, slice]]:
+        """The texts of all λ in one list, given texts once, and which tokens of it belong to each λ."""
+        distinct: dict[int, slice] = {}
+        texts: list[Text] = []
+        places, start = {}, 0
+        for lam, chosen in few.items():
+            if id(chosen[0]) not in distinct:
+                size = sum(len(text.completion) for text in chosen)
+                distinct[id(chosen[0])] = slice(start, start + size)
+                texts += chosen
+                start += size
+            places[lam] = distinct[id(chosen[0])]
+        return texts, places
+
+    def floor(self, few: dict[Lam, list[Text]]) -> dict[Lam, float]:
+        """What bfloat16 alone costs exact DeRa at each λ, nats per token."""
+        texts, places = self._pooled(few)
+        count = itertools.count(1)
+
+        def work() -> dict[str, np.ndarray]:
+            tell = lambda: self.tell("measuring bfloat16", next(count), 2 * len(self.pair.sides))  # noqa: E731
+            kl = yardstick.noise_floor(self.pair, texts, list(few), self.compute.device, tell)
+            return {f"{lam:g}": values for lam, values in kl.items()}
+
+        found = self.ledger.step("floor", work)
+        return {lam: float(found[f"{lam:g}"][places[lam]].mean()) for lam in few}
+
+    def ladder(self, few: dict[Lam, list[Text]]) -> dict[int, dict[Lam, float]]:
+        """What quantisation costs exact DeRa: bits → λ → nats per token."""
+        texts, places = self._pooled(few)
+        count = itertools.count(1)
+
+        def work() -> dict[str, np.ndarray]:
+            steps = len(self.pair.sides) * (len(yardstick.BITS) + 1)
+            tell = lambda: self.tell("quantising", next(count), steps)  # noqa: E731
+            rungs = yardstick.ladder(self.pair, texts, list(few), self.compute.device, tell)
+            return {f"{bits} {lam:g}": values for bits, row in rungs.items() for lam, values in row.items()}
+
+        found = self.ledger.step("ladder", work)
+        return {
+            bits: {lam: float(found[f"{bits} {lam:g}"][places[lam]].mean()) for lam in few} for bits in yardstick.BITS
+        }
+
+    def probes(self, lams: Sequence[float]) -> list[float]:
+        """Where the merge is measured to predict the rest of the range."""
+        return [*PROBES, *([max(lams)] if max(lams) > 1 else [])]
+
+    def layers(self, texts: list[Text], lam: float) -> dict[str, Any]:
+        """Where the error at λ comes from: shares by tensor, by layer and by kind, and the features' gap by layer."""
+
+        def work() -> dict[str, np.ndarray]:
+            what = f"looking into the layers at λ={lam:g}"
+            device, tell = self.compute.device, lambda done, total: self.tell(what, done, total)
+            shares = attribution.attribute(self.pair, texts, lam, device, tell)
+            gaps = attribution.feature_gaps(self.exact.ref, self.exact.aligned, self.line(lam), texts, lam)
+            return {"names": np.array(list(shares)), "shares": np.array(list(shares.values())), "gaps": np.array(gaps)}
+
+        found = self.ledger.step(f"layers-{lam:g}", work)
+        shares = dict(zip(found["names"].tolist(), found["shares"].tolist(), strict=True))
+        return attribution.by_layer(shares, found["gaps"].tolist())
+
+
+@torch.no_grad()
+def _resolution(model: PreTrainedModel, trace: Trace, texts: list[Text]) -> float:
+    """The largest kl that the reference shows against itself, read in a batch of another shape: noise, in nats."""
+    few = texts[:4]
+    again = torch.cat([trace_of(model, [text]).hidden for text in few])
+    batched = trace.hidden[: len(again)]
+    worst = 0.0
+    for one, other in zip(batched.split(16), again.split(16), strict=True):
+        p, q = (torch.log_softmax(trace.head(states).double(), -1) for states in (one, other))
+        worst = max(worst, float((p.exp() * (p - q)).sum(-1).abs().max()))
+    return max(worst, 1e-12)

@@ -1,0 +1,152 @@
+"""What a model makes of given texts: last hidden states at the scored tokens, and the head for their logits.
+
+Hidden states are small; distributions over the vocabulary are made from them a few tokens at a time. So many models can
+be compared on the same texts, each having read them once, and nothing of size vocabulary × text exists.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..errors import DeraError
+from ..models import doors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_TOKENS = 2048  # tokens that a model reads at a time
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A completion to score, and the index of its prompt."""
+
+    prompt: int
+    ids: list[int]  # prompt and completion
+    start: int  # where the completion begins
+
+    @property
+    def completion(self) -> list[int]:
+        return self.ids[self.start :]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a model makes of the texts: hidden states (scored tokens, hidden size), and its head, hidden → logits."""
+
+    hidden: torch.Tensor
+    head: Head
+
+
+def tokens_of(texts: Sequence[Text]) -> torch.Tensor:
+    """The scored tokens of all texts, one after another, (scored tokens,)."""
+    return torch.tensor([token for text in texts for token in text.completion])
+
+
+def per_text(values: np.ndarray, texts: Sequence[Text]) -> np.ndarray:
+    """Sums of (scored tokens, …) over the tokens of each text, (texts, …)."""
+    return np.add.reduceat(values, np.cumsum([0, *(len(text.completion) for text in texts)])[:-1])
+
+
+def batches(texts: Sequence[Text], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Indices of texts in batches of about this many tokens, longest first, so that little is padding."""
+    order = sorted(range(len(texts)), key=lambda index: -len(texts[index].ids))
+    while order:
+        count = max(1, tokens // len(texts[order[0]].ids))
+        yield order[:count]
+        order = order[count:]
+
+
+def padded(texts: Sequence[Text], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both (texts, longest).
+
+    Padding is on the right, where a causal model does not see it: what it predicts depends on what came before.
+    """
+    width = max(len(text.ids) for text in texts)
+    ids = torch.tensor([text.ids + [0] * (width - len(text.ids)) for text in texts])
+    mask = torch.tensor([[1] * len(text.ids) + [0] * (width - len(text.ids)) for text in texts])
+    return ids.to(device), mask.to(device)
+
+
+def scored(states: torch.Tensor, texts: Sequence[Text]) -> torch.Tensor:
+    """Of a decoder's states (texts, tokens, …) those that predict completion tokens, (scored tokens, …)."""
+    return torch.cat([row[text.start - 1 : len(text.ids) - 1] for row, text in zip(states, texts, strict=True)])
+
+
+@torch.no_grad()
+def trace_of(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None = None) -> Trace:
+    """Run a model's decoder over the texts, longest first, and keep the hidden states that predict completion tokens.
+
+    Args:
+        heads: copies of heads that are to survive a change of the model; one that equals the model's is used again, so
+            that a head which λ does not touch is held once. None: the model will not change.
+    """
+    hidden: dict[int, torch.Tensor] = {}
+    for batch in batches(texts):
+        chosen = [texts[index] for index in batch]
+        ids, mask = padded(chosen, model.device)
+        states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        sizes = [len(text.completion) for text in chosen]
+        hidden |= dict(zip(batch, scored(states, chosen).split(sizes), strict=True))
+    head = head_of(model, heads)
+    _check_head(model, head, texts[0], hidden[0])
+    return Trace(torch.cat([hidden[index] for index in range(len(texts))]), head)
+
+
+class _Replay(torch.nn.Module):
+    """Stands in for a decoder: what comes in as `inputs_embeds` goes out as its last hidden state."""
+
+    class _Output:
+        def __init__(self, hidden: torch.Tensor) -> None:
+            self.last_hidden_state = hidden
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return self.last_hidden_state
+
+        def __getattr__(self, name: str) -> None:  # no caches, attentions, router logits
+            return None
+
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
+        return self._Output(inputs_embeds)
+
+
+def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = None) -> Head:
+    """The model without its decoder: hidden states (tokens, hidden size) → logits (tokens, vocabulary), float32.
+
+    It is the model's own forward, so scaled or soft-capped logits (Gemma, Cohere, Granite) come out right. Each token
+    is a sequence of its own there. `heads` as for `trace_of`.
+    """
+    modules = torch.nn.ModuleDict({name: m for name, m in model.named_children() if name != model.base_model_prefix})
+    if heads is not None:
+        same = (kept for kept in heads if all(map(torch.equal, kept.parameters(), modules.parameters())))
+        kept = next(same, None)
+        if kept is None:
+            kept = copy.deepcopy(modules)
+            heads.append(kept)
+        modules = kept
+    doors.check("compare", model)
+    head = copy.copy(model)
+    head._modules = {**modules, model.base_model_prefix: _Replay()}
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        return head(inputs_embeds=hidden[:, None], use_cache=False).logits[:, 0].float()
+
+    return logits
+
+
+def _check_head(model: PreTrainedModel, head: Head, text: Text, hidden: torch.Tensor) -> None:
+    ids = torch.tensor([text.ids[: text.start + 1]], device=model.device)
+    whole = model(input_ids=ids, use_cache=False).logits[0, text.start - 1].float()
+    here = head(hidden[:1])[0]
+    if not whole.isfinite().any():
+        raise DeraError(f"{type(model).__name__} gives no finite logits; is λ too large, or an input broken?")
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not torch.allclose(whole, here, rtol=tolerance, atol=tolerance * float(whole.abs().max())):
+        raise DeraError(f"{type(model).__name__} is not a decoder followed by a head; compare cannot measure it yet")

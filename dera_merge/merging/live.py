@@ -1,0 +1,122 @@
+"""One live model whose λ turns in place: θ_ref + λΔ in the parameters of an ordinary transformers model."""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import DeraError
+from ..files.buffers import Buffers
+from ..files.checkpoint import slices
+from ..files.ordered import in_order
+from ..lambdas import Lam
+from ..models.pair import Pair
+from .path import Curve, opened
+from .storage import Storage
+from .theta import Sums, stored_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .rounding import Rounding
+
+
+@dataclass(frozen=True)
+class _Dial:
+    """What `set_lam` needs to compute the weights anew, exactly as `merge` would store them."""
+
+    pair: Pair
+    storage: Storage
+    curve: Curve | None
+
+    def build(self, lam: Lam, dtype: torch.dtype | str) -> PreTrainedModel:
+        """A new model at λ, by transformers' own loading, which knows about tied, renamed and fused tensors."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.pair.ref.base.folder, trust_remote_code=self.pair.trust.code)
+        if self.pair.names.unties:
+            config.tie_word_embeddings = False
+        state = dict(self.weights(lam))
+        model, report = self.pair.architecture.model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise DeraError(f"{self.pair.ref.base.name} lacks tensor {missing[0]}; transformers would make it up")
+        return model
+
+    def weights(self, lam: Lam) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor of θ(λ) in turn."""
+        if self.curve:
+            self.curve.check_lambda(lam)
+        names = self.pair.names
+        tasks = [(name, *rows) for name, info in names.tensors.items() for rows in slices(info)]
+
+        def work(task: tuple[str, int, int], scratch: Buffers, kept: Buffers) -> list[tuple[torch.Tensor, Sums | None]]:
+            return stored_rows(names, *task, [lam], self.storage, scratch, kept, self.curve)
+
+        for (name, start, stop), [(rows, _)] in zip(tasks, in_order(tasks, work), strict=True):
+            info = names.tensors[name]
+            if start == 0:
+                out = torch.empty(info.shape, dtype=rows.dtype)
+            out.view(info.rows, *info.row_shape)[start:stop] = rows
+            if stop == info.rows:
+                yield name, out
+
+
+def live(
+    pair: Pair,
+    lam: float | Sequence[float],
+    *,
+    dtype: torch.dtype | str | None = None,
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype | str | None = None,
+    path: str | os.PathLike[str] | Curve | None = None,
+) -> PreTrainedModel:
+    """θ(λ) as a transformers model of the pair's architecture, in evaluation mode, with a method `set_lam`.
+
+    Args:
+        pair: the two models.
+        lam: λ to begin with; with several aligned models, a number for each.
+        dtype: what the weights are rounded to: None leaves float32; `"auto"`, or a dtype, rounds as `merge` does, and
+            the values are then those of `merge`'s checkpoint bit for bit.
+        rounding, seed: as for `merge`.
+        device: where the model goes.
+        compute_dtype: dtype of the parameters; default `dtype`, or float32 where that is None.
+        path: a path that `calibrate` learned, or its file, in the place of the straight line.
+
+    Returns:
+        The model. `model.set_lam(λ)` computes θ(λ) anew from the two checkpoints and writes it into the parameters.
+
+    Raises:
+        DeraError: the pair has no weight-space form, or cannot be loaded; the path is another pair's, or not for this
+            λ.
+    """
+    (lam,) = pair.known([lam])
+    storage = Storage.of(pair.names, torch.float32 if dtype is None else dtype, rounding, seed)
+    dial = _Dial(pair, storage, opened(path, pair, [lam]))
+    model = dial.build(lam, compute_dtype or (torch.float32 if dtype is None else dtype)).to(device).eval()
+    if config := pair.generation_config():
+        model.generation_config = config
+    model._dera_dial = dial
+    model.set_lam = types.MethodType(_set_lam, model)
+    return model
+
+
+def _set_lam(model: PreTrainedModel, lam: float | Sequence[float]) -> None:
+    """Turn λ in place: the parameters become those of a fresh merge. Not while another thread generates."""
+    dial: _Dial = model._dera_dial
+    (lam,) = dial.pair.known([lam])
+    parameters = model.state_dict()  # shares memory with the model
+    places = {name: dial.pair.architecture.stored_name(name, parameters) for name in dial.pair.tensors}
+    if None not in places.values():
+        for name, weight in dial.weights(lam):
+            parameters[places[name]].copy_(weight)
+    else:  # transformers stores some of these tensors under other names, or fused; it knows how
+        model.load_state_dict(dial.build(lam, model.dtype).state_dict())

@@ -1,0 +1,192 @@
+"""θ_ref + λΔ from file to file: for every tensor, for every λ, read, blended, rounded, written.
+
+No model is loaded. `_write_shard` is the whole way of a tensor; `theta.Slice` is the arithmetic, `output.Output` the
+directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DeraError, warn
+from ..files.buffers import Buffers
+from ..files.checkpoint import slices
+from ..files.ordered import in_order
+from ..files.shards import ShardWriter, file_order
+from ..models.names import Names
+from ..models.pair import Pair
+from ..models.source import TOKENIZER_FILES
+from ..progress import Count
+from .output import Output, open_outputs, writing
+from .path import Curve, opened
+from .recipe import describe_pair
+from .rounding import Rounding
+from .storage import Storage, split_into_shards, total_bytes
+from .tally import Tally
+from .theta import Sums, stored_rows
+
+
+def merge(
+    pair: Pair,
+    out: str | os.PathLike[str],
+    lams: Sequence[float | Sequence[float]],
+    *,
+    dtype: torch.dtype | str | None = "auto",
+    rounding: Rounding | None = None,
+    seed: int = 0,
+    max_shard_size: int | str = "5GB",
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    shard: tuple[int, int] | None = None,
+    path: str | os.PathLike[str] | Curve | None = None,
+    progress: Count | None = None,
+) -> list[Path]:
+    """Write θ_ref + λΔ as ordinary checkpoints, all λ in one pass over the inputs.
+
+    Args:
+        pair: the two models.
+        out: the directory of the one λ; with several, they go to `out/lambda-<λ>`.
+        lams: finite λ; 0 is the reference, 1 the aligned model. With several aligned models, a number for each.
+        dtype: of the output: `"auto"` (each tensor's dtype in REF), or a torch dtype or its name.
+        rounding: `"stochastic"` (default for bfloat16 and float16 output) or `"nearest"`.
+        seed: of the stochastic rounding.
+        max_shard_size: bytes, or a text such as `"5GB"`.
+        resume: go on with a partial output of the same call.
+        overwrite: replace an output that dera-merge wrote.
+        allow_nonfinite: store NaN and infinity where θ(λ) is that, and count them, instead of raising.
+        shard: `(i, n)`, 1 ≤ i ≤ n: write the i-th of n shares of the weight files. The n calls, on one host or several
+            with a common disk, write one output; whichever ends last completes it.
+        path: a path that `calibrate` learned, or its file, in the place of the straight line.
+        progress: called with (bytes of θ written, bytes in all).
+
+    Returns:
+        The directories, in the order of `lams`. With `shard`, they are models once all shares are there.
+
+    Raises:
+        DeraError: the pair cannot be merged, the output exists or touches an input, the disk is full, an input breaks
+            off, or a change that is not zero would be rounded away whole. Nothing is left of an output that failed; an
+            interrupted one stays, marked as partial.
+    """
+    lams = pair.known(lams)
+    if shard and not (1 <= shard[0] <= shard[1]):
+        raise DeraError(f"--shard {shard[0]}/{shard[1]} is not a share; give i/n with 1 ≤ i ≤ n")
+    if shard and overwrite:
+        raise DeraError("--shard does not go with --overwrite: one process would remove what another writes")
+    source, curve = pair, opened(path, pair, lams)
+    if pair.new_tokens:
+        if set(lams) != {1.0} or pair.models > 1:
+            raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; only λ=1 can be merged")
+        source = replace(pair, sides=(pair.aligned, pair.aligned))
+    storage = Storage.of(source.names, dtype, rounding, seed, allow_nonfinite)
+    shards = split_into_shards(storage.layout(source.names), max_shard_size)
+    share = list(shards)[shard[0] - 1 :: shard[1]] if shard else list(shards)
+
+    recipe = describe_pair(pair, curve) | {
+        "dtype": "auto" if storage.dtype is None else str(storage.dtype).removeprefix("torch."),
+        "rounding": storage.rounding, "seed": seed, "allow_nonfinite": allow_nonfinite,
+    }  # fmt: skip
+    together = shard is not None
+    outputs = open_outputs(pair, out, lams, recipe, shards, resume=resume, overwrite=overwrite, together=together)
+    with writing(outputs, overwrite=overwrite, together=together) as pending:
+        for output in pending:
+            output.look(share)
+        if pending:
+            _write_shards(source.names, pending, share, storage, curve, progress)
+        beside = companions(pair) if pending else []
+        for output in pending:
+            if output.all_done() and (not together or output.claim()):
+                output.finish("config.json", _config(source, storage), beside)
+    return [output.folder for output in outputs]
+
+
+def _write_shards(
+    names: Names,
+    outputs: list[Output],
+    files: Sequence[str],
+    storage: Storage,
+    curve: Curve | None,
+    progress: Count | None,
+) -> None:
+    sizes = {file: total_bytes(outputs[0].shards[file]) for file in files}
+    before = 0
+    for file in files:
+        pending = [output for output in outputs if file not in output.done]
+        if pending:
+            tell = (lambda done, before=before: progress(before + done, sum(sizes.values()))) if progress else None
+            _write_shard(names, pending, file, storage, curve, tell)
+        before += sizes[file]
+
+
+def _write_shard(
+    names: Names,
+    outputs: list[Output],
+    file: str,
+    storage: Storage,
+    curve: Curve | None,
+    tell: Callable[[int], None] | None,
+) -> None:
+    layout, lams = outputs[0].shards[file], [output.lam for output in outputs]
+
+    def work(task: tuple[str, int, int], scratch: Buffers, kept: Buffers) -> list[tuple[torch.Tensor, Sums | None]]:
+        return stored_rows(names, *task, lams, storage, scratch, kept, curve)
+
+    writers = [ShardWriter(output.folder / file, layout) for output in outputs]
+    tallies = [Tally() for _ in outputs]
+    tasks = [(name, start, stop) for name in file_order(layout) for start, stop in slices(names.tensors[name])]
+    written = 0
+    try:
+        for (name, _, stop), results in zip(tasks, in_order(tasks, work), strict=True):
+            for output, writer, tally, (stored, sums) in zip(outputs, writers, tallies, results, strict=True):
+                writer.begin(stored)
+                if sums:
+                    tally.add(name, sums)
+                    if stop == names.tensors[name].rows and not tally.tensor_done() and names.adapts(name):
+                        raise DeraError(_nothing_left(name, output.lam, storage.rounding))
+            for writer in writers:
+                writer.settle()  # the next result may lie in the same memory
+            written += results[0][0].nbytes
+            if tell:
+                tell(written)
+        for output, writer, tally in zip(outputs, writers, tallies, strict=True):
+            output.shard_done(file, writer.close(), tally)
+    finally:
+        for writer in writers:
+            writer.abandon()
+
+
+def _nothing_left(name: str, lam: float, rounding: Rounding) -> str:
+    way_out = "--rounding stochastic keeps it on average" if rounding == "nearest" else "--dtype float32 keeps it"
+    return (
+        f"at λ={lam:g} nothing of the change of {name} survives rounding, the output would be the reference; {way_out}"
+    )
+
+
+def _config(pair: Pair, storage: Storage) -> dict[str, Any]:
+    config = dict(pair.ref.config)
+    config.pop("_name_or_path", None)
+    if storage.dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(storage.dtype).removeprefix("torch.")
+    if pair.names.unties:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def companions(pair: Pair) -> list[Path]:
+    """The files that go beside the weights, as they are."""
+    found: list[Path] = []
+    if pair.generation_folder:
+        found.append(pair.generation_folder / "generation_config.json")
+    try:
+        found += [path for name in TOKENIZER_FILES if (path := pair.tokenizer_folder / name).is_file()]
+    except DeraError:
+        warn("neither side brings a tokenizer; the output has none")
+    if pair.trust.code:
+        found += sorted(pair.ref.base.folder.glob("*.py"))
+    return found

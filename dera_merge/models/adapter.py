@@ -1,0 +1,290 @@
+"""A PEFT adapter on disk, and what it does to the tensors of a checkpoint.
+
+An adapter names modules of the model in memory (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`), a
+checkpoint names tensors on disk. `Architecture` says which is which, which tensors are tied, and which layers store
+their weight transposed (GPT-2's Conv1D).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import DeraError
+from ..files.atomic import load_json
+from ..files.checkpoint import Checkpoint, slices
+from . import doors
+from .architecture import Architecture
+from .pieces import LowRank, PeftModules, Piece, Replacement, ThroughPeft
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+# Types of which PEFT merges a module from the adapter's tensors and that module's weight alone. The others have no
+# weights to merge (prompts), or derive what they do from the base when they are loaded (OSF, PSOFT, FRoD, AdaMSS).
+_THROUGH_PEFT = frozenset(
+    "LORA ADALORA LOHA LOKR IA3 OFT BOFT VERA PVERA RANDLORA HRA FOURIERFT WAVEFT MISS VBLORA SHIRA LN_TUNING C3A "
+    "DELORA GRALORA HIRA GLORA UNILORA TINYLORA ROAD DEFT PEANUT BEFT TRAINABLE_TOKENS".split()
+)
+# What LoRA configs say that our own sum s·BA does not cover, and PEFT's merge does.
+_MORE_THAN_LOW_RANK = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+# What may be left at `init_lora_weights` without the base having been changed when the adapter was made.
+_HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+_PREFIX = "base_model.model."
+_SUFFIX = re.compile(
+    r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|base_layer\.weight|weight|bias)$"
+)
+# The base's embeddings, stored beside the adapter by `save_embedding_layers`.
+_COPY = re.compile(r"(\.base_layer|embed_tokens|lm_head|wte|embed_in|embed_out)\.weight$")
+# Matches patterns in a process of its own, because Python's re cannot be stopped.
+_TRY = "import json, re, sys; ps, ns = json.load(sys.stdin); [re.match(p, n) for p in ps for n in ns]"
+_PATIENCE = 10  # seconds
+
+
+@dataclass
+class Adapter:
+    """A PEFT adapter on disk: its config, its tensors, and what it does to a base checkpoint.
+
+    Attributes:
+        unmergeable: why it has no weight-space form here (then exact decoding, through PEFT, still works), or None.
+    """
+
+    folder: Path
+    allow_pickle: bool = False
+    config: dict[str, Any] = field(init=False)
+    unmergeable: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = load_json(self.folder / "adapter_config.json")
+        if not isinstance(self.config, dict) or "peft_type" not in self.config:
+            raise DeraError(f"{self.folder}/adapter_config.json names no peft_type; is this a PEFT adapter?")
+        self.unmergeable = self._why_unmergeable()
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.folder, "adapter_model", self.allow_pickle)
+
+    @property
+    def base_name(self) -> str | None:
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def trained_on(self) -> str | None:
+        """The quantisation of the base that it was trained on, where its config records one that we know."""
+        settings = self.config.get("quantization_config")
+        if not isinstance(settings, dict) or not settings.get("load_in_4bit"):
+            return None
+        double = "-double" if settings.get("bnb_4bit_use_double_quant") else ""
+        return f"{settings.get('bnb_4bit_quant_type', 'fp4')}{double}"
+
+    @property
+    def kind(self) -> str:
+        """What to call it: `LORA r=16`, say."""
+        rank = f" r={self.config['r']}" if self.config["peft_type"] == "LORA" and "r" in self.config else ""
+        return f"{self.config['peft_type']}{rank}"
+
+    @property
+    def changes_base_at_load(self) -> bool:
+        """PiSSA, OLoRA, LoftQ and their kind, unless converted, rewrite the base weights when PEFT loads them."""
+        return self.config.get("init_lora_weights", True) not in _HARMLESS_INIT
+
+    @property
+    def brings_base_tensors(self) -> bool:
+        """`save_embedding_layers` puts the base's embeddings beside the adapter; PEFT writes them into the base."""
+        return any(_COPY.search(key) for key in self.checkpoint.tensors)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all that it does are sums s·BA and tensors that were trained whole."""
+        return self.config["peft_type"] == "LORA" and not any(self.config.get(key) for key in _MORE_THAN_LOW_RANK)
+
+    def _why_unmergeable(self) -> str | None:
+        config = self.config
+        if config["peft_type"] not in _THROUGH_PEFT:
+            return f"{config['peft_type']} adapters are not merged"
+        for key, what in (
+            ("use_qalora", "QA-LoRA"),
+            ("alora_invocation_tokens", "activated LoRA"),
+            ("layer_replication", "layer replication"),
+            ("ensure_weight_tying", "ensure_weight_tying"),
+            ("use_bdlora", "BD-LoRA"),
+            ("arrow_config", "Arrow"),
+        ):
+            if config.get(key):
+                return f"LoRA with {what} is not merged"
+        if self.changes_base_at_load:
+            return f"LoRA with init_lora_weights={config['init_lora_weights']!r} changes the base when it is loaded"
+        return None
+
+    def _check_patterns(self, names: Iterable[str]) -> None:
+        """Refuse a pattern that takes for ever on these module names: some regular expressions do, by design or not."""
+        config = self.config
+        patterns = [value for key in ("target_modules", "exclude_modules") if isinstance(value := config.get(key), str)]
+        patterns += [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or {}]
+        doubtful = [pattern for pattern in patterns if re.search(r"[+*{]", pattern)]
+        if not doubtful:
+            return
+        work = json.dumps([[rf"(.*\.)?({pattern})$" for pattern in doubtful], sorted(names)])
+        try:
+            subprocess.run([sys.executable, "-I", "-c", _TRY], input=work.encode(), timeout=_PATIENCE, check=True,
+                           capture_output=True)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            what = f"has a pattern that takes for ever to match: {doubtful[0]!r}"
+            raise DeraError(f"{self.folder}/adapter_config.json {what}") from None
+        except subprocess.CalledProcessError:
+            raise DeraError(f"{self.folder}/adapter_config.json has a pattern that is none: {doubtful[0]!r}") from None
+
+    def load_onto(self, model: PreTrainedModel, device: str | torch.device) -> PeftModel:
+        """PEFT's own model of a base and this adapter.
+
+        Raises:
+            DeraError: PEFT cannot load it, would leave a module at the base in silence, or it has no weights to mix.
+        """
+        from peft import PeftModel, get_peft_model_state_dict
+
+        doors.check("adapters")
+        stored = self.checkpoint.tensors.keys()  # before PEFT reads: pickles need permission
+        self._check_patterns(name for name, _ in model.named_modules())
+        try:
+            adapted = PeftModel.from_pretrained(model, self.folder, torch_device=str(device))
+        except (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
+            raise DeraError(f"PEFT cannot load {self.folder}: {error}") from error
+        if adapted.active_peft_config.is_prompt_learning:
+            raise DeraError(f"{self.folder} is a {self.config['peft_type']} adapter, which has no weights to mix")
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        copies = {key for key in stored if _COPY.search(key)} & adapted.state_dict().keys()
+        if odd := sorted(expected ^ (stored - copies)):
+            where = "lacks" if odd[0] in expected else "has a key that the base has no place for:"
+            raise DeraError(f"{self.folder} {where} {odd[0]}; PEFT would silently use the base there")
+        return adapted
+
+    def bind(
+        self, architecture: Architecture, read_base: Callable[[str], torch.Tensor], build: Callable[[], PreTrainedModel]
+    ) -> dict[str, list[Piece]]:
+        """What this adapter does, by parameter name in memory.
+
+        Args:
+            architecture: of the base.
+            read_base: gives the whole base tensor of a parameter in float32.
+            build: makes the empty model.
+
+        Raises:
+            DeraError: the adapter cannot be merged, does not fit the architecture, or its file does not match its
+                config: an unknown key, half of a pair, a rank other than stated, a value that is not finite.
+        """
+        if self.unmergeable:
+            raise DeraError(f"{self.folder}: {self.unmergeable}; decode it exactly, or merge it with PEFT first")
+        for key, info in self.checkpoint.tensors.items():
+            if info.dtype.is_floating_point and not all(
+                self.checkpoint.read(key, *rows).float().isfinite().all() for rows in slices(info)
+            ):
+                raise DeraError(f"{self.folder}: tensor {key} holds NaN or infinity; the adapter is broken")
+        if not self.checkpoint.tensors:
+            raise DeraError(f"{self.folder} holds no tensors; the adapter changes nothing")
+        pieces: dict[str, list[Piece]] = {}
+        if self.is_plain:
+            self._check_patterns({name.rpartition(".")[0] for name in architecture.shapes})
+            modules: dict[str, dict[str, str]] = {}
+            for key in self.checkpoint.tensors:
+                found = _SUFFIX.search(key)
+                if not key.startswith(_PREFIX) or not found:
+                    raise DeraError(f"{self.folder}: key {key!r} is none that a LoRA adapter has")
+                modules.setdefault(key[len(_PREFIX) : found.start()], {})[found.group(1)] = key
+            for module, keys in modules.items():
+                for name, piece in self._pieces(module, keys, architecture):
+                    pieces.setdefault(name, []).append(piece)
+        else:
+            adapted = PeftModules(self.folder, lambda model: self.load_onto(model, "cpu"), read_base, build())
+            for module, parameter in adapted.parameters():
+                name = f"{module}.{parameter}"
+                if not self._is_tied_copy(module, name, architecture, adapted):
+                    pieces[name] = [ThroughPeft(adapted, module, parameter)]
+        return pieces
+
+    def _is_tied_copy(self, module: str, name: str, architecture: Architecture, adapted: PeftModules) -> bool:
+        """Trained tokens of tied embeddings: PEFT changes both ends alike, and the output keeps one tensor."""
+        owner = architecture.owner(name)
+        both = (adapted.modules.get(end.removesuffix(".weight")) for end in (name, owner) if end)
+        return owner is not None and all(hasattr(end, "token_adapter") for end in both)
+
+    @property
+    def keeps_ties(self) -> bool:
+        """Whether a change of one end of a tie is meant for the other too."""
+        return bool(self.config.get("trainable_token_indices"))
+
+    def _pieces(self, module: str, keys: dict[str, str], architecture: Architecture) -> list[tuple[str, Piece]]:
+        weight = f"{module}.weight"
+        pieces: list[tuple[str, Piece]] = []
+        for copied in ("base_layer.weight", "weight"):  # first: the sum is on top of it
+            trained = copied == "weight" and self._saved_whole(module, "weight")
+            if copied in keys and not trained and _COPY.search(keys[copied]):
+                self._fits(weight, self.checkpoint.tensors[keys[copied]].shape, architecture)
+                pieces.append((weight, Replacement(self.checkpoint, keys.pop(copied))))
+        for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+            if a not in keys and b not in keys:
+                continue
+            if a not in keys or b not in keys:
+                raise DeraError(
+                    f"{self.folder}: module {module} has {a if a in keys else b} but no {b if a in keys else a}"
+                )
+            pieces.append((weight, self._low_rank(module, keys.pop(a), keys.pop(b), architecture)))
+        for suffix, key in keys.items():
+            if suffix not in ("weight", "bias") or not self._saved_whole(module, suffix):
+                raise DeraError(f"{self.folder}: key {key} is not merged yet; decode it exactly, or merge it with PEFT")
+            name = f"{module}.{suffix}"
+            self._fits(name, self.checkpoint.tensors[key].shape, architecture)
+            pieces.append((name, Replacement(self.checkpoint, key)))
+        return pieces
+
+    def _low_rank(self, module: str, a: str, b: str, architecture: Architecture) -> LowRank:
+        shape_a, shape_b = self.checkpoint.tensors[a].shape, self.checkpoint.tensors[b].shape
+        if len(shape_a) != 2 or len(shape_b) != 2 or shape_b[1] != shape_a[0]:
+            raise DeraError(
+                f"{self.folder}: {module} has A of shape {shape_a} and B of {shape_b}, which do not multiply"
+            )
+        (rank, into), (out, _) = shape_a, shape_b
+        stated = self._pattern("rank_pattern", module, self.config.get("r"))
+        if rank != stated:
+            raise DeraError(f"{self.folder}: {module} has rank {rank}, but adapter_config.json says {stated}")
+        alpha = self._pattern("alpha_pattern", module, self.config.get("lora_alpha"))
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise DeraError(f"{self.folder}: lora_alpha is {alpha!r}, expected a number")
+        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        transposed = "lora_embedding" in a or module in architecture.transposed
+        self._fits(f"{module}.weight", (into, out) if transposed else (out, into), architecture)
+        return LowRank(self.checkpoint, a, b, scale, transposed)
+
+    def _fits(self, name: str, shape: tuple[int, ...], architecture: Architecture) -> None:
+        if name not in architecture.shapes:
+            raise DeraError(
+                f"{self.folder} changes {name}, which the base model does not have; is it for another base?"
+            )
+        if shape != architecture.shapes[name]:
+            raise DeraError(
+                f"{self.folder} does not fit the base: {name} is {list(architecture.shapes[name])} there, "
+                f"the adapter's change has {list(shape)}"
+            )
+
+    def _pattern(self, key: str, module: str, default: Any) -> Any:
+        """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first pattern that matches the module's end."""
+        for pattern, value in (self.config.get(key) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return default
+
+    def _saved_whole(self, module: str, suffix: str) -> bool:
+        ends = tuple(self.config.get("modules_to_save") or ())  # PEFT's rule: "norm" is every norm, "mlp" all within
+        parts = module.split(".")
+        saved = any(".".join(parts[: count + 1]).endswith(ends) for count in range(len(parts)))
+        return saved or (suffix == "bias" and self.config.get("bias", "none") != "none")

@@ -1,0 +1,78 @@
+"""The model that a config describes, without weights: names, shapes, ties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import DeraError
+from . import doors
+from .trust import NOTHING, Trust
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The model that a config describes, without weights.
+
+    Attributes:
+        shapes: parameter and buffer names in memory → shape.
+        tied: name → the name that it shares its tensor with (`lm_head.weight` → `model.embed_tokens.weight`).
+        prefix: `base_model_prefix`, which some checkpoints leave out (`transformer.` in GPT-2's).
+        transposed: modules that store their weight as (in, out).
+        linear: linear modules, the head left out.
+        model_class: transformers' class.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    prefix: str
+    transposed: frozenset[str]
+    linear: tuple[str, ...]
+    model_class: type
+
+    @classmethod
+    def of(cls, folder: Path, trust: Trust = NOTHING) -> Architecture:
+        """Build from `folder/config.json`. Raises DeraError where transformers does not know the architecture."""
+        from transformers.pytorch_utils import Conv1D
+
+        model = empty_model(folder, trust)
+        if not trust.code:  # a checkpoint's own code may never have set what is asked for
+            doors.check("models", model)
+        head = model.get_output_embeddings()
+        return cls(
+            {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+            dict(getattr(model, "all_tied_weights_keys", None) or {}),
+            f"{model.base_model_prefix}.",
+            frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
+            tuple(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head),
+            type(model),
+        )
+
+    def stored_name(self, name: str, stored: Any) -> str | None:
+        """The name in `stored` of the tensor `name`, with or without the base model's prefix; None if there is none."""
+        for candidate in (name, f"{self.prefix}{name}", name.removeprefix(self.prefix)):
+            if candidate in stored:
+                return candidate
+        return None
+
+    def owner(self, name: str) -> str | None:
+        """The tensor that `name` shares by the config, or None."""
+        return self.tied.get(name) or self.tied.get(f"{self.prefix}{name}")
+
+
+def empty_model(folder: Path, trust: Trust = NOTHING) -> PreTrainedModel:
+    """The model that `folder/config.json` describes, on the meta device. Raises DeraError where transformers cannot."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.code)
+    except (ValueError, OSError, KeyError, AttributeError, TypeError, ImportError) as error:
+        raise DeraError(f"transformers cannot build the model that {folder}/config.json describes: {error}") from error

@@ -1,0 +1,79 @@
+"""Whether two models belong together, as far as their configs say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import DeraError, warn
+from .side import Side
+
+# Keys that give the weights their meaning without changing a shape.
+_SAME_MEANING = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_head",
+    "head_dim",
+    "hidden_act",
+    "activation_function",
+)
+# Keys that may differ between two checkpoints of one model without changing what it computes.
+_MAY_DIFFER = re.compile(
+    r"transformers_version|_name_or_path|use_cache|.*token_id|vocab_size|max_position_embeddings|.*dropout.*|.*pdrop"
+    r"|initializer.*|dtype|torch_dtype|architectures|tie_word_embeddings|pretraining_tp|quantization_config|auto_map"
+    r"|task_specific_params|_attn_.*|return_dict|output_.*|unsloth.*"
+)
+
+
+def check_configs(ref: Side, aligned: Side) -> None:
+    """Warn of what differs and may matter. Raises DeraError where the two are different models."""
+    ours, theirs = (_with_one_rope(side.config) for side in (ref, aligned))
+    for key in ("architectures", "model_type", *_SAME_MEANING):
+        if ours.get(key) != theirs.get(key):
+            raise DeraError(
+                f"the two are different models: {key} is {ours.get(key)!r} in {ref.base.name} "
+                f"and {theirs.get(key)!r} in {aligned.base.name}"
+            )
+    keys = sorted(ours.keys() | theirs.keys())
+    differing = [key for key in keys if ours.get(key) != theirs.get(key) and not _MAY_DIFFER.fullmatch(key)]
+    if differing:
+        key = differing[0]
+        warn(f"config.json differs in {', '.join(differing)} ({key}: {ours.get(key)!r} in REF, "
+             f"{theirs.get(key)!r} in ALIGNED); a merged checkpoint takes REF's")  # fmt: skip
+
+
+def _with_one_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with its rotary embedding under one key; transformers 4 and 5 spell it differently."""
+    config = dict(config)
+    theta, scaling = config.pop("rope_theta", None), config.pop("rope_scaling", None)
+    rope = dict(config.pop("rope_parameters", None) or scaling or {})
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    rope.setdefault("rope_theta", theta)
+    return {**config, "rope": rope} if rope["rope_theta"] is not None or len(rope) > 2 else config
+
+
+def base_quantization_of(sides: Sequence[Side], asked: str | None) -> str | None:
+    """What the adapters' base was quantised to when they were trained; None where nothing says so.
+
+    Args:
+        sides: the reference and each aligned model.
+        asked: what the user says, `"none"` included; None leaves it to what the adapters' configs record.
+
+    Raises:
+        DeraError: it is asked for and there are no adapters, or they were trained on different bases.
+    """
+    ref, *aligned = sides
+    if asked and asked != "none" and not ref.adapter and not all(side.adapter for side in aligned):
+        raise DeraError("--base-quantization is for adapters, whose base was quantised when they were trained")
+    if asked:
+        return asked
+    adapters = [side.adapter for side in sides if side.adapter]
+    recorded = {kind for adapter in adapters if (kind := adapter.trained_on)}
+    if len(recorded) > 1:
+        raise DeraError(f"the adapters were trained on bases quantised differently ({', '.join(sorted(recorded))})")
+    for adapter in adapters:
+        if not recorded and re.search(r"4-?bit|nf4|qlora", f"{adapter.base_name} {adapter.folder.name}", re.I):
+            warn(f"{adapter.folder} looks like QLoRA, trained on a 4-bit base; --base-quantization nf4 (or nf4-double) "
+                 "merges onto that base, none onto the full one and hides this line")  # fmt: skip
+    return next(iter(recorded), None)

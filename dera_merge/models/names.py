@@ -1,0 +1,282 @@
+"""Which tensor of each side is which: matched once, and never changed.
+
+Names differ between the sides where one stores a tied tensor twice, or leaves out the base model's prefix; and an
+adapter speaks in names of modules in memory. `match` finds each tensor of θ(λ) on every side, or says why that cannot
+be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..errors import DeraError
+from ..files.checkpoint import REAL, Checkpoint, TensorInfo, slices
+from .architecture import Architecture, empty_model
+from .pieces import Piece, Replacement
+from .quantized import Requantised
+from .side import Side
+from .trust import NOTHING, Trust
+from .weights import Stored, Weights
+
+Pieces = dict[str, list[Piece]]
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """The tensors of θ(λ), and where each side has them.
+
+    Attributes:
+        tensors: name → REF's tensor; the names, shapes and dtypes of θ(λ).
+        weights: the effective weights of the reference, and then of each aligned model, by these names.
+        unties: whether θ(λ) has two tensors where REF's config says that one is shared.
+        quantised_modules: modules of which REF stores a tensor that is no real numbers.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    weights: tuple[Weights, ...]
+    unties: bool
+    quantised_modules: frozenset[str]
+
+    @property
+    def ref(self) -> Weights:
+        """The reference's."""
+        return self.weights[0]
+
+    def is_opaque(self, name: str) -> bool:
+        """Whether a tensor is no plain array of weights, but quantised or a scale that belongs to quantised ones.
+
+        It must be the same on all sides, and its bits stay.
+        """
+        return _is_opaque(name, self.tensors[name], self.quantised_modules)
+
+    def is_same(self, name: str) -> bool:
+        """Whether all sides are one tensor, so that θ(λ) is its stored bits at every λ."""
+        return not any(self.differs(name, number) for number in range(1, len(self.weights)))
+
+    def differs(self, name: str, number: int) -> bool:
+        """Whether the number-th aligned model (from 1 on) may have other weights there than the reference."""
+        ref, aligned = self.ref, self.weights[number]
+        changed = name in ref.pieces or name in aligned.pieces or ref.info(name) is not aligned.info(name)
+        return changed and not self.is_opaque(name)
+
+    def adapts(self, name: str) -> bool:
+        """Whether an adapter changes all of this tensor, so that losing the whole of it is a fault and not rounding."""
+        pieces = [piece for side in self.weights for piece in side.pieces.get(name, ())]
+        return any(not isinstance(piece, Replacement) for piece in pieces)
+
+
+def match(
+    sides: Sequence[Side], architecture: Architecture, base_quantization: str | None = None, trust: Trust = NOTHING
+) -> Names:
+    """Put the weights of a reference and its aligned models in correspondence.
+
+    Args:
+        sides: the reference, and each aligned model.
+        architecture: REF's.
+        base_quantization: what the adapters' base was quantised to in training; None where it was not.
+
+    Raises:
+        DeraError: they do not correspond, or are quantised.
+    """
+    ref, *aligned = sides
+    stored: dict[int, Stored] = {}
+    for side in sides:
+        if id(side.checkpoint) not in stored:
+            stored[id(side.checkpoint)] = Stored(
+                side.checkpoint, _requantised(side, architecture, base_quantization) if base_quantization else None
+            )
+    bases = [stored[id(side.checkpoint)] for side in sides]
+    quantised = _quantised_modules(ref)
+    matches = [
+        _match_two((ref, other), (bases[0], base), architecture, trust)
+        for other, base in zip(aligned, bases[1:], strict=True)
+    ]
+    for other, two in zip(aligned, matches, strict=True):
+        for name in two[0].keys:
+            _check_tensor(name, (ref, other), two[:2], quantised)
+    first = matches[0][0]
+    for other, (own, _, _) in zip(aligned[1:], matches[1:], strict=True):
+        if odd := sorted(first.keys.keys() ^ own.keys.keys()):
+            names = f"{other.source.name} and {aligned[0].source.name}"
+            raise DeraError(f"{names} tie embeddings differently ({odd[0]}); they cannot be merged, decode exactly")
+    tensors = {name: first.info(name) for name in first.keys}
+    unties = any(unties for _, _, unties in matches)
+    return Names(tensors, (first, *(weights for _, weights, _ in matches)), unties, quantised)
+
+
+def layer_kind(name: str) -> str:
+    """What kind of layer a tensor belongs to: `self_attn.q_proj` for `model.layers.7.self_attn.q_proj.weight`."""
+    parts = name.removesuffix(".weight").split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    inner = parts[numbers[-1] + 1 :] if numbers else parts[-1:]
+    return ".".join(inner) or name
+
+
+def _requantised(side: Side, architecture: Architecture, kind: str) -> Requantised:
+    if architecture.transposed:
+        raise DeraError("--base-quantization does not know layers that store their weight transposed (Conv1D)")
+    stored = side.checkpoint.tensors
+    linear = {architecture.stored_name(f"{module}.weight", stored) for module in architecture.linear}
+    return Requantised(side.checkpoint, linear - {None}, kind)
+
+
+def _match_two(
+    sides: tuple[Side, Side], bases: tuple[Stored, Stored], architecture: Architecture, trust: Trust
+) -> tuple[Weights, Weights, bool]:
+    """The weights of a reference and of one aligned model, and whether a tie of REF's config is broken."""
+    for side, other in (sides, sides[::-1]):
+        if side.quantisation and not other.quantisation:
+            raise DeraError(f"{side.base.name} is quantised ({side.quantisation}) and {other.base.name} is not; "
+                            "θ_ref + λΔ needs dense weights, give those")  # fmt: skip
+    stored = [side.checkpoint.tensors for side in sides]
+    ties = [side.config.get("tie_word_embeddings") for side in sides]
+    spelled = ties[0] != ties[1] or (ties[0] and {"lm_head.weight", "embed_out.weight"} & stored[0].keys())
+    if stored[0].keys() == stored[1].keys() and not spelled and not any(side.adapter for side in sides):
+        keys = {name: name for name in stored[0]}
+        return Weights(bases[0], keys, {}), Weights(bases[1], keys, {}), False
+    return _Matching(sides, bases, architecture, trust).match()
+
+
+class _Matching:
+    """Find each tensor on two sides where names differ, tensors are tied, or an adapter speaks in module names."""
+
+    def __init__(
+        self, sides: tuple[Side, Side], bases: tuple[Stored, Stored], architecture: Architecture, trust: Trust
+    ) -> None:
+        self.sides, self.bases, self.trust = sides, bases, trust
+        self.architecture = architecture
+        shared = sides[0].checkpoint.folder == sides[1].checkpoint.folder
+        self.architectures = architecture, architecture if shared else Architecture.of(sides[1].base.folder, trust)
+
+    def match(self) -> tuple[Weights, Weights, bool]:
+        pieces = [self.pieces(number) for number in (0, 1)]
+        # Ends of a tie that are no longer one tensor. Trained tokens change both ends alike.
+        parted = {
+            name for side, own in zip(self.sides, pieces, strict=True) if not (side.adapter and side.adapter.keeps_ties)
+            for name in own
+        }  # fmt: skip
+        output_name, owner_of = self.output_name, self.architecture.owner
+        names = dict.fromkeys([*self.stored(0), *map(output_name, self.stored(1))])
+        for name, owner in self.architecture.tied.items():
+            if parted & {output_name(name), output_name(owner)}:
+                names[output_name(name)] = None  # changed on one end, the two are no longer one tensor
+        keys: tuple[dict[str, str], dict[str, str]] = ({}, {})
+        unties = False
+        for name in names:
+            here = [self.home(number, name) for number in (0, 1)]
+            for side, other, key in zip(self.sides, reversed(self.sides), here, strict=True):
+                if key is None:
+                    raise DeraError(f"{side.base.name} has no tensor {name}, which {other.base.name} has")
+            if owner := owner_of(name):
+                changed = {name, output_name(owner)} & parted
+                if not changed and self.are_one(here, owner):
+                    continue
+                unties = True
+            keys[0][name], keys[1][name] = here
+        ref, aligned = (Weights(*own) for own in zip(self.bases, keys, pieces, strict=True))
+        return ref, aligned, unties
+
+    def stored(self, number: int) -> dict[str, TensorInfo]:
+        return self.sides[number].checkpoint.tensors
+
+    def home(self, number: int, name: str) -> str | None:
+        """The stored tensor that is `name` on a side: its own, or the one that it is tied to."""
+        stored, owner = self.stored(number), self.architectures[number].owner(name)
+        stored_name = self.architecture.stored_name
+        return stored_name(name, stored) or (stored_name(owner, stored) if owner else None)
+
+    def output_name(self, name: str) -> str:
+        return self.architecture.stored_name(name, self.stored(0)) or name
+
+    def adapted(self, number: int, name: str) -> str:
+        """The stored tensor that a side's adapter changes."""
+        side = self.sides[number]
+        for place, own in ((0, self.sides[0]), (number, side)):
+            key = self.home(place, name)
+            if key is None:
+                how = "in packed, quantised form" if own.quantisation else "under another name"
+                raise DeraError(
+                    f"{side.source.name} changes {name}, which {own.base.name} stores {how} "
+                    "(transformers converts it on load); that is not merged, decode exactly"
+                )
+            if own.checkpoint.tensors[key].dtype not in REAL:
+                kind = str(own.checkpoint.tensors[key].dtype).removeprefix("torch.")
+                raise DeraError(
+                    f"{side.source.name} changes {name}, which {own.base.name} stores quantised ({kind}); "
+                    "merge onto the dense base instead"
+                )
+        return key
+
+    def pieces(self, number: int) -> Pieces:
+        """What a side's adapter does, by the names of θ(λ)."""
+        side = self.sides[number]
+        if side.adapter is None:
+            return {}
+
+        def read_base(name: str) -> torch.Tensor:
+            return self.bases[number].whole(self.adapted(number, name))
+
+        build = partial(empty_model, side.base.folder, self.trust)
+        found = {}
+        for name, pieces in side.adapter.bind(self.architecture, read_base, build).items():
+            self.adapted(number, name)
+            found[self.output_name(name)] = pieces
+        return found
+
+    def are_one(self, keys: Sequence[str | None], owner: str) -> bool:
+        """Whether each side stores a tied tensor as what it stores as its owner, so that one may be left out."""
+        for number, key in enumerate(keys):
+            own = self.home(number, owner)
+            if own is None or key is None or not (key == own or _are_equal(self.sides[number].checkpoint, key, own)):
+                return False
+        return True
+
+
+def _are_equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two stored tensors have the same bits."""
+    infos = checkpoint.tensors[one], checkpoint.tensors[other]
+    if infos[0].shape != infos[1].shape or infos[0].dtype != infos[1].dtype:
+        return False
+    return all(torch.equal(checkpoint.read(one, *r), checkpoint.read(other, *r)) for r in slices(infos[0]))
+
+
+# Checks of what was matched
+
+
+def _quantised_modules(ref: Side) -> frozenset[str]:
+    stored = ref.checkpoint.tensors if ref.config.get("quantization_config") else {}
+    return frozenset(name.rpartition(".")[0] for name, info in stored.items() if info.dtype not in REAL)
+
+
+def _is_opaque(name: str, ref: TensorInfo, quantised_modules: frozenset[str]) -> bool:
+    return ref.dtype not in REAL or name.rpartition(".")[0] in quantised_modules
+
+
+def _check_tensor(
+    name: str, sides: tuple[Side, Side], weights: tuple[Weights, Weights], quantised_modules: frozenset[str]
+) -> None:
+    ref, aligned = (own.info(name) for own in weights)
+    if ref.shape != aligned.shape and not _is_padding(sides, ref, aligned):
+        raise DeraError(
+            f"tensor {name} is {list(ref.shape)} in {sides[0].base.name} and {list(aligned.shape)} in "
+            f"{sides[1].base.name}; the two are not the same architecture"
+        )
+    if _is_opaque(name, ref, quantised_modules) or aligned.dtype not in REAL:
+        same = ref.dtype == aligned.dtype and ref.shape == aligned.shape
+        for start, stop in slices(ref) if same and ref is not aligned else ():
+            rows = (own.stored.checkpoint.read(own.keys[name], start, stop) for own in weights)
+            same = same and torch.equal(*rows)
+        if not same:
+            quantised = sides[0].quantisation or sides[1].quantisation
+            what = f"belongs to a quantised layer ({quantised})" if quantised else f"has dtype {ref.dtype}"
+            raise DeraError(f"tensor {name} {what} and differs between the two; θ_ref + λΔ needs dense weights")
+
+
+def _is_padding(sides: tuple[Side, Side], ref: TensorInfo, aligned: TensorInfo) -> bool:
+    """A vocabulary matrix of which one side has more rows than the other."""
+    sizes = [side.config.get("vocab_size") for side in sides]
+    return ref.shape[1:] == aligned.shape[1:] and [ref.shape[0], aligned.shape[0]] == sizes

@@ -1,0 +1,241 @@
+"""A reference and its aligned models that belong together: a value, found and checked from files alone.
+
+`Pair.from_pretrained` finds all sides (directories or Hub ids, full checkpoints or adapters) and checks that they fit.
+What both forms of the paper need of it, each tensor of either side by its name in θ(λ), is `names`, made when it is
+first asked for and never changed. Nothing here loads a model; `api.ModelPair` is this with a method for each thing to
+do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from .. import lambdas
+from ..errors import DeraError
+from ..files.checkpoint import TensorInfo
+from . import tokenizer
+from .architecture import Architecture
+from .checks import base_quantization_of, check_configs
+from .names import Names, match
+from .side import Side, open_sides
+from .source import CONTEXT, Source
+from .trust import NOTHING, Trust
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A reference model and an aligned model, or several; make one with `from_pretrained`.
+
+    With several aligned models λ is a vector: h_ref + Σ λ_k·(h_k - h_ref) exactly, θ_ref + Σ λ_k·Δ_k in weight space.
+
+    Attributes:
+        sides: the reference, and each aligned model.
+        base_quantization: what the adapters' base was quantised to when they were trained; None and `"none"`: nothing.
+        trust: what may be read and run of the files.
+    """
+
+    sides: tuple[Side, ...]
+    base_quantization: str | None = None
+    trust: Trust = NOTHING
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        ref: str | os.PathLike[str],
+        aligned: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        base: str | os.PathLike[str] | None = None,
+        base_quantization: str | None = None,
+        ref_revision: str | None = None,
+        aligned_revision: str | None = None,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """Open a pair. Each side is a full checkpoint or a PEFT adapter, a local directory or a Hub id (`id@revision`).
+
+        Args:
+            ref: the reference (SFT) model.
+            aligned: the aligned (DPO, RLHF, …) model, or several. An adapter beside a full `ref` applies to `ref`.
+            base: the base model of adapters, where the one that their config names is not to be used.
+            base_quantization: what the adapters' base was quantised to when they were trained: `"nf4"`, `"nf4-double"`
+                (QLoRA's), `"fp4"`, `"fp4-double"`; the reference is then dequant(base). None takes what the adapters'
+                configs record, `"none"` the base as it is.
+            ref_revision, aligned_revision: Hub revisions; several aligned models name theirs as `id@revision`.
+            allow_pickle: read `.bin` files where there is no safetensors file (never without `weights_only=True`).
+            trust_remote_code: let transformers run code that comes with the checkpoints.
+
+        Raises:
+            DeraError: one of them cannot be found or read, or they do not belong together.
+        """
+        trust = Trust(allow_pickle, trust_remote_code)
+        several = [aligned] if isinstance(aligned, str | os.PathLike) else list(aligned)
+        if not several:
+            raise DeraError("no aligned model is given")
+        if len(several) > 1 and aligned_revision:
+            raise DeraError("aligned_revision is for one aligned model; write several as id@revision")
+        sources = [Source.locate(ref, ref_revision, trust)]
+        sources += [Source.locate(name, aligned_revision, trust) for name in several]
+        home = None if base is None else Source.locate(base, trust=trust)
+        sides = open_sides(sources[0], sources[1:], home, trust)
+        quantised = base_quantization_of(sides, base_quantization)
+        for side in sides[1:]:
+            check_configs(sides[0], side)
+            tokenizer.check_tokenizers(sides[0], side, trust)
+        return cls(sides, quantised, trust)
+
+    # The sides
+
+    @property
+    def ref(self) -> Side:
+        """The reference."""
+        return self.sides[0]
+
+    @property
+    def aligned(self) -> Side:
+        """The aligned model; of several, the first."""
+        return self.sides[1]
+
+    @property
+    def models(self) -> int:
+        """How many aligned models there are."""
+        return len(self.sides) - 1
+
+    @property
+    def aligned_name(self) -> str:
+        """What reports call the aligned model, or all of them."""
+        return " + ".join(side.source.name for side in self.sides[1:])
+
+    @property
+    def shared_base(self) -> bool:
+        """All sides stand on the same base checkpoint: LoRA adapters."""
+        return len({side.checkpoint.folder for side in self.sides}) == 1
+
+    @property
+    def requantises(self) -> bool:
+        """Whether every base is taken as its adapters knew it: in 4 bits and back."""
+        return self.base_quantization not in (None, "none")
+
+    def only_pair(self, what: str) -> None:
+        """Raise DeraError where there are several aligned models, which `what` is not for."""
+        if self.models > 1:
+            raise DeraError(f"{what} for one aligned model; there are {self.models}")
+
+    # λ
+
+    def known(self, lams: Iterable[Any]) -> list[lambdas.Lam]:
+        """λ as a program gives them, a number or a vector each, as this pair takes them.
+
+        Raises:
+            ValueError: not finite, a vector of another length than there are aligned models, or two with one name.
+        """
+        values = [lambdas.known(lam, self.models) for lam in lams]
+        lambdas.check_names(values)
+        return values
+
+    def ends(self) -> list[lambdas.Lam]:
+        """λ of the reference and of each aligned model alone."""
+        return lambdas.ends(self.models)
+
+    # Tensors
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """REF's."""
+        return Architecture.of(self.ref.base.folder, self.trust)
+
+    @cached_property
+    def names(self) -> Names:
+        """Where each tensor of θ(λ) is on every side.
+
+        Raises:
+            DeraError: the sides' weights cannot be put in correspondence, or are quantised.
+        """
+        return match(self.sides, self.architecture, self.base_quantization if self.requantises else None, self.trust)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors of θ(λ), in REF's names, shapes and dtypes. Raises as `names` does."""
+        return self.names.tensors
+
+    # Tokenizer, generation config, sizes
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer and chat template come from: ALIGNED if it brings them, else REF.
+
+        Raises:
+            DeraError: neither brings one.
+        """
+        if (folder := tokenizer.tokenizer_folder((self.aligned, self.ref))) is None:
+            raise DeraError(f"neither {self.ref.source.name} nor {self.aligned.source.name} brings a tokenizer")
+        return folder
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, padding on the left as generation needs it."""
+        loaded = tokenizer.load_tokenizer(self.tokenizer_folder, self.ref.base.folder, self.trust)
+        loaded.padding_side = "left"
+        if loaded.pad_token is None:
+            loaded.pad_token = loaded.eos_token or next(iter(loaded.get_vocab()))
+        return loaded
+
+    @cached_property
+    def new_tokens(self) -> bool:
+        """Whether an aligned model's tokenizer uses rows of the vocabulary that REF does not have."""
+        rows = self.ref.config.get("vocab_size")
+        return any(self._brings_tokens(side, rows) for side in self.sides[1:])
+
+    def _brings_tokens(self, side: Side, rows: int | None) -> bool:
+        own = side.config.get("vocab_size")
+        if rows is None or own is None or own <= rows:
+            return False
+        folder = tokenizer.tokenizer_folder((side, self.ref)) or self.tokenizer_folder
+        loaded = tokenizer.load_tokenizer(folder, self.ref.base.folder, self.trust)
+        return max(loaded.get_vocab().values()) >= rows
+
+    @property
+    def generation_folder(self) -> Path | None:
+        """Where generation_config.json comes from: ALIGNED if it brings one, else REF."""
+        for source in (self.aligned.source, self.ref.source, self.ref.base):
+            if (source.folder / "generation_config.json").is_file():
+                return source.folder
+        return None
+
+    def generation_config(self) -> GenerationConfig | None:
+        """transformers' own, of `generation_folder`; None where nobody brings one."""
+        from transformers import GenerationConfig
+
+        folder = self.generation_folder
+        return GenerationConfig.from_pretrained(folder) if folder else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the vocabulary that all models have."""
+        return min(side.config["vocab_size"] for side in self.sides if side.config.get("vocab_size"))
+
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens all models take; None where their configs do not say."""
+        return min((side.config[key] for side in self.sides for key in CONTEXT if side.config.get(key)), default=None)
+
+    def opened_as(self) -> dict[str, Any]:
+        """What `from_pretrained` needs to open this pair again."""
+        homes = {side.base.folder: side.base for side in self.sides if side.adapter}
+        aligned = [side.source.pinned for side in self.sides[1:]]
+        opened: dict[str, Any] = {
+            "ref": self.ref.source.pinned,
+            "aligned": aligned[0] if len(aligned) == 1 else aligned,
+        }
+        if homes and homes.keys() != {self.ref.source.folder}:  # else an adapter beside its base
+            opened["base"] = next(iter(homes.values())).pinned
+        if self.base_quantization:
+            opened["base_quantization"] = self.base_quantization
+        return opened

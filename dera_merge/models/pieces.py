@@ -1,0 +1,159 @@
+"""What an adapter does to one tensor: a low-rank sum, a replacement, or whatever PEFT makes of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ..errors import DeraError
+from ..files.checkpoint import Checkpoint
+from . import doors
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class Piece(Protocol):
+    """One thing that an adapter does to one tensor."""
+
+    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
+        """Change the tensor's rows [start, stop), float32 or float64, in place from without the adapter to with it."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale·B·A, or its transpose for layers that store (in, out): LoRA (Hu et al., 2021, eq. 3)."""
+
+    adapter: Checkpoint
+    a: str
+    b: str
+    scale: float
+    transposed: bool
+
+    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
+        right = _factor(self.adapter, self.b if self.transposed else self.a, rows.dtype)
+        if self.transposed:
+            left, right = _factor(self.adapter, self.a, rows.dtype)[:, start:stop].T, right.T
+        else:
+            left = self.adapter.read(self.b, start, stop).to(rows.dtype)
+        rows.addmm_(left, right, alpha=self.scale)
+
+
+@lru_cache(maxsize=4)  # the slices of one tensor come one after another, and each needs the whole factor
+def _factor(adapter: Checkpoint, key: str, dtype: torch.dtype) -> torch.Tensor:
+    return adapter.read_whole(key).to(dtype)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor that was trained whole: `modules_to_save`, or biases with `bias="all"`."""
+
+    adapter: Checkpoint
+    key: str
+
+    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
+        rows.copy_(self.adapter.read(self.key, start, stop))
+
+
+@dataclass(frozen=True, eq=False)
+class ThroughPeft:
+    """A parameter of a module that PEFT merges: DoRA, OFT, IA³ and whatever else is no plain sum s·BA."""
+
+    modules: PeftModules
+    module: str
+    parameter: str
+
+    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
+        merged = self.modules.merged(self.module)[self.parameter]
+        rows.copy_(merged.reshape(-1, *rows.shape[1:])[start:stop])
+
+
+class PeftModules:
+    """The adapted modules of a model that has no weights: PEFT merges each when its base weight is put in.
+
+    The model is built of zeros that take no memory, so what is held is the adapter, and one module at a time.
+
+    Args:
+        folder: of the adapter, for messages.
+        load: puts the adapter on a model.
+        read_base: gives the whole base tensor of a parameter, by its name in memory, in float32.
+        model: an empty one, which is used up.
+    """
+
+    def __init__(
+        self, folder: Path, load: Callable[[PreTrainedModel], PeftModel], read_base: Callable[[str], torch.Tensor],
+        model: PreTrainedModel,
+    ) -> None:  # fmt: skip
+        self._folder = folder
+        self._read_base = read_base
+        self._lock = Lock()
+        self._latest: tuple[str, dict[str, torch.Tensor]] | None = None
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        _hollow(model)
+        root = load(model).get_base_model()
+        self.modules: dict[str, torch.nn.Module] = {}
+        for name, module in root.named_modules():
+            inside = any(name.startswith(f"{outer}.") for outer in self.modules)
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
+                self.modules[name] = module
+
+    def parameters(self) -> Iterator[tuple[str, str]]:
+        """(module, parameter) of everything that the adapter may change."""
+        for name, module in self.modules.items():
+            for parameter, _ in _base_of(module).named_parameters():
+                yield name, parameter
+
+    def merged(self, name: str) -> dict[str, torch.Tensor]:
+        """The parameters of one module with the adapter in them, float32. Raises DeraError where PEFT cannot."""
+        with self._lock:  # the slices of one tensor are asked for by several threads, one after another
+            if self._latest is None or self._latest[0] != name:
+                self._latest = None
+                self._latest = (name, self._merge(name))
+            return self._latest[1]
+
+    def _merge(self, name: str) -> dict[str, torch.Tensor]:
+        module = self.modules[name]
+        weights = {
+            id(hollow): torch.nn.Parameter(self._read_base(f"{name}.{parameter}"), requires_grad=False)
+            for parameter, hollow in _base_of(module).named_parameters()
+        }
+        twin = copy.deepcopy(module, dict(weights))
+        try:
+            if hasattr(twin, "unload_and_optionally_merge_module"):
+                done = twin.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            else:
+                twin.merge()
+                done = twin.get_base_layer()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise DeraError(f"{self._folder}: PEFT cannot merge {name}: {error}; decode exactly") from error
+        return {parameter: merged.detach().float() for parameter, merged in done.named_parameters()}
+
+
+def _base_of(module: Any) -> torch.nn.Module:
+    doors.check("adapters", module)
+    if hasattr(module, "token_adapter"):
+        return module.token_adapter.get_base_layer()
+    return module.original_module if hasattr(module, "original_module") else module.get_base_layer()
+
+
+def _hollow(model: torch.nn.Module) -> None:
+    """Put zeros that share one element in the place of all parameters and buffers."""
+    for module in model.modules():
+        every = {"recurse": False, "remove_duplicate": False}
+        tensors = [*module.named_parameters(**every), *module.named_buffers(**every)]
+        for name, tensor in tensors:
+            zeros = torch.zeros((), dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
+            hollow = zeros.expand(tensor.shape)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            setattr(module, name, torch.nn.Parameter(hollow, requires_grad=False) if is_parameter else hollow)

@@ -1,0 +1,98 @@
+"""One model of a pair: a base checkpoint and, maybe, an adapter on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DeraError, warn
+from ..files.checkpoint import Checkpoint
+from .adapter import Adapter
+from .kinds import check_kind
+from .source import Source, load_config
+from .trust import Trust
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """The reference or an aligned model, as its files say; no weights.
+
+    Attributes:
+        source: what was typed.
+        base: the full model: `source` itself, or what the adapter is put on.
+        adapter: None where the side is a full model.
+        checkpoint: of the base.
+        config: the base's config.json.
+    """
+
+    source: Source
+    base: Source
+    adapter: Adapter | None
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+
+    @property
+    def quantisation(self) -> str | None:
+        """How the checkpoint says that it is quantised: `fp8`, `gptq`, …"""
+        settings = self.config.get("quantization_config")
+        if not settings:
+            return None
+        return str(settings.get("quant_method", "quantised") if isinstance(settings, dict) else settings)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Everything that its weights are read from."""
+        return [self.checkpoint, *([self.adapter.checkpoint] if self.adapter else [])]
+
+
+def open_sides(ref: Source, aligned: Iterable[Source], base: Source | None, trust: Trust) -> tuple[Side, ...]:
+    """The reference and each aligned model; a checkpoint that several stand on is opened once.
+
+    Args:
+        ref: a full model, or an adapter on the base that its config names.
+        aligned: likewise; an adapter beside a full `ref` applies to `ref`.
+        base: the base of all adapters, where it is not to be the one that is named.
+
+    Raises:
+        DeraError: something is not what it should be, or has no weights that can be read.
+    """
+    opened: dict[Path, Checkpoint] = {}
+
+    def open_side(source: Source, beside: Source | None) -> Side:
+        adapter, home = None, source
+        if source.is_adapter:
+            adapter = Adapter(source.folder, trust.pickle)
+            home = base or (_same_base(adapter, beside) if beside else _named_base(adapter, source, trust))
+        config = load_config(home)
+        check_kind(home, config)
+        if home.folder not in opened:
+            opened[home.folder] = Checkpoint(home.folder, allow_pickle=trust.pickle)
+        return Side(source, home, adapter, opened[home.folder], config)
+
+    if base and base.is_adapter:
+        raise DeraError(f"--base {base.name} is an adapter; give the full model that the adapters were trained on")
+    reference = open_side(ref, None)
+    return reference, *(open_side(source, None if ref.is_adapter else ref) for source in aligned)
+
+
+def _named_base(adapter: Adapter, source: Source, trust: Trust) -> Source:
+    """The base that an adapter names: relative to the adapter, then to the working directory, then a Hub id."""
+    name = adapter.base_name
+    if not name:
+        raise DeraError(f"{source.name} does not say what model it adapts; pass --base")
+    beside = source.folder / name
+    base = Source.locate(beside if beside.is_dir() else name, trust=trust)
+    if base.is_adapter:
+        raise DeraError(f"{source.name} adapts {name}, which is an adapter itself; merge that first, or pass --base")
+    return Source(name, base.folder, base.revision)
+
+
+def _same_base(adapter: Adapter, ref: Source) -> Source:
+    """REF as the base of an aligned adapter; warns where the adapter's config does not name it."""
+    name = adapter.base_name
+    places = [adapter.folder / name, Path(name)] if name else []
+    if name != ref.name and not any(place.is_dir() and place.resolve() == ref.folder for place in places):
+        warn(f"the adapter {adapter.folder} names {name or 'no model'} as its base; it is applied to REF ({ref.name})")
+    return ref

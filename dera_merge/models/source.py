@@ -1,0 +1,94 @@
+"""Where an argument leads: a directory or a repository on the Hub, and what lies there."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DeraError
+from ..files.atomic import load_json
+from .trust import NOTHING, Trust
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+CONTEXT = ("max_position_embeddings", "n_positions")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one argument leads: `name` as it was typed, the local `folder`, the commit if it came from the Hub."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+    @classmethod
+    def locate(cls, name: str | os.PathLike[str], revision: str | None = None, trust: Trust = NOTHING) -> Source:
+        """Find a local directory, or download `id` or `id@revision` from the Hub.
+
+        Args:
+            name: a path or a Hub id.
+            revision: of the Hub; one that is typed behind `@` comes first.
+            trust: which files are worth downloading.
+
+        Raises:
+            DeraError: neither a directory nor a repository that can be reached.
+        """
+        name = os.fspath(name)
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return cls(name, folder.resolve())
+        if folder.exists():
+            raise DeraError(f"{name} is a file; give the directory that holds config.json or adapter_config.json")
+        repo, _, typed = name.partition("@")
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", repo):
+            raise DeraError(f"there is no directory {name}")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+        )
+
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        patterns += ["*.bin"] * trust.pickle + ["*.py"] * trust.code
+        try:
+            path = snapshot_download(repo, revision=typed or revision, allow_patterns=patterns)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise DeraError(f"{name} is no local directory, and could not be had from the Hub: {reason}") from error
+        return cls(name, Path(path).resolve(), Path(path).name)
+
+    @property
+    def pinned(self) -> str:
+        """The local folder, or the Hub id with the commit."""
+        return f"{self.name.partition('@')[0]}@{self.revision}" if self.revision else str(self.folder)
+
+    @property
+    def is_adapter(self) -> bool:
+        if (self.folder / "adapter_config.json").is_file():
+            return True
+        if (self.folder / "config.json").is_file():
+            return False
+        raise DeraError(f"{self.name} holds neither config.json nor adapter_config.json; is it a model directory?")
+
+    def has_tokenizer(self) -> bool:
+        return any((self.folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def load_config(source: Source) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises DeraError where it is not an object with a list of architectures."""
+    config = load_json(source.folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("architectures") or [], list):
+        raise DeraError(f"{source.name}/config.json is not the config of a transformers model")
+    for key in ("vocab_size", *CONTEXT):
+        if not isinstance(config.get(key), int | None):
+            raise DeraError(f"{source.name}/config.json: {key} is {config[key]!r}, expected a whole number")
+    return config

@@ -1,0 +1,80 @@
+"""The tokenizer of a pair: where it lies, and whether two of them agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DeraError, warn
+from ..files.atomic import load_json
+from .side import Side
+from .source import VOCABULARY_FILES
+from .trust import Trust
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def tokenizer_folder(sides: Iterable[Side]) -> Path | None:
+    """The first folder that brings a tokenizer: of what was typed, then of the bases."""
+    sides = list(sides)
+    for source in (*(side.source for side in sides), *(side.base for side in sides)):
+        if source.has_tokenizer():
+            return source.folder
+    return None
+
+
+def load_tokenizer(folder: Path, config: Path, trust: Trust) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Args:
+        folder: where it lies.
+        config: the folder of the model that it is for.
+
+    Raises:
+        DeraError: it cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    model_config = AutoConfig.from_pretrained(config, trust_remote_code=trust.code)
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=model_config, trust_remote_code=trust.code)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise DeraError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def check_tokenizers(ref: Side, aligned: Side, trust: Trust) -> None:
+    """Warn where the chat templates differ. Raises DeraError where a token has two ids, or an id two tokens."""
+    folders = [folder for side in (ref, aligned) if (folder := tokenizer_folder([side]))]
+    if len(set(folders)) < 2:
+        return
+    ours, theirs = folders
+    if not any(_same_file(ours / name, theirs / name) for name in VOCABULARY_FILES):
+        _check_vocabularies(*(load_tokenizer(folder, ref.base.folder, trust).get_vocab() for folder in folders))
+    if _chat_template(ours) != _chat_template(theirs):
+        warn("the chat templates differ; ALIGNED's is used for both")
+
+
+def _check_vocabularies(ref: dict[str, int], aligned: dict[str, int]) -> None:
+    ref = dict(sorted(ref.items(), key=lambda item: item[1]))
+    for token, index in ref.items():
+        if aligned.get(token, index) != index:
+            raise DeraError(f"the tokenizers disagree: {token!r} is {index} in REF and {aligned[token]} in ALIGNED")
+    names = {index: token for token, index in aligned.items()}
+    for token, index in ref.items():
+        if (name := names.get(index, token)) != token:
+            raise DeraError(f"the tokenizers disagree: id {index} is {token!r} in REF and {name!r} in ALIGNED")
+
+
+def _chat_template(folder: Path) -> str | None:
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and (template := load_json(folder / name).get("chat_template")):
+            return str(template)
+    return None
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()

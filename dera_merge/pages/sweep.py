@@ -1,0 +1,313 @@
+"""A sweep to read and to look at: sentences, Markdown, a plot, one page that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..lambdas import Lam, Vector, is_end, name
+from ..statistics.reweighting import KNOWN, column_of
+from .fidelity import log_ratio_sentence
+from .frame import draw_curve, figure_of, have_matplotlib, no_plots, number, over_lambda, page
+
+MOST_BARS = 24  # λ of three or more aligned models that are drawn
+SHOWN = 3  # prompts whose texts are shown at each λ
+COLUMNS = ("lambda", "reward", "reward_ci", "kl", "length", "wins_aligned", "wins_ref", "gain_ci", "ess")
+LEGEND = (
+    "reward: mean over prompts, with its 95 % interval. kl: KL from the reference, nats a text. length: "
+    "tokens. wins_aligned, wins_ref: how often a text earns more than one of λ=1 (of several aligned models: of the "
+    "best alone) and of the reference, ties half. gain_ci: interval of the reward less that of λ=1 (likewise). ess: "
+    "effective texts a prompt; 1 is what one text sampled there would be."
+)
+
+
+def sentences(sweep: dict[str, Any]) -> list[str]:
+    """The answer in words."""
+    best = sweep["best"]
+    lam = name(best["lambda"])
+    if not best["tells_apart"]:
+        same = number(best["reward"])
+        return [f"These texts tell no λ apart: each earns {same}. Another reward, more or longer texts may."]
+    said = [
+        f"λ = {lam} earns most: {number(best['reward'])} ({_range(best['reward_ci'])}), at {number(best['kl'])} nats "
+        f"a text from the reference; the best λ lies {_spans(best['interval'])} (95 %)."
+    ]
+    alone = best.get("gain_over", 1.0)
+    if best.get("gain") is not None and best["lambda"] != alone:
+        verdict = "more than noise" if best["more_than_noise"] else "not more than noise"
+        over = "the aligned model itself" if alone == 1.0 else f"the best aligned model alone ({name(alone)})"
+        said.append(f"That is {best['gain']:+.2g} over {over} ({_range(best['gain_ci'])}): {verdict}.")
+    if best["at_the_edge"]:
+        said.append("It lies at the edge of what is known here: the true best may lie beyond.")
+    if best.get("equivalent_beta"):
+        said.append(
+            f"Retraining would take KL coefficient β/λ = {best['beta']:g}/{lam} = {best['equivalent_beta']:.3g}."
+        )
+    said += log_ratio_sentence(best.get("log_ratio"))
+    if sweep["faithful"]:
+        row = sweep["faithful"]
+        said.append(f"The merged model there is {row['verdict']}: kl {number(row['kl'])} nats a token; {row['why']}.")
+    if both := best.get("sampled"):
+        ours, theirs = both["exact"]["lambda"], both["merged"]["lambda"]
+        text = f"Of the λ that both were sampled at, exact DeRa and the merged model choose the same, {name(ours)}."
+        if ours != theirs:
+            spans = [_spans(both[mode]["interval"]) for mode in ("exact", "merged")]
+            text = (
+                f"Of the λ that both were sampled at, exact DeRa chooses {name(ours)} ({spans[0]}), the merged model "
+                f"{name(theirs)} ({spans[1]})."
+            )
+        said.append(text)
+    unknown = [row["lambda"] for row in sweep["curve"] if not row["known"]]
+    if unknown:
+        how = "is left out" if isinstance(best["lambda"], Vector) else "is dotted there"
+        said.append(f"At {len(unknown)} of {len(sweep['curve'])} λ too few texts say anything; the curve {how}.")
+    if front := pareto(sweep):
+        more = f" and {len(front) - 8} more" if len(front) > 8 else ""
+        said.append(f"No λ beats these in every reward at once: {', '.join(map(name, front[:8]))}{more}.")
+    return said
+
+
+def pareto(sweep: dict[str, Any]) -> list[Lam]:
+    """The λ that no other beats in every reward, where there are several; less is better at a negative weight."""
+    signs = {column_of(r): math.copysign(1.0, weight) for r, weight in sweep["settings"]["rewards"].items() if weight}
+    rows = [row for row in sweep["curve"] if row["known"]]
+    if len(signs) < 2:
+        return []
+
+    def beaten(row: dict[str, Any]) -> bool:
+        ahead = ([sign * (other[name] - row[name]) for name, sign in signs.items()] for other in rows)
+        return any(min(each) >= 0 < max(each) for each in ahead)
+
+    return [row["lambda"] for row in rows if not beaten(row)]
+
+
+def cells(row: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> list[str]:
+    """One row of the curve as texts."""
+    found = []
+    for column in columns:
+        value = row.get(column)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            found.append("–")
+        elif column == "lambda":
+            found.append(name(value))
+        elif column.endswith("_ci"):
+            found.append(_range(value))
+        elif column.startswith("wins"):
+            found.append(f"{value:.0%}")
+        else:
+            found.append(number(value) if row["known"] or column == "ess" else "–")
+    return found
+
+
+def _spans(interval: list[Any]) -> str:
+    """An interval of λ, or of several aligned models' one each."""
+    if isinstance(interval[0], list):
+        return "in " + " × ".join(f"[{low:g}, {high:g}]" for low, high in interval)
+    return f"between {interval[0]:g} and {interval[1]:g}"
+
+
+def _range(bounds: list[float]) -> str:
+    return f"{bounds[0]:.2g} to {bounds[1]:.2g}"
+
+
+def columns(sweep: dict[str, Any]) -> tuple[str, ...]:
+    """The columns that this sweep has, its rewards by name where there are several."""
+    names = [column_of(reward) for reward in sweep["settings"]["rewards"]]
+    wanted = (*COLUMNS[:3], *(names if len(names) > 1 else ()), *COLUMNS[3:])
+    return tuple(column for column in wanted if column in sweep["curve"][0])
+
+
+def shown(sweep: dict[str, Any], most: int = 12) -> list[dict[str, Any]]:
+    """Rows of the curve for a table: those that were sampled, the best, and some between."""
+    keep = {point["lambda"] for point in sweep["points"]} | {sweep["best"]["lambda"]}
+    rest = [row["lambda"] for row in sweep["curve"] if row["lambda"] not in keep]
+    keep |= set(rest[:: max(1, math.ceil(len(rest) / max(1, most - len(keep))))])
+    return [row for row in sweep["curve"] if row["lambda"] in keep]
+
+
+def markdown(sweep: dict[str, Any]) -> str:
+    """The sweep as Markdown."""
+    wanted = columns(sweep)
+    rows = [wanted, ["---"] * len(wanted), *(cells(row, wanted) for row in shown(sweep))]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    commands = "\n".join(sweep["commands"])
+    settings = ", ".join(f"{key} {value}" for key, value in sweep["settings"].items() if value is not None)
+    return (
+        f"# Which λ?\n\n{' '.join(sentences(sweep))}\n\n{table}\n\n{LEGEND}\n\nTo ship "
+        f"it:\n\n```bash\n{commands}\n```\n\nMeasured with: {settings}.\n"
+    )
+
+
+def plot_sweep(sweep: dict[str, Any], file: Path) -> Path | None:
+    """Reward against λ and against KL as a PNG; None, with a warning, without matplotlib."""
+    if not have_matplotlib():
+        no_plots()
+        return None
+    draw = [lambda axis: draw_reward(axis, sweep), lambda axis: draw_frontier(axis, sweep)]
+    draw += [lambda axis: draw_pareto(axis, sweep)] if len(sweep["settings"]["rewards"]) > 1 else []
+    figure = figure_of(draw, (5 * len(draw), 4))
+    figure.savefig(file, dpi=140)
+    return file
+
+
+def whose(sweep: dict[str, Any]) -> str:
+    """Whose curve it is."""
+    return "merged" if sweep["settings"].get("mode") == "merged" else "exact DeRa"
+
+
+def draw_reward(axis: Any, sweep: dict[str, Any]) -> None:
+    """Reward over λ with its band; dotted where it is not known; what was sampled as points."""
+    if isinstance(sweep["best"]["lambda"], Vector):
+        return draw_rewards_of_several(axis, sweep)
+    rows = [row for row in sweep["curve"] if row["known"]]
+    draw_curve(axis, sweep["curve"], lambda r: r["reward"], color="C0", linestyle=":", linewidth=1)
+    draw_curve(axis, sweep["curve"], lambda r: r["reward"] if r["known"] else None, color="C0", label=whose(sweep))
+    at, low, high = zip(*((row["lambda"], *row["reward_ci"]) for row in rows), strict=True)
+    axis.fill_between(at, low, high, color="C0", alpha=0.2, lw=0)
+    for mode, color, marker in (("exact", "C0", "o"), ("merged", "C1", "s")):
+        points = [p for p in sweep["points"] if p["mode"] == mode and "reward" in p]
+        if points:
+            label = "merged, sampled" if mode == "merged" else "sampled"
+            _with_bars(axis, [p["lambda"] for p in points], points, fmt=marker, color=color, label=label)
+    axis.axvspan(*sweep["best"]["interval"], color="C2", alpha=0.12, lw=0)
+    axis.axvline(sweep["best"]["lambda"], color="C2", linewidth=1, label=f"best: {name(sweep['best']['lambda'])}")
+    axis.set(xlabel="λ", ylabel="reward", title="What λ earns")
+    seen = [bound for row in rows for bound in row["reward_ci"]] + [
+        p["reward"] for p in sweep["points"] if "reward" in p
+    ]
+    margin = 0.08 * (max(seen) - min(seen) or 1)
+    axis.set_ylim(min(seen) - margin, max(seen) + margin)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _with_bars(axis: Any, at: Sequence[float], rows: Sequence[dict[str, Any]], **style: Any) -> None:
+    """Rewards as points with their intervals."""
+    values = [row["reward"] for row in rows]
+    bars = np.abs(np.array([row["reward_ci"] for row in rows]).T - np.array(values))
+    axis.errorbar(at, values, bars, markersize=4, elinewidth=0.8, **style)
+
+
+def draw_rewards_of_several(axis: Any, sweep: dict[str, Any]) -> None:
+    """Reward of each λ of several aligned models: of two as a map, of more side by side."""
+    rows = [row for row in sweep["curve"] if row["known"]]
+    best, sampled = sweep["best"]["lambda"], {p["lambda"] for p in sweep["points"] if p["mode"] == "exact"}
+    if len(best) == 2:
+        x, y = zip(*(row["lambda"] for row in rows), strict=True)
+        seen = axis.scatter(x, y, c=[row["reward"] for row in rows], s=90, marker="s", cmap="viridis")
+        axis.figure.colorbar(seen, ax=axis, label="reward")
+        axis.plot(*zip(*sampled, strict=True), "o", markersize=4, color="w", markeredgecolor="k", label="sampled")
+        axis.plot(*best, "*", color="C3", markersize=12, label=f"best: {name(best)}")
+        axis.set(xlabel="λ of the first aligned model", ylabel="λ of the second", title="What λ earns")
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+        return
+    rows = sorted(rows, key=lambda row: -row["reward"])[:MOST_BARS]
+    rows, at = over_lambda(axis, rows)
+    _with_bars(axis, at, rows, fmt="o", color="C0")
+    axis.set(xlabel="λ", ylabel="reward", title=f"What λ earns (the best {len(rows)})")
+
+
+def draw_pareto(axis: Any, sweep: dict[str, Any]) -> None:
+    """The first two rewards against each other; λ that none beats in every reward are named."""
+    one, other = (column_of(reward) for reward in list(sweep["settings"]["rewards"])[:2])
+    rows, front = [row for row in sweep["curve"] if row["known"]], set(pareto(sweep))
+    axis.plot([row[one] for row in rows], [row[other] for row in rows], ".", color="C7", label="λ")
+    best = sorted((row for row in rows if row["lambda"] in front), key=lambda row: row[one])
+    at = [row[one] for row in best], [row[other] for row in best]
+    axis.plot(*at, "o-", color="C0", markersize=4, label="none beats it")
+    for row in best[:: max(1, math.ceil(len(best) / 8))]:
+        axis.annotate(f" {name(row['lambda'])}", (row[one], row[other]), fontsize=7, va="bottom")
+    axis.set(xlabel=one, ylabel=other, title="Rewards against each other")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_frontier(axis: Any, sweep: dict[str, Any]) -> None:
+    """Reward against KL from the reference, λ along the curve; exact and merged."""
+    rows = [row for row in sweep["curve"] if row["known"]]
+    several = isinstance(sweep["best"]["lambda"], Vector)
+    style = {"linestyle": "", "marker": "."} if several else {}
+    axis.plot([row["kl"] for row in rows], [row["reward"] for row in rows], color="C0", label=whose(sweep), **style)
+    merged = [p for p in sweep["points"] if p["mode"] == "merged" and "reward" in p]
+    kl_at = {row["lambda"]: row["kl"] for row in sweep["curve"]}
+    ends = [  # at λ = 0 and 1 both are one model, so that the merged model's line leads there
+        {"lambda": p["lambda"], "kl": kl_at[p["lambda"]], "reward": p["reward"]}
+        for p in sweep["points"]
+        if p["mode"] == "exact" and not several and is_end(p["lambda"]) and p["lambda"] in kl_at and "reward" in p
+    ]
+    if merged:
+        line = sorted([*merged, *ends], key=lambda p: p["lambda"])
+        how = "s" if several else "s--"
+        axis.plot([p["kl"] for p in line], [p["reward"] for p in line], how, color="C1", markersize=4, label="merged")
+    sampled = {p["lambda"] for p in sweep["points"]}
+    for row in rows:
+        if row["lambda"] in sampled or row["lambda"] == sweep["best"]["lambda"]:
+            axis.plot(row["kl"], row["reward"], "o", color="C0", markersize=4)
+            axis.annotate(f" λ={name(row['lambda'])}", (row["kl"], row["reward"]), fontsize=8, va="bottom")
+    axis.set(xlabel="KL from the reference, nats a text", ylabel="reward", title="What it costs")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_wins(axis: Any, sweep: dict[str, Any]) -> None:
+    """How often a text beats one of the aligned model and one of the reference."""
+    for key, label, color in (("wins_aligned", "against λ = 1", "C3"), ("wins_ref", "against λ = 0", "C7")):
+        draw_curve(
+            axis, sweep["curve"], lambda r, key=key: r.get(key) if r["known"] else None, label=label, color=color
+        )
+    axis.axhline(0.5, color="0.6", linewidth=0.8)
+    axis.set(xlabel="λ", ylabel="share of wins", title="How often it wins", ylim=(0, 1))
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_ess(axis: Any, sweep: dict[str, Any]) -> None:
+    """How many texts stand for each λ."""
+    draw_curve(axis, sweep["curve"], lambda r: r["ess"], color="C0")
+    axis.axhline(KNOWN, color="C3", linewidth=0.8, label="below: not known")
+    axis.set(xlabel="λ", ylabel="effective texts a prompt", title="How many texts stand for it")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def html(sweep: dict[str, Any], prompts: Sequence[str], answers: Sequence[dict[str, Any]]) -> str:
+    """One self-contained page.
+
+    Args:
+        sweep: what sweep.json holds, `read`.
+        prompts: as texts.
+        answers: the lines of texts.jsonl, `read`.
+    """
+    draw: dict[str, Callable[[Any], None]] = {
+        "reward": lambda axis: draw_reward(axis, sweep), "frontier": lambda axis: draw_frontier(axis, sweep),
+    }  # fmt: skip
+    if not isinstance(sweep["best"]["lambda"], Vector):
+        if any("wins_ref" in row for row in sweep["curve"]):
+            draw["wins"] = lambda axis: draw_wins(axis, sweep)
+        draw["ess"] = lambda axis: draw_ess(axis, sweep)
+    if len(sweep["settings"]["rewards"]) > 1:
+        draw["pareto"] = lambda axis: draw_pareto(axis, sweep)
+    wanted = columns(sweep)
+    return page(
+        "sweep.html", "Which λ?", sweep, draw, said=sentences(sweep), columns=wanted, legend=LEGEND,
+        rows=[cells(row, wanted) for row in shown(sweep)], best=shown(sweep).index(_best(sweep)),
+        texts=_texts(prompts, answers),
+    )  # fmt: skip
+
+
+def _best(sweep: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in sweep["curve"] if row["lambda"] == sweep["best"]["lambda"])
+
+
+def _texts(prompts: Sequence[str], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first prompts, and what each λ and mode made of them."""
+    found = []
+    for index, prompt in enumerate(prompts[:SHOWN]):
+        mine = [a for a in answers if a["prompt"] == index and a["sample"] == 0]
+        mine.sort(key=lambda a: (a["lambda"], a["mode"]))
+        rows = [(name(a["lambda"]), a["mode"], a["text"], ", ".join(map(_earned, a["rewards"].items()))) for a in mine]
+        found.append({"prompt": prompt, "rows": rows})
+    return found
+
+
+def _earned(reward: tuple[str, float | None]) -> str:
+    return f"{reward[0]} {'failed' if reward[1] is None else f'{reward[1]:.3g}'}"

@@ -1,0 +1,207 @@
+"""A pair as one directory that exact decoding is served from: both models, and a config that says what they are.
+
+    DIR/config.json        model type "dera": the default λ, and where the two models lie
+    DIR/ref/, DIR/aligned/ the two, as they are (an adapter stays an adapter); DIR/base/ where both are adapters
+    DIR/tokenizer…         as the merged checkpoint has them
+
+vLLM serves it with the plugin that comes with this package, and `DeraForCausalLM.from_pretrained` loads it. Weight
+files are hard links where the file system allows, so the directory takes no room of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..decoding.config import DeraConfig
+from ..errors import DeraError
+from ..files.atomic import json_bytes, load_json
+from ..merging.merge import companions, merge
+from ..merging.output import check_clear_of_inputs, check_space
+from ..models.pair import Pair
+from ..models.pieces import LowRank
+from ..models.side import Side
+from ..models.source import TOKENIZER_FILES, load_config
+from ..progress import Progress
+
+Places = dict[str, tuple[Path, list[Path]]]  # name in the directory → the folder where a model lies, its weight files
+_SMALL = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+
+
+def held_once(pair: Pair) -> bool:
+    """Whether both models can stand on one set of weights: adapters of B·A on linear layers, over the same base."""
+    if not pair.shared_base:
+        return False
+    if pair.requantises or pair.names.unties:
+        return False
+    names = {f"{module}.weight" for module in pair.architecture.linear}
+    linear = {pair.architecture.stored_name(name, pair.tensors) for name in names}
+    return all(
+        name in linear and all(isinstance(piece, LowRank) for piece in pieces)
+        for weights in pair.names.weights
+        for name, pieces in weights.pieces.items()
+    )
+
+
+def export_exact(
+    pair: Pair,
+    out: str | os.PathLike[str],
+    lam: float = 1.0,
+    *,
+    merge_adapter: bool = False,
+    copy: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write both models of a pair into one directory for exact decoding.
+
+    Args:
+        pair: the two models.
+        out: the directory.
+        lam: λ of requests that bring none.
+        merge_adapter: store the models of adapters whole (λ=0 and 1, rounded to nearest). Done in any case where an
+            adapter is more than B·A on linear layers.
+        copy: copy weight files instead of linking them.
+        overwrite: replace a directory that this function wrote.
+        progress: called with (file, files done, files in all).
+
+    Returns:
+        `path`, `lambda`, `held_once` (both on one set of weights), `linked` and `copied` (bytes of weights).
+
+    Raises:
+        DeraError: the pair does not fit together, or the output cannot be written. Nothing is left of it then.
+    """
+    pair.only_pair("export-exact is")
+    lam = float(lam) + 0.0
+    if not math.isfinite(lam):
+        raise DeraError(f"λ must be finite, not {lam}")
+    if pair.new_tokens:
+        raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; use ALIGNED alone (λ=1)")
+    folder = Path(out).expanduser()
+    _check(folder, pair, overwrite)
+    once = held_once(pair) and not merge_adapter
+    whole = [side for side in pair.sides if pair.requantises or (side.adapter and not once)]
+    places = _places(pair, whole)
+    try:
+        parent = folder.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=parent) as scratch:
+            stage = Path(scratch) / "export"
+            sizes = _write(pair, stage, lam, places, whole, copy, progress)
+            _replace(stage, folder)
+    except OSError as error:
+        raise DeraError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return {"path": str(folder), "lambda": lam, "held_once": once, **sizes}
+
+
+def _write(
+    pair: Pair, stage: Path, lam: float, places: Places, whole: list[Side], copy: bool, progress: Progress | None
+) -> dict[str, int]:
+    """Fill a new directory; bytes of weights by how they came there."""
+    stage.mkdir()
+    files = [(file, stage / name / file.name) for name, (_, weights) in places.items() for file in weights]
+    check_space(stage, sum(file.stat().st_size for file, _ in files) if copy else 0)
+    sizes = {"linked": 0, "copied": 0}
+    for done, (file, target) in enumerate(files, 1):
+        target.parent.mkdir(exist_ok=True)
+        sizes["linked" if _put(file, target, copy) else "copied"] += file.stat().st_size
+        if progress:
+            progress(file.name, done, len(files))
+    for name, (source, _) in places.items():
+        _describe(source, stage / name, "../base" if "base" in places else "../ref", pair.trust.code)
+    for side in whole:
+        name, end = ("ref", 0.0) if side is pair.ref else ("aligned", 1.0)
+        merge(pair, stage / name, [end], rounding="nearest")
+        sizes["copied"] += sum(file.stat().st_size for file in (stage / name).glob("*.safetensors"))
+    for file in companions(pair):
+        shutil.copyfile(file, stage / file.name)
+    (stage / "config.json").write_bytes(json_bytes(_config(pair, stage, lam)))
+    return sizes
+
+
+def _check(folder: Path, pair: Pair, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise DeraError(f"{folder} is a file; give a directory as --output")
+    check_clear_of_inputs(folder, pair)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    config = load_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not isinstance(config, dict) or config.get("model_type") != "dera" or "exported" not in config:
+        raise DeraError(f"{folder} exists and was not written by export-exact; give another --output")
+    if not overwrite:
+        raise DeraError(f"{folder} exists; --overwrite replaces it, or give another --output")
+
+
+def _places(pair: Pair, whole: list[Side]) -> Places:
+    """What is taken as it is."""
+    places: Places = {}
+    for name, side in zip(("ref", "aligned"), pair.sides, strict=True):
+        if side in whole:
+            continue
+        checkpoint = side.adapter.checkpoint if side.adapter else side.checkpoint
+        places[name] = (side.source.folder, sorted({info.file for info in checkpoint.tensors.values()}))
+        if side.adapter and pair.ref.adapter:
+            places["base"] = (side.base.folder, sorted({info.file for info in side.checkpoint.tensors.values()}))
+    for folder, files in places.values():
+        if pickled := [file for file in files if file.suffix != ".safetensors"]:
+            raise DeraError(
+                f"{folder} has pickled weights ({pickled[0].name}), which no engine should read; merge it first"
+            )
+    return places
+
+
+def _put(file: Path, target: Path, copy: bool) -> bool:
+    """Whether a link could be made; else the file was copied."""
+    if not copy:
+        try:
+            os.link(file.resolve(), target)  # of a file in the Hub's cache, which is a link itself, the file
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+                raise
+    shutil.copyfile(file, target)
+    return False
+
+
+def _describe(folder: Path, target: Path, base: str, code: bool) -> None:
+    """The small files beside a model's weights; an adapter will name `base`."""
+    names = [*_SMALL, *(file.name for pattern in ["*.index.json", *["*.py"] * code] for file in folder.glob(pattern))]
+    for name in names:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    if (folder / "adapter_config.json").is_file():
+        config = load_json(folder / "adapter_config.json") | {"base_model_name_or_path": base}
+        (target / "adapter_config.json").write_bytes(json_bytes(config))
+
+
+def _config(pair: Pair, stage: Path, lam: float) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    home = next(stage / name for name in ("base", "ref") if (stage / name).is_dir())
+    text = AutoConfig.from_pretrained(home, trust_remote_code=pair.trust.code)
+    text.vocab_size = min(load_config(side.base)["vocab_size"] for side in pair.sides)  # the rows that both have
+    names = {name: name for name in ("ref", "aligned", "base") if (stage / name).is_dir()}
+    config = DeraConfig(text, lam=lam, pair=names, architectures=["DeraForCausalLM"], dtype=text.dtype)
+    made = {"exported": {name: side.source.pinned for name, side in zip(("ref", "aligned"), pair.sides, strict=True)}}
+    return config.to_dict() | made
+
+
+def _replace(stage: Path, folder: Path) -> None:
+    """Put the finished directory in its place."""
+    if folder.is_dir():
+        old = stage.with_name("old")
+        os.replace(folder, old)
+        try:
+            os.replace(stage, folder)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.replace(old, folder)
+            raise
+    else:
+        os.replace(stage, folder)

@@ -1,0 +1,136 @@
+"""One prompt at one λ: exactly, merged, or exactly with the merged model drafting."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import LogitsProcessorList, set_seed
+
+from ..decoding.exact import DeraForCausalLM
+from ..decoding.plausibility import PlausibilityMask
+from ..decoding.speculation import Speculation
+from ..errors import DeraError
+from ..merging.live import live
+from ..models.pair import Pair
+from .prompts import encode
+
+Mode = Literal["exact", "merged", "speculative"]
+LoadIn = Literal["4bit", "8bit"]
+
+
+def decode(
+    pair: Pair,
+    lam: float | Sequence[float],
+    prompt: str,
+    *,
+    mode: Mode = "exact",
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str | torch.device | Sequence[str | torch.device] = "cpu",
+    compute_dtype: torch.dtype | str | None = None,
+    load_in: LoadIn | None = None,
+    plausibility: float | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Continue a prompt.
+
+    Args:
+        pair: the two models.
+        lam: λ; with several aligned models, a number for each.
+        prompt: raw text, or with `chat` a user's turn.
+        mode: `"exact"` runs both models, `"merged"` θ_ref + λΔ, `"speculative"` lets the merged model draft and both
+            verify (Leviathan et al., 2023): the output is exact DeRa's.
+        max_new_tokens: in tokens.
+        temperature: 0 is greedy.
+        seed: of sampling.
+        device: where to run; two devices put the reference on the first, the aligned model on the second.
+        compute_dtype: in what to run; default float32 on CPU, else the checkpoint's dtype. A draft on a CPU is
+            bfloat16.
+        load_in: quantise both models with bitsandbytes when they are loaded; the output is exact DeRa of the quantised
+            pair.
+        plausibility: α of a `PlausibilityMask`; the output is then no longer exact DeRa.
+        path: file of a learned path, for the merged model or the one that drafts.
+
+    Returns:
+        `text` (special tokens left out), `token_ids` (the new ones), `prompt_tokens` (their count), `exact` (whether
+        the tokens are exact DeRa's); with speculation `acceptance_rate`, `tokens_per_verification`, `drafted`,
+        `verifications`.
+
+    Raises:
+        DeraError: the pair cannot be run in this mode, or the prompt has no tokens.
+    """
+    (lam,) = pair.known([lam])
+    if plausibility:
+        pair.only_pair("the plausibility mask is")
+    tokenizer = pair.tokenizer
+    entry = {"messages": [{"role": "user", "content": prompt}]} if chat else prompt
+    (encoded,) = encode([entry], tokenizer)
+    limit = pair.context_length
+    if limit and len(encoded.ids) + max_new_tokens > limit:
+        raise DeraError(
+            f"{len(encoded.ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit}"
+        )
+    if mode == "merged" and (load_in or plausibility):
+        raise DeraError(
+            "quantised loading and the plausibility mask are for exact decoding; merge first, or leave them out"
+        )
+    if mode == "exact" and path is not None:
+        raise DeraError("exact decoding merges nothing; --path is for --mode merged and speculative")
+    home = torch.device(device if isinstance(device, str | torch.device) else device[0])
+    on_cpu = home.type == "cpu"
+    if compute_dtype is None:
+        compute_dtype = torch.float32 if on_cpu else "auto"
+    options: dict[str, Any] = {}
+    if mode == "merged":
+        model = live(pair, lam, device=home, compute_dtype=compute_dtype, path=path)
+    else:
+        more = {"quantization_config": quantised(load_in)} if load_in else {}
+        model = DeraForCausalLM.from_pair(pair, lam, dtype=compute_dtype, device=device, **more)
+    speculation = Speculation()
+    if mode == "speculative":
+        if (
+            model.rows is not None and not on_cpu and path is None
+        ):  # an adapter pair drafts with the weights that it has
+            draft = model.dial()
+        else:
+            kind = torch.bfloat16 if on_cpu else compute_dtype
+            draft = live(pair, lam, device=home, compute_dtype=kind, path=path)
+        options |= {"assistant_model": draft, "speculation": speculation}
+    if plausibility:
+        options["logits_processor"] = LogitsProcessorList([PlausibilityMask(plausibility)])
+    options |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    ids = torch.tensor([encoded.ids], device=home)
+    set_seed(seed)
+    output = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id, **options,
+    )  # fmt: skip
+    new = output[0, len(encoded.ids) :].tolist()
+    result = {
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "token_ids": new,
+        "prompt_tokens": len(encoded.ids),
+        "exact": mode != "merged" and not plausibility,
+    }
+    if mode == "speculative":
+        keys = ("acceptance_rate", "tokens_per_verification", "drafted", "verifications")
+        result |= {key: getattr(speculation, key) for key in keys}
+    return result
+
+
+def quantised(load_in: LoadIn) -> Any:
+    """transformers' config for loading weights in 4 (nf4) or 8 bits with bitsandbytes. Raises DeraError without it."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise DeraError("loading in 4 or 8 bits needs bitsandbytes: pip install 'dera-merge[quant]'")
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

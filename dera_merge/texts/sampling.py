@@ -1,0 +1,122 @@
+"""Sampling with noise that belongs to the prompt, not to the batch.
+
+The maximum of log-probabilities plus independent Gumbel noise is an exact sample (Gumbel, 1954). With the noise drawn
+from (seed, prompt, position), a prompt's text does not depend on what else is in its batch, and two models that decode
+with the same noise are coupled: they part only where their distributions do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from ..lambdas import Lam
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH = 32  # prompts decoded together
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise to the scores, so that greedy decoding samples at temperature 1.
+
+    Args:
+        streams: one integer per row of the batch; rows with the same stream get the same noise.
+        seed: of all streams.
+        vocab_size: rows of the vocabulary that may be sampled, and get noise; default all. Models that are to be
+            coupled must have the same number of them.
+    """
+
+    def __init__(self, streams: Sequence[int], seed: int = 0, vocab_size: int | None = None) -> None:
+        self._vocab_size = vocab_size
+        self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + stream) for stream in streams]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (rows, vocabulary) with noise; the next call gets fresh noise."""
+        count = self._vocab_size or scores.shape[1]
+        uniform = torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in self._generators])
+        noisy = torch.full_like(scores, -torch.inf)
+        noisy[:, :count] = scores[:, :count] - torch.log(-torch.log(uniform)).to(scores)
+        return noisy
+
+
+@torch.no_grad()
+def decode_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], **kwargs: object
+) -> list[list[int]]:
+    """New tokens for each row of ids, an end token included, nothing after it; with no other setting than those given.
+
+    Args:
+        model: any causal model; its end tokens count, its warpers do not.
+        tokenizer: for its padding token.
+        rows: token ids of any lengths.
+        kwargs: passed to `generate`.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    # `generate` fills what a config leaves open from the checkpoint's own, whose warpers would make this another
+    # distribution; so it gets a shallow copy of the model (the same modules) with a bare one.
+    model, pad = copy.copy(model), tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    output = model.generate(input_ids=ids, attention_mask=mask, **kwargs)
+    new = []
+    for row in output[:, width:].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
+        new.append(row[: end + 1])
+    return new
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    streams: Sequence[int] | None = None,
+    vocab_size: int | None = None,
+    lams: Sequence[Lam] | None = None,
+    progress: Callable[[int], None] | None = None,
+    **kwargs: object,
+) -> list[list[int]]:
+    """One text a prompt at temperature 1, without any warper.
+
+    Args:
+        model: any causal model.
+        tokenizer: for its padding token.
+        prompts: token ids.
+        max_new_tokens: length limit, in tokens.
+        seed: the same seed gives the same texts, whatever the batches.
+        streams: which noise each prompt gets; default: its number.
+        vocab_size: as for `GumbelNoise`.
+        lams: λ of each prompt, for a model that takes it with each call.
+        progress: called with the number of prompts done.
+        kwargs: passed to `generate`.
+
+    Returns:
+        The new tokens of each prompt, an end token included, nothing after it.
+    """
+    streams = range(len(prompts)) if streams is None else streams
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    texts: dict[int, list[int]] = {}
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        at = {} if lams is None else {"lam": [lams[index] for index in batch]}
+        new = decode_batch(
+            model, tokenizer, [prompts[index] for index in batch], do_sample=False, max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([GumbelNoise([streams[i] for i in batch], seed, vocab_size)]),
+            **at, **kwargs,
+        )  # fmt: skip
+        texts |= dict(zip(batch, new, strict=True))
+        if progress:
+            progress(len(texts))
+    return [texts[index] for index in range(len(prompts))]
