@@ -31,7 +31,7 @@ from dera_merge.models.doors import DOORS, TESTED
 
 pytestmark = [pytest.mark.core, pytest.mark.doors]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path(dera_merge.__file__).parent
 HERE = [door for door in DOORS if find_spec(door.library)]
 OURS_OF_THEIRS = [DeraForCausalLM, DialForCausalLM, PairCache, RowsCache, MergedDraft]

@@ -163,7 +163,7 @@ def test_a_model_that_was_retrained_into_the_mixture_is_no_distance_from_it():
     assert abs(kinds["second"]["kl"]) < 1e-6 < 0.1 < kinds["exact"]["kl"]
 
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def script(name: str, *arguments: object) -> str:

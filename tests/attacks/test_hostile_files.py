@@ -1,16 +1,18 @@
-"""Reading what others wrote, hostile files included; writing what others can read."""
+"""Files that are broken or that someone made to do harm: each is refused in one line, and nothing is written."""
 
 import json
+import os
+import shutil
 import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from dera_merge.errors import DeraError
+from dera_merge import DeraError, ModelPair
 from dera_merge.files.atomic import load_json
-from dera_merge.files.checkpoint import Checkpoint, TensorInfo, read_header, slices
-from dera_merge.files.shards import ShardWriter
+from dera_merge.files.checkpoint import Checkpoint, read_header
+from dera_merge.merging.recipe import verify
 
 pytestmark = pytest.mark.core
 
@@ -23,35 +25,6 @@ def write_raw(file, header, data=b""):
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-def test_reads_what_the_safetensors_library_wrote(tmp_path):
-    tensors = {"a": torch.randn(5, 7), "b": torch.arange(6), "c": torch.tensor(3.0), "d": torch.randn(2, 3, 4).bfloat16(),
-               "empty": torch.empty(0, 4)}  # fmt: skip
-    save_file(tensors, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint(tmp_path)
-    for name, tensor in tensors.items():
-        assert torch.equal(checkpoint.read_whole(name), tensor)
-    assert torch.equal(checkpoint.read("a", 2, 4), tensors["a"][2:4])
-    assert torch.equal(checkpoint.read("d", 1, 5), tensors["d"].reshape(6, 4)[1:5])
-
-
-def test_the_safetensors_library_reads_what_is_written(tmp_path):
-    tensors = {"a": torch.randn(5, 7), "b": torch.randn(3).bfloat16(), "ünï": torch.arange(4, dtype=torch.uint8)}
-    writer = ShardWriter(tmp_path / "model.safetensors", {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-    for name in writer.order:
-        for row in tensors[name]:  # row by row
-            writer.write(row)
-    assert not (tmp_path / "model.safetensors").exists()  # invisible until complete
-    writer.close()
-    read = load_file(tmp_path / "model.safetensors")
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-
-
-def test_slices_cover_every_row_once():
-    info = TensorInfo(torch.float32, (3, 5, 4), None)
-    assert list(slices(info, elements=16)) == [(0, 4), (4, 8), (8, 12), (12, 15)]
 
 
 ATTACKS = {
@@ -118,3 +91,62 @@ def test_json_with_a_key_twice_is_refused(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1, "a": 2}')
     with pytest.raises(DeraError, match="'a' twice"):
         load_json(tmp_path / "x.json")
+
+
+def test_an_input_that_is_cut_off_while_it_is_read_leaves_nothing(llama, tmp_path):
+    ref = tmp_path / "ref"
+    shutil.copytree(llama(0), ref)
+    opened = ModelPair.from_pretrained(ref, llama(1, near=0))
+    _ = opened.tensors
+    file = ref / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+    with pytest.raises(DeraError, match="the file is truncated"):
+        opened.merge(tmp_path / "out", [0.3])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("side", ["ref", "aligned"])
+def test_a_merge_of_a_hostile_file_is_refused_in_one_line_and_writes_nothing(llama, tmp_path, attack, side):
+    folders = {"ref": llama(0), "aligned": llama(1, near=0)}
+    evil = tmp_path / "evil"
+    shutil.copytree(folders[side], evil)
+    ATTACKS[attack](evil / "model.safetensors")
+    folders[side] = evil
+    with pytest.raises(DeraError) as refusal:
+        ModelPair.from_pretrained(folders["ref"], folders["aligned"]).merge(tmp_path / "out", [0.5])
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_that_takes_for_ever_is_refused(llama, lora, tmp_path, monkeypatch):
+    monkeypatch.setattr("dera_merge.models.adapter._PATIENCE", 1)
+    base = llama(0)
+    adapter = lora(base)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["rank_pattern"] = {"([a-z_.0-9]+)+!": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    pair = ModelPair.from_pretrained(base, adapter)
+    for attempt in (lambda: pair.merge(tmp_path / "out", [0.5]), pair.exact):
+        with pytest.raises(DeraError, match="takes for ever to match"):
+            attempt()
+
+
+def test_a_symlink_in_the_output_is_not_written_through(llama, tmp_path):
+    pair = ModelPair.from_pretrained(llama(0), llama(1, near=0))
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    out = tmp_path / "out"
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pair.merge(out, [0.5], progress=interrupt)
+    for name in ("model.safetensors.partial", "model.safetensors", "config.json"):
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(victim)
+    pair.merge(out, [0.5], resume=True)
+    assert victim.read_text() == "precious"
+    assert not any(file.is_symlink() for file in out.iterdir())
+    assert verify(out)["lambda"] == 0.5

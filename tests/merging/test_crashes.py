@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from builders import weights
-from test_checkpoint import ATTACKS
 from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, ModelPair
@@ -140,65 +139,6 @@ def test_too_little_space_is_found_before_the_first_byte(pair, tmp_path, monkeyp
     with pytest.raises(DeraError, match="are free there"):
         ModelPair.from_pretrained(*pair).merge(tmp_path / "out", [0.3])
     assert not (tmp_path / "out").exists()
-
-
-def test_an_input_that_is_cut_off_while_it_is_read_leaves_nothing(pair, tmp_path):
-    ref = tmp_path / "ref"
-    shutil.copytree(pair[0], ref)
-    opened = ModelPair.from_pretrained(ref, pair[1])
-    _ = opened.tensors
-    file = ref / "model.safetensors"
-    os.truncate(file, file.stat().st_size - 1000)
-    with pytest.raises(DeraError, match="the file is truncated"):
-        opened.merge(tmp_path / "out", [0.3])
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("side", ["ref", "aligned"])
-def test_a_merge_of_a_hostile_file_is_refused_in_one_line_and_writes_nothing(llama, tmp_path, attack, side):
-    folders = {"ref": llama(0), "aligned": llama(1, near=0)}
-    evil = tmp_path / "evil"
-    shutil.copytree(folders[side], evil)
-    ATTACKS[attack](evil / "model.safetensors")
-    folders[side] = evil
-    with pytest.raises(DeraError) as refusal:
-        ModelPair.from_pretrained(folders["ref"], folders["aligned"]).merge(tmp_path / "out", [0.5])
-    assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_pattern_that_takes_for_ever_is_refused(llama, lora, tmp_path, monkeypatch):
-    monkeypatch.setattr("dera_merge.models.adapter._PATIENCE", 1)
-    base = llama(0)
-    adapter = lora(base)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["rank_pattern"] = {"([a-z_.0-9]+)+!": 4}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    pair = ModelPair.from_pretrained(base, adapter)
-    for attempt in (lambda: pair.merge(tmp_path / "out", [0.5]), pair.exact):
-        with pytest.raises(DeraError, match="takes for ever to match"):
-            attempt()
-
-
-def test_a_symlink_in_the_output_is_not_written_through(llama, tmp_path):
-    pair = ModelPair.from_pretrained(llama(0), llama(1, near=0))
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    out = tmp_path / "out"
-
-    def interrupt(done, total):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pair.merge(out, [0.5], progress=interrupt)
-    for name in ("model.safetensors.partial", "model.safetensors", "config.json"):
-        (out / name).unlink(missing_ok=True)
-        (out / name).symlink_to(victim)
-    pair.merge(out, [0.5], resume=True)
-    assert victim.read_text() == "precious"
-    assert not any(file.is_symlink() for file in out.iterdir())
-    assert verify(out)["lambda"] == 0.5
 
 
 def test_files_have_the_modes_of_the_umask(llama, tmp_path):

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START = 240  # seconds
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def documented(heading: str) -> list[str]:
