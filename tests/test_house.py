@@ -102,9 +102,24 @@ def test_what_is_light_imports_no_torch(what):
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+def test_a_merge_of_two_checkpoints_builds_no_model(tmp_path):
+    """Not even an empty one: importing what transformers builds models of takes longer than a small merge."""
+    code = (
+        "import sys; from dera_merge import ModelPair, demo\n"
+        f"ModelPair.from_pretrained(demo.REF, demo.ALIGNED_DENSE).merge({str(tmp_path / 'out')!r}, [0.5])\n"
+        "sys.exit('transformers.models.auto.modeling_auto' in sys.modules or 'peft' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
 @pytest.mark.parametrize(
     "door",
-    ["dera_merge.exact:DeraForCausalLM", "dera_merge.retraining:agreement", "dera_merge.demo:reward", "dera_merge.cli:main"],
+    [
+        "dera_merge.exact:DeraForCausalLM",
+        "dera_merge.retraining:agreement",
+        "dera_merge.demo:reward",
+        "dera_merge.cli:main",
+    ],
 )
 def test_doors_that_people_use_stay_open(door):
     from importlib import import_module

@@ -7,7 +7,7 @@ be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,13 +70,15 @@ class Names:
 
 
 def match(
-    sides: Sequence[Side], architecture: Architecture, base_quantization: str | None = None, trust: Trust = NOTHING
-) -> Names:
+    sides: Sequence[Side], architecture: Callable[[], Architecture], base_quantization: str | None = None,
+    trust: Trust = NOTHING,
+) -> Names:  # fmt: skip
     """Put the weights of a reference and its aligned models in correspondence.
 
     Args:
         sides: the reference, and each aligned model.
-        architecture: REF's.
+        architecture: makes REF's, where that is needed: checkpoints whose names agree need no model, not even an empty
+            one, and building it takes seconds.
         base_quantization: what the adapters' base was quantised to in training; None where it was not.
 
     Raises:
@@ -87,7 +89,7 @@ def match(
     for side in sides:
         if id(side.checkpoint) not in stored:
             stored[id(side.checkpoint)] = Stored(
-                side.checkpoint, _requantised(side, architecture, base_quantization) if base_quantization else None
+                side.checkpoint, _requantised(side, architecture(), base_quantization) if base_quantization else None
             )
     bases = [stored[id(side.checkpoint)] for side in sides]
     quantised = _quantised_modules(ref)
@@ -125,7 +127,7 @@ def _requantised(side: Side, architecture: Architecture, kind: str) -> Requantis
 
 
 def _match_two(
-    sides: tuple[Side, Side], bases: tuple[Stored, Stored], architecture: Architecture, trust: Trust
+    sides: tuple[Side, Side], bases: tuple[Stored, Stored], architecture: Callable[[], Architecture], trust: Trust
 ) -> tuple[Weights, Weights, bool]:
     """The weights of a reference and of one aligned model, and whether a tie of REF's config is broken."""
     for side, other in (sides, sides[::-1]):
@@ -138,7 +140,7 @@ def _match_two(
     if stored[0].keys() == stored[1].keys() and not spelled and not any(side.adapter for side in sides):
         keys = {name: name for name in stored[0]}
         return Weights(bases[0], keys, {}), Weights(bases[1], keys, {}), False
-    return _Matching(sides, bases, architecture, trust).match()
+    return _Matching(sides, bases, architecture(), trust).match()
 
 
 class _Matching:

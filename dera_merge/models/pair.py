@@ -158,7 +158,8 @@ class Pair:
         Raises:
             DeraError: the sides' weights cannot be put in correspondence, or are quantised.
         """
-        return match(self.sides, self.architecture, self.base_quantization if self.requantises else None, self.trust)
+        quantised = self.base_quantization if self.requantises else None
+        return match(self.sides, lambda: self.architecture, quantised, self.trust)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
