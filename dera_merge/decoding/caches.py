@@ -1,7 +1,7 @@
 """Caches of keys and values: several models' behind one, and what transformers calls a cache.
 
 `generate` sees one cache whose layers are those of all models. What a forward pass calls that argument is asked for
-here alone: `cache` since transformers 5.24, `past_key_values` before.
+in this module alone: `cache` since transformers 5.24, `past_key_values` before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import DeraError
 _NAMES = ("cache", "past_key_values")
 _OF_OUTPUTS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 # What the installed transformers calls a cache among the arguments of `generate` and in outputs.
-CACHE = next((name for name in _NAMES if name in _OF_OUTPUTS), _NAMES[0])  # a third name: `doors.check` says so
+CACHE = next((name for name in _NAMES if name in _OF_OUTPUTS), _NAMES[0])  # `doors.check` reports any third name
 
 
 class PairCache(Cache):
@@ -43,8 +43,8 @@ class PairCache(Cache):
 
         Each is (batch, heads, tokens, head size).
         """
-        each = [cache.layers[layer] for cache in self.caches]
-        return tuple(one.keys for one in each), tuple(one.values for one in each)
+        layers = [cache.layers[layer] for cache in self.caches]
+        return tuple(side.keys for side in layers), tuple(side.values for side in layers)
 
 
 class RowsCache(Cache):
@@ -63,12 +63,13 @@ class RowsCache(Cache):
         return self.layers[layer].keys.chunk(self.count), self.layers[layer].values.chunk(self.count)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(self._each(beam_idx))
+        super().reorder_cache(self._of_all_sides(beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(self._each(indices))
+        super().batch_select_indices(self._of_all_sides(indices))
 
-    def _each(self, rows: torch.Tensor) -> torch.Tensor:
+    def _of_all_sides(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the reference's part of the batch, and the same rows of each aligned model's."""
         total = next(len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None)
         return torch.cat([rows + number * total // self.count for number in range(self.count)])
 

@@ -56,12 +56,12 @@ class DeraConfig(PreTrainedConfig):
 
         def place(value: Any) -> Any:
             if isinstance(value, list):
-                return [place(each) for each in value]
+                return [place(item) for item in value]
             return str(folder / value) if isinstance(value, str) and (folder / value).is_dir() else value
 
-        named = {key: place(value) for key, value in self.pair.items()}
-        ref, aligned = named.pop("ref"), named.pop("aligned")
-        return Pair.from_pretrained(ref, aligned, **named, allow_pickle=trust.pickle, trust_remote_code=trust.code)
+        arguments = {key: place(value) for key, value in self.pair.items()}
+        ref, aligned = arguments.pop("ref"), arguments.pop("aligned")
+        return Pair.from_pretrained(ref, aligned, **arguments, allow_pickle=trust.pickle, trust_remote_code=trust.code)
 
 
 AutoConfig.register("dera", DeraConfig, exist_ok=True)

@@ -5,10 +5,10 @@
 
 `DeraForCausalLM.forward` runs the models on the same tokens and mixes their logits in float32; everything else
 (sampling, beams, padding, streaming, stopping) is transformers' own `generate`, which sees one model with one cache.
-The two models of a LoRA pair are two rows of one batch over one set of weights (see `rows.py`): one forward pass.
+The two models of a LoRA pair are two rows of one batch over one set of weights (see `decoding/rows.py`): one pass.
 λ travels with the call, as a tensor of one value per sequence: nothing is set on the object while it decodes, so calls
-and threads cannot see each other's λ. Exact decoding's caches do not depend on λ: a conversation may go on with
-another.
+and threads cannot see each other's λ. Exact decoding's caches do not depend on λ: a conversation may go on at
+another λ.
 
 `DialForCausalLM` is the other thing that one set of weights with an adapter can be: θ_ref + λΔ, with a λ for each row.
 """
@@ -132,25 +132,27 @@ class DeraForCausalLM(LambdaModel):
         return causal_output(logits, cache, labels, return_dict)
 
     def _a_pass_each(self, shared: dict[str, Any], cache: PairCache | None) -> list[torch.Tensor]:
+        """Logits of each model, run by itself on its device."""
         logits: dict[int, torch.Tensor] = {}
         # An accelerator works on while the host goes to the next model, so those that block come last.
         order = sorted(range(len(self.sides)), key=lambda number: self.sides[number].device.type == "cpu")
         for number in order:
             model = self.sides[number]
-            theirs = None if cache is None else cache.caches[number]
+            inner = None if cache is None else cache.caches[number]
             names = self._arguments[number]
-            here = {key: _to(value, model.device) for key, value in shared.items() if key in names}
-            logits[number] = run_with_cache(model, names, here, theirs).logits
+            inputs = {key: _to(value, model.device) for key, value in shared.items() if key in names}
+            logits[number] = run_with_cache(model, names, inputs, inner).logits
         return [logits[number] for number in range(len(order))]
 
     def _one_pass(self, shared: dict[str, Any], cache: RowsCache | None) -> list[torch.Tensor]:
+        """Logits of each model, from one pass over a batch that has every sequence once for each side."""
         ids, sides = shared["input_ids"], len(self.sides)
         names = self._arguments_of_rows
-        each = {key: _repeated(value, len(ids), sides) for key, value in shared.items() if key in names}
+        inputs = {key: _repeated(value, len(ids), sides) for key, value in shared.items() if key in names}
         shares = torch.eye(sides, dtype=self.rows.dtype, device=ids.device)[:, 1:].repeat_interleave(len(ids), 0)
         inner = None if cache is None else cache.inner
         with self.rows.dera_strength.of(shares if sides > 2 else shares[:, 0], ids.shape[1]):
-            return list(run_with_cache(self.rows, names, each, inner).logits.chunk(sides))
+            return list(run_with_cache(self.rows, names, inputs, inner).logits.chunk(sides))
 
     def generate(
         self,
@@ -173,9 +175,10 @@ class DeraForCausalLM(LambdaModel):
                 raise DeraError("PlausibilityMask looks at one aligned model; there are several")
             if kwargs.get("logits_to_keep", 1) != 1:
                 raise DeraError("PlausibilityMask looks at the last token of a pass; leave logits_to_keep out")
-            mine = max(masks, key=lambda mask: mask.alpha).for_one_call()  # the strictest implies the others
+            strictest = max(masks, key=lambda mask: mask.alpha).for_one_call()  # which implies the others
             others = [p for p in kwargs["logits_processor"] if not isinstance(p, PlausibilityMask)]
-            kwargs |= {"plausibility": mine, "logits_processor": type(kwargs["logits_processor"])([mine, *others])}
+            processors = type(kwargs["logits_processor"])([strictest, *others])
+            kwargs |= {"plausibility": strictest, "logits_processor": processors}
         if speculation is not None:
             if kwargs.get("assistant_model") is None:
                 raise DeraError("speculation says how a draft is used; pass the draft as assistant_model")
@@ -223,7 +226,8 @@ class DeraForCausalLM(LambdaModel):
     ) -> dict[str, Any]:
         """transformers' own, except that assisted decoding, too, reads only what is new of a cached conversation.
 
-        `speculation` is named so that `generate` takes it; no forward pass looks at it.
+        `known`: tokens of it that were cached before an assisted call. `speculation` is named so that `generate` takes
+        it; no forward pass looks at it.
         """
         if known and next_sequence_length is None:
             next_sequence_length = input_ids.shape[1] - known
@@ -252,10 +256,10 @@ class DeraForCausalLM(LambdaModel):
                 assistant_model, speculation, generation_config, processors,
                 cache, model_kwargs.get("attention_mask"), model_kwargs["lam"][:1],
             )  # fmt: skip
-        ours = () if isinstance(assistant_model, DialForCausalLM) else ("lam",)  # other draft models know no λ
-        theirs = {key: value for key, value in model_kwargs.items() if key not in (*ours, "plausibility")}
+        unknown = () if isinstance(assistant_model, DialForCausalLM) else ("lam",)  # other draft models know no λ
+        kept = {key: value for key, value in model_kwargs.items() if key not in (*unknown, "plausibility")}
         return super()._get_candidate_generator(
-            generation_config, *args, logits_processor=processors, model_kwargs=theirs, assistant_model=assistant_model,
+            generation_config, *args, logits_processor=processors, model_kwargs=kept, assistant_model=assistant_model,
             **kwargs,
         )  # fmt: skip
 
@@ -299,7 +303,7 @@ class DeraForCausalLM(LambdaModel):
 
         def relative(name: Any) -> Any:
             if isinstance(name, list):
-                return [relative(each) for each in name]
+                return [relative(item) for item in name]
             if not isinstance(name, str) or not Path(name).is_dir():
                 return name
             if push_to_hub:
@@ -372,6 +376,7 @@ class DeraForCausalLM(LambdaModel):
 
 
 def _to(value: Any, device: torch.device) -> Any:
+    """A tensor, or the tensors in a dict, on a device; anything else as it is."""
     if isinstance(value, dict):
         return {key: _to(inner, device) for key, inner in value.items()}
     return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -75,23 +75,25 @@ class LambdaModel(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, *args, lam=lams, **kwargs)
 
     def _lams(self, lam: Lam | None, batch: int) -> torch.Tensor:
-        """λ as a float32 tensor, (batch,) or, with several aligned models, (batch, models): a tensor, because
-        `generate` repeats tensors for beams and samples.
+        """λ as a float32 tensor, (batch,), or with several aligned models (batch, models).
+
+        It is a tensor because `generate` repeats tensors for beams and samples.
         """
         lam = self.lam if lam is None else lam
-        # A tensor is not looked at here, at each step (an accelerator would be waited for); `generate` has looked once.
-        looked = isinstance(lam, torch.Tensor)
+        # A tensor's values are not checked: each step would wait for the accelerator, and `generate` has checked them.
+        is_tensor = isinstance(lam, torch.Tensor)
         try:
-            values = torch.as_tensor(lam if looked or not hasattr(lam, "__iter__") else list(lam), dtype=torch.float32)
+            given = lam if is_tensor or not hasattr(lam, "__iter__") else list(lam)
+            values = torch.as_tensor(given, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"λ {lam!r} is no number, and no list of numbers: {error}") from None
-        if not looked and not values.isfinite().all():
+        if not is_tensor and not values.isfinite().all():
             raise ValueError(f"λ must be finite, not {lam}")
-        one = () if self.models == 1 else (self.models,)
-        if tuple(values.shape) not in (one, (batch, *one)):
-            each = "" if self.models == 1 else f", each of {self.models} numbers"
-            raise ValueError(f"lam has shape {tuple(values.shape)}, expected one λ or {batch}, one per sequence{each}")
-        return values.expand(batch, *one)
+        shape = () if self.models == 1 else (self.models,)
+        if tuple(values.shape) not in (shape, (batch, *shape)):
+            size = "" if self.models == 1 else f", each of {self.models} numbers"
+            raise ValueError(f"lam has shape {tuple(values.shape)}, expected one λ or {batch}, one per sequence{size}")
+        return values.expand(batch, *shape)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching keeps one paged cache for one model and hands on no λ."""
@@ -107,6 +109,7 @@ class LambdaModel(PreTrainedModel, GenerationMixin):
 def causal_output(
     logits: torch.Tensor, past: Cache | None, labels: torch.Tensor | None, return_dict: bool | None
 ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    """transformers' output, with the mean cross-entropy in nats where there are labels; as a tuple if so asked."""
     loss = None
     if labels is not None:
         loss = torch.nn.functional.cross_entropy(
@@ -119,6 +122,6 @@ def causal_output(
 def run_with_cache(model: PreTrainedModel, names: frozenset[str], given: dict[str, Any], cache: Cache | None) -> Any:
     """A forward pass that gets its cache under the name that the model's forward, with arguments `names`, has for it.
 
-    `given` is what is in `names`: an architecture without `position_ids`, say, derives its own.
+    `given`: other arguments, those in `names` only. An architecture without `position_ids`, say, derives its own.
     """
     return model(**given) if cache is None else model(**given, **{caches.name_among(names) or caches.CACHE: cache})

@@ -31,7 +31,7 @@ def mix(logits: Sequence[torch.Tensor], shares: torch.Tensor) -> torch.Tensor:
     Returns:
         (batch, tokens, rows), on that device.
     """
-    rows = min(each.shape[-1] for each in logits)
+    rows = min(side.shape[-1] for side in logits)
     first, *others = logits
     first = first[..., :rows].float()
     shares = shares[:, :, None, None]

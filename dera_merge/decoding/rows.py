@@ -4,8 +4,7 @@ Reference and aligned models over one base differ in what an adapter adds. So on
 many λ: each row (sequence) of the batch has a strength s_k for each aligned model, and an adapted module gives
 
     y = W·x + Σ s_k·(scale_k·B_k·A_k·x)                     low-rank sums
-    y = (1-Σ s_k)·reference(x) + Σ s_k·aligned_k(x)         other adapters of linear layers, embeddings and norms (DoRA,
-    …)
+    y = (1-Σ s_k)·reference(x) + Σ s_k·aligned_k(x)         other adapters (DoRA, …) of linear layers, embeddings, norms
 
 s = 0 is the reference, s_k = 1 alone the k-th aligned model, and s = λ is θ_ref + Σ λ_k·Δ_k, because the modules that
 adapters change are linear in their weights. The base weights are read once for all rows.
@@ -28,14 +27,13 @@ from .mix import shares_of
 
 
 class Strength(threading.local):
-    """The strengths of the forward pass that this thread is in; None outside, where modules act as the aligned model's
-    (of several, the first's).
+    """The strengths of the forward pass that this thread is in.
+
+    They are None outside of a pass, where modules act as the aligned model's (of several, the first's).
     """
 
     rows: torch.Tensor | None = None  # (rows,); with several aligned models (rows, models)
-    shares: torch.Tensor | None = (
-        None  # how much of the reference and of each aligned model a row is, (rows, 1 + models)
-    )
+    shares: torch.Tensor | None = None  # of the reference and each aligned model in a row, (rows, 1 + models)
     tokens: int = 0  # of each row, in this pass
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -52,8 +50,11 @@ class Strength(threading.local):
             self.rows, self.shares, self.tokens = before
 
     def spread(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """A number for each row (rows,), or for each row and place on the last axis (rows, n), in a shape that
-        multiplies `values`, a module's (rows, tokens, …) or (rows·tokens, n).
+        """Numbers by row, in a shape that multiplies a module's values.
+
+        Args:
+            rows: (rows,), or (rows, n) for each row and place on the last axis.
+            values: (rows, tokens, …) or (rows·tokens, n).
 
         Raises:
             DeraError: the model regroups its tokens (experts do), so that rows cannot be told apart.
@@ -84,22 +85,24 @@ class LowRankRows(torch.nn.Module):
         super().__init__()
         self.base_layer = base
         self.strength = strength
-        there = [pair for pair in factors if pair]
-        self.register_buffer("down", torch.cat([a for a, _ in there]).to(dtype), persistent=False)
-        self.register_buffer("up", torch.cat([b for _, b in there], 1).T.contiguous().to(dtype), persistent=False)
-        whose = [number for number, pair in enumerate(factors) for _ in range(0 if pair is None else len(pair[0]))]
-        plain = len(factors) == 2 and 0 not in whose  # one aligned model's alone: each rank has its strength
-        self.register_buffer("whose", None if plain else torch.tensor(whose, device=self.down.device), persistent=False)
+        pairs = [pair for pair in factors if pair]
+        self.register_buffer("down", torch.cat([a for a, _ in pairs]).to(dtype), persistent=False)
+        self.register_buffer("up", torch.cat([b for _, b in pairs], 1).T.contiguous().to(dtype), persistent=False)
+        # The side that each rank belongs to; None where all are the one aligned model's, so that each has its strength.
+        sides = [number for number, pair in enumerate(factors) for _ in range(0 if pair is None else len(pair[0]))]
+        plain = len(factors) == 2 and 0 not in sides
+        side_of = None if plain else torch.tensor(sides, device=self.down.device)
+        self.register_buffer("side_of", side_of, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(x)
         t = torch.nn.functional.linear(x.to(self.down.dtype), self.down)
         if self.strength.rows is not None:
-            by_rank = self.strength.rows if self.whose is None else self.strength.shares[:, self.whose]
+            by_rank = self.strength.rows if self.side_of is None else self.strength.shares[:, self.side_of]
             s = self.strength.spread(by_rank, t)
             t = (t * s).to(t.dtype)
-        elif self.whose is not None:
-            t = t * (self.whose == 1)
+        elif self.side_of is not None:
+            t = t * (self.side_of == 1)
         return torch.addmm(y.flatten(0, -2), t.flatten(0, -2).to(y.dtype), self.up.to(y.dtype)).view(y.shape)
 
 
@@ -190,23 +193,24 @@ def second_tree(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo={id(leaf): leaf for leaf in (*leaves, *model.parameters(), *model.buffers())})
 
 
-def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+def _same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     """Whether two modules are built alike over the same storages."""
-    if [type(m) for m in one.modules()] != [type(m) for m in other.modules()]:
+    if [type(m) for m in first.modules()] != [type(m) for m in second.modules()]:
         return False
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
     return all(p.data_ptr() == q.data_ptr() and p.shape == q.shape for p, q in pairs)
 
 
 def _low_rank(
     base: torch.nn.Module, sides: Sequence[torch.nn.Module], strength: Strength, dtype: torch.dtype
 ) -> LowRankRows | None:
+    """A layer with every side's low-rank sum; None where a side is anything else."""
     factors = []
     for side in sides:
         if _same(base, side):
             factors.append(None)
-        elif (found := _factors(side)) and _same(base, side.get_base_layer()):
-            factors.append(found)
+        elif (side_factors := _factors(side)) and _same(base, side.get_base_layer()):
+            factors.append(side_factors)
         else:
             return None
     return LowRankRows(base, factors, strength, dtype)

@@ -31,8 +31,8 @@ class Speculation:
 
     Attributes:
         max_draft: most tokens drafted at a time.
-        verification_cost: time of a verification in that of a drafted token. A fixed figure and no stop-watch, so that
-            the same call always drafts the same blocks.
+        verification_cost: time of a verification, in units of that of a drafted token. A fixed figure and no
+            stop-watch, so that the same call always drafts the same blocks.
         drafted, accepted: tokens.
         verifications: blocks verified.
     """
@@ -136,22 +136,22 @@ class MergedDraft(CandidateGenerator):
     def _next(self, ids: torch.Tensor) -> torch.Tensor:
         """Scores (1, vocabulary) of the token after `ids`."""
         start, stop = self.cache.get_seq_length(), ids.shape[1]
-        more: dict[str, Any] = {"lam": self.lam} if self.takes_lam else {}
+        extra: dict[str, Any] = {"lam": self.lam} if self.takes_lam else {}
         if self.padding:
             mask = torch.ones_like(ids)
             mask[:, : self.padding] = 0
-            more |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]}
-        more |= {self.cache_name: self.cache}
-        logits = self.draft(input_ids=ids[:, start:], use_cache=True, logits_to_keep=1, **more)
+            extra |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]}
+        extra |= {self.cache_name: self.cache}
+        logits = self.draft(input_ids=ids[:, start:], use_cache=True, logits_to_keep=1, **extra)
         scores = logits.logits[:, -1].float()
         return self.processors(ids, scores)
 
     def _follow(self, known: int) -> None:
         """Bring the draft's cache to the tokens that were kept."""
-        have = self.cache.get_seq_length()
-        if have:
-            self.cache.crop(min(0, known - have))
-        if (have := min(have, known)) == known or len(self.cache) != self.past.depth:
+        cached = self.cache.get_seq_length()
+        if cached:
+            self.cache.crop(min(0, known - cached))
+        if (cached := min(cached, known)) == known or len(self.cache) != self.past.depth:
             return
         if any(getattr(layer, "keys", None) is None for layer in self.past.layers):  # a recurrent state, say
             return
@@ -159,15 +159,15 @@ class MergedDraft(CandidateGenerator):
         heads = getattr(self.draft.config.get_text_config(), "num_key_value_heads", None)
         if any(keys[0].shape[-2] != known or keys[0].shape[1] != heads for keys, _ in layers):
             return
-        like = {"device": self.draft.device, "dtype": self.draft.dtype}
+        target = {"device": self.draft.device, "dtype": self.draft.dtype}
         lams = self.lam.flatten().tolist()
         for number, kinds in enumerate(layers):
             mixed = []
             for ref, *aligned in kinds:  # keys, then values
-                total = (1 - sum(lams)) * ref[..., have:, :]
-                for lam, each in zip(lams, aligned, strict=True):
-                    total = total + lam * each[..., have:, :].to(ref.device)
-                mixed.append(total.to(**like))
+                total = (1 - sum(lams)) * ref[..., cached:, :]
+                for lam, side in zip(lams, aligned, strict=True):
+                    total = total + lam * side[..., cached:, :].to(ref.device)
+                mixed.append(total.to(**target))
             self.cache.update(*mixed, number)
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:

@@ -1,4 +1,4 @@
-"""Small files: written so that they are absent or whole, read with nothing taken on trust."""
+"""Small files: written so that they are absent or whole, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_JSON = 100_000_000  # bytes of a config, an index, an adapter's settings
 
 
 def open_new(file: Path) -> BinaryIO:
-    """Open a new file for writing, with the modes of the umask; a symlink of that name is not followed."""
+    """Open a new file for writing, with the permissions of the umask; a symlink of that name is not followed."""
     file.unlink(missing_ok=True)
     return open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb", buffering=0)
 
@@ -28,9 +28,8 @@ def write_all(stream: BinaryIO, view: memoryview) -> None:
 
 def write_atomically(file: Path, content: bytes) -> str:
     """Write a small file so that it is either absent or whole, and return its SHA-256."""
-    temporary = file.with_name(
-        f"{file.name}.{secrets.token_hex(4)}.partial"
-    )  # several processes may write the same file
+    # Several processes may write the same file, so each has a temporary name of its own.
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
     with open_new(temporary) as stream:
         write_all(stream, memoryview(content))
         os.fsync(stream.fileno())
@@ -44,7 +43,11 @@ def json_bytes(value: Any) -> bytes:
 
 
 def load_json(path: Path) -> Any:
-    """JSON from a file; refuses duplicate keys and nesting deep enough to exhaust the stack, in one line."""
+    """Read JSON from a file.
+
+    Raises:
+        DeraError: it is larger than `MAX_JSON`, is not JSON, is nested too deep, or has a key twice.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -62,6 +65,7 @@ def load_json(path: Path) -> Any:
 
 
 def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):

@@ -9,7 +9,7 @@ import torch
 
 
 class Buffers:
-    """Memory that one worker uses again and again: fresh pages cost more than the arithmetic that is done in them."""
+    """Memory that one worker uses again and again: fresh memory costs more than the arithmetic done in it."""
 
     def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: which tensors it holds and where, sliced reads, streamed writes.
+"""A checkpoint on disk: which tensors it holds and where, and sliced reads.
 
 This file knows the safetensors format and the names that transformers gives its files, and nothing about models. It
 reads with plain reads (not mmap, whose pages count as this process's memory) and trusts no header: every offset is
@@ -61,6 +61,7 @@ class TensorInfo:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row: the last axis, or () for the elements of a vector."""
         return self.shape[-1:] if len(self.shape) > 1 else ()
 
 
@@ -75,6 +76,7 @@ def slices(
 
 
 def total_bytes(infos: Iterable[TensorInfo]) -> int:
+    """Bytes of all these tensors together."""
     return sum(info.nbytes for info in infos)
 
 
@@ -111,12 +113,12 @@ class Checkpoint:
         else:
             raise DeraError(f"{folder} holds no weights: neither {stem}.safetensors nor {stem}.safetensors.index.json")
 
-    def _add(self, found: dict[str, TensorInfo], file: Path, expected: set[str] | None) -> None:
-        if expected is not None and (lost := expected - found.keys()):
+    def _add(self, tensors: dict[str, TensorInfo], file: Path, expected: set[str] | None) -> None:
+        if expected is not None and (lost := expected - tensors.keys()):
             raise DeraError(f"{file} lacks tensor {min(lost)}, which its index says it holds; fetch the file again")
-        if twice := found.keys() & self.tensors.keys():
+        if twice := tensors.keys() & self.tensors.keys():
             raise DeraError(f"{file} holds tensor {min(twice)}, which another shard of {self.folder} holds too")
-        self.tensors |= found
+        self.tensors |= tensors
 
     def _unpickle(self, file: Path) -> dict[str, TensorInfo]:
         try:
@@ -159,9 +161,9 @@ def _read_at(file: BinaryIO, into: memoryview, position: int) -> int:
     """Read at a position; several threads may read one file. Returns the number of bytes, 0 at the file's end."""
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), [into], position)
-    with open(file.name, "rb", buffering=0) as own:
-        own.seek(position)
-        return own.readinto(into)
+    with open(file.name, "rb", buffering=0) as stream:
+        stream.seek(position)
+        return stream.readinto(into)
 
 
 def _shards(folder: Path, single: str) -> dict[Path, set[str] | None]:

@@ -19,29 +19,31 @@ from .buffers import Buffers
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-MOST_WORKERS = 8  # by then one thread that writes and hashes is the slower side
+MOST_WORKERS = 8  # with more, writing and hashing, a thread each, set the pace
 
 
 def in_order(tasks: Iterable[Task], work: Callable[[Task, Buffers, Buffers], Result]) -> Iterator[Result]:
-    """Yield `work(task, scratch, kept)` for each task.
+    """Yield `work(task, scratch, kept)` for each task, in the order of the tasks.
 
-    `scratch` is the thread's own, so that it stays in its core's cache. A result may lie in `kept`: it is valid until
-    the next one is asked for. Each task computes on one torch thread, so that its bits do not depend on how many cores
-    there are.
+    Args:
+        tasks: what to work on, in the order of the results.
+        work: called on one torch thread, so that its bits do not depend on how many cores there are. `scratch` is the
+            thread's own memory, which stays in its core's cache. A result may lie in `kept`: it is then valid until the
+            next one is asked for.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(max(cores - 1, 1), MOST_WORKERS)  # one core is for the thread that takes the results
     threads = torch.get_num_threads()
     waiting = iter(tasks)
     running: deque[tuple[Buffers, Future[Result]]] = deque()
-    own = threading.local()
+    per_thread = threading.local()
 
     def set_up() -> None:
         torch.set_num_threads(1)
-        own.scratch = Buffers()
+        per_thread.scratch = Buffers()
 
     def run(task: Task, kept: Buffers) -> Result:
-        return work(task, own.scratch, kept)
+        return work(task, per_thread.scratch, kept)
 
     def start(kept: Buffers) -> None:
         for task in waiting:

@@ -17,7 +17,7 @@ from .atomic import open_new, write_all
 from .buffers import as_bytes
 from .checkpoint import DTYPE_NAMES
 
-_WORTH_A_THREAD = 1 << 16  # bytes
+_WORTH_A_THREAD = 1 << 16  # bytes; fewer are hashed and written by the caller
 _FLUSH = 1 << 28  # bytes written before the disk is set to work on them
 
 
@@ -89,7 +89,7 @@ class ShardWriter:
         self.settle()
 
     def close(self) -> str:
-        """Flush to disk, give the file its name, and return its SHA-256."""
+        """Flush to disk, give the file its name, and return its SHA-256. Raises RuntimeError where rows are missing."""
         self.settle()
         if self._left:
             raise RuntimeError(f"{self._left} bytes of {self.file} were not written")

@@ -56,7 +56,7 @@ Energies = dict[str, tuple[float, float]]  # module → `kept` and `total` of it
 
 @dataclass(frozen=True)
 class Module:
-    """One adapted module: the names of its factors in the file, their shapes, and the factors at each of some λ."""
+    """One adapted module: the names of its factors in the file, their shapes, and a function from λ to the factors."""
 
     a: str
     b: str
@@ -91,7 +91,7 @@ def merge_adapters(
             ‖λΔ‖² that is kept, in all and per module).
         extract_rank: take Δ of the linear layers from the weights, as an adapter of this rank.
         dtype: of the adapters' tensors; `"auto"`: the dtype of ALIGNED's adapter, or float32 with `extract_rank`.
-        rounding: default nearest: a scaled factor has no reference that it could fall back to.
+        rounding: default nearest: a scaled factor has no reference value to be rounded back to.
         seed: of the randomised SVD, and of stochastic rounding.
         resume, overwrite: as for `merge`.
         path: a path that `calibrate` learned, or its file; its low-rank part adds to the rank.
@@ -127,7 +127,7 @@ def merge_adapters(
         modules = [_cut(module, rank) for module in modules]
     width = extract_rank or rank or max((module.rank for module in modules), default=1)
 
-    wanted = parse_dtype(dtype) or _own_dtype(pair)
+    wanted = parse_dtype(dtype) or _adapters_dtype(pair)
     storage = Storage(wanted, rounding or "nearest", seed)
     layout: Layout = {key: (wanted, tensors[name].shape) for key, name in whole.items()}
     for module in modules:
@@ -141,15 +141,16 @@ def merge_adapters(
     with writing(outputs, overwrite=overwrite) as pending:
         if pending:
             figures = _write(pair.names, pending, modules, whole, layout, storage, curve, progress)
-            more, beside = {"left_out": _left_out(pair)} if extract_rank else {}, _companions(pair)
+            left_out = {"left_out": _left_out(pair)} if extract_rank else {}
+            beside = _companions(pair)
             for output, figure in zip(pending, figures, strict=True):
-                statistics = _energy(figure) | more if rank or extract_rank else {"energy": 1.0}
+                statistics = _energy(figure) | left_out if rank or extract_rank else {"energy": 1.0}
                 output.finish("adapter_config.json", config, beside, statistics)
     return [output.folder for output in outputs]
 
 
-def _own_dtype(pair: Pair) -> torch.dtype:
-    """float32, or the dtype that all tensors of the adapters have."""
+def _adapters_dtype(pair: Pair) -> torch.dtype:
+    """The dtype that all tensors of the adapters have; float32 where they differ."""
     kinds = {info.dtype for side in pair.sides if side.adapter for info in side.adapter.checkpoint.tensors.values()}
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
@@ -165,14 +166,14 @@ def _folded(pair: Pair, curve: Curve | None) -> tuple[list[Module], dict[str, st
     for name in names:
         terms = []
         for number, side in enumerate(pair.sides):
-            weight = _share(number)
+            share = _share(number)
             for piece in weights[number].pieces.get(name, ()):
                 if isinstance(piece, Replacement):
                     if piece.key.endswith(("base_layer.weight", "embed_tokens.weight")):
                         raise DeraError(f"{side.source.name} brings the base's {name}; --format full holds that")
                     whole[piece.key] = name
                 elif isinstance(piece, LowRank):
-                    terms.append((piece, weight))
+                    terms.append((piece, share))
                 else:
                     raise DeraError(
                         f"λΔ of {name} is no sum s·BA ({side.adapter.kind}); --format full holds it, "
@@ -195,24 +196,25 @@ def _share(number: int) -> Callable[[Lam], float]:
 def _module(
     terms: list[tuple[LowRank, Callable[[Lam], float]]], name: str, curve: Curve | None
 ) -> Module:  # fmt: skip
+    """The factors of all terms (piece, its share at λ), and those of a learned path, as one pair of factors."""
     part = None if curve is None else curve.parts.get(name)
     bend_rank = 0 if part is None or part.right is None else len(part.right)
 
     def factors(lams: Sequence[float]) -> list[Factors]:
         right = torch.cat([piece.adapter.read_whole(piece.a).float() for piece, _ in terms])
         lefts = [piece.scale * piece.adapter.read_whole(piece.b).float() for piece, _ in terms]
-        found = []
+        at_each = []
         for lam in lams:
             bend = curve.at(name, lam) if curve else None
             gain = lam if bend is None else bend.gain
-            left = torch.cat([weight(gain) * left for left, (_, weight) in zip(lefts, terms, strict=True)], 1)
+            left = torch.cat([share(gain) * left for left, (_, share) in zip(lefts, terms, strict=True)], 1)
             rights = right
             if bend is not None and bend.left is not None:
                 # A path bends the tensor as stored; layers that store (in, out) have their factors the other way round.
                 b, a = (bend.right.T, bend.left.T) if terms[0][0].transposed else (bend.left, bend.right)
                 left, rights = torch.cat([left, b], 1), torch.cat([right, a])
-            found.append(Factors(left, rights))
-        return found
+            at_each.append(Factors(left, rights))
+        return at_each
 
     shapes = [(piece.adapter.tensors[piece.a].shape, piece.adapter.tensors[piece.b].shape) for piece, _ in terms]
     (_, into), (out, _) = shapes[0]
@@ -282,8 +284,8 @@ def _left_out(pair: Pair) -> dict[str, float]:
         if not pair.names.is_same(name) and (square := _delta(pair.names, name).double().square().sum().item()):
             changed[name] = square
     if changed:
-        some = ", ".join(sorted(changed, key=lambda name: -changed[name])[:2])
-        warn(f"an adapter holds the change of linear layers only; {len(changed)} other tensors change too ({some}, …)")
+        top = ", ".join(sorted(changed, key=lambda name: -changed[name])[:2])
+        warn(f"an adapter holds the change of linear layers only; {len(changed)} other tensors change too ({top}, …)")
     return dict(sorted(changed.items()))
 
 

@@ -1,4 +1,4 @@
-"""θ_ref + λΔ, rounded and accounted for, in one pass over the weights: what `path.Slice.at` does in several.
+"""θ_ref + λΔ, rounded and accounted for, in one pass over the weights: what `theta.Slice.at` does in several.
 
 Needs numba (`pip install 'dera-merge[fast]'`); without it torch does the same work, three to five times slower. The
 stored bits are the same. The sums agree to the last few digits of float64.
@@ -18,7 +18,7 @@ _NO_NOISE = np.empty(0, np.int32)
 
 
 def available() -> bool:
-    """Whether numba is there."""
+    """Whether numba is installed."""
     return _compiled() is not None
 
 
@@ -34,8 +34,8 @@ def store_bfloat16(
         out: bfloat16, contiguous.
 
     Returns:
-        ‖λΔ‖², ⟨-λΔ, error⟩, ‖error‖², and whether any stored weight differs from the reference's; None, with `out` in
-        no certain state, where a value is not finite or beyond bfloat16's largest number.
+        ‖λΔ‖², ⟨-λΔ, error⟩, ‖error‖², and whether any stored weight differs from the reference's; None, with `out`
+        undefined, where a value is not finite or beyond bfloat16's largest number.
     """
     sums = np.zeros(3)
     shift = np.uint32(16 if ref.dtype == torch.bfloat16 else 0)  # a bfloat16 is the upper half of a float32
@@ -48,6 +48,7 @@ def store_bfloat16(
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
+    """The bits of a float32 or 16-bit tensor, flat, as unsigned integers in the same memory."""
     wide = tensor.dtype == torch.float32
     return tensor.view(torch.int32 if wide else torch.int16).numpy().reshape(-1).view(np.uint32 if wide else np.uint16)
 

@@ -1,6 +1,6 @@
 """θ_ref + λΔ from file to file: for every tensor, for every λ, read, blended, rounded, written.
 
-No model is loaded. `_write_shard` is the whole way of a tensor; `theta.Slice` is the arithmetic, `output.Output` the
+No model is loaded. `_write_shard` takes a tensor all the way; `theta.Slice` is the arithmetic, `output.Output` the
 directory.
 """
 
@@ -114,6 +114,7 @@ def _write_shards(
     curve: Curve | None,
     progress: Count | None,
 ) -> None:
+    """Write these weight files, one after another, to the outputs that lack them."""
     sizes = {file: total_bytes(outputs[0].shards[file]) for file in files}
     before = 0
     for file in files:
@@ -132,6 +133,7 @@ def _write_shard(
     curve: Curve | None,
     tell: Callable[[int], None] | None,
 ) -> None:
+    """Write one weight file of all outputs; `tell` is called with the bytes of it that are written."""
     layout, lams = outputs[0].shards[file], [output.lam for output in outputs]
 
     def work(task: tuple[str, int, int], scratch: Buffers, kept: Buffers) -> list[tuple[torch.Tensor, Sums | None]]:
@@ -169,6 +171,7 @@ def _nothing_left(name: str, lam: float, rounding: Rounding) -> str:
 
 
 def _config(pair: Pair, storage: Storage) -> dict[str, Any]:
+    """The output's config.json: REF's, with the output's dtype and ties."""
     config = dict(pair.ref.config)
     config.pop("_name_or_path", None)
     if storage.dtype is not None:
@@ -179,14 +182,14 @@ def _config(pair: Pair, storage: Storage) -> dict[str, Any]:
 
 
 def companions(pair: Pair) -> list[Path]:
-    """The files that go beside the weights, as they are."""
-    found: list[Path] = []
+    """The files to copy beside the weights: generation config, tokenizer, and code where it is trusted."""
+    files: list[Path] = []
     if pair.generation_folder:
-        found.append(pair.generation_folder / "generation_config.json")
+        files.append(pair.generation_folder / "generation_config.json")
     try:
-        found += [path for name in TOKENIZER_FILES if (path := pair.tokenizer_folder / name).is_file()]
+        files += [path for name in TOKENIZER_FILES if (path := pair.tokenizer_folder / name).is_file()]
     except DeraError:
         warn("neither side brings a tokenizer; the output has none")
     if pair.trust.code:
-        found += sorted(pair.ref.base.folder.glob("*.py"))
-    return found
+        files += sorted(pair.ref.base.folder.glob("*.py"))
+    return files

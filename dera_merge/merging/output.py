@@ -41,6 +41,7 @@ class Output:
         shards: weight file → its tensors.
         done: weight files that are finished → their records.
         complete: the directory holds the whole result already.
+        joined: another call or process has begun it, and this one goes on with it.
     """
 
     folder: Path
@@ -53,9 +54,10 @@ class Output:
     joined: bool = False
 
     def check(self, resume: bool, overwrite: bool, newest: int, together: bool) -> None:
-        """Look at what is there, write nothing.
+        """Look at what is in the directory and set `joined` or `complete`; write nothing.
 
         Args:
+            resume, overwrite: as for `merge`.
             newest: the inputs' last change.
             together: several processes write this directory, so that a partial one of the same plan is ours.
 
@@ -86,20 +88,20 @@ class Output:
         if self.joined or self.complete:
             return
         if not overwrite:
-            how = (
+            remedy = (
                 "--resume goes on with it, --overwrite starts afresh"
                 if partial.is_file()
                 else "--overwrite replaces it"
             )
-            raise DeraError(f"{self.folder} exists and is not empty; {how}, or give another --output")
+            raise DeraError(f"{self.folder} exists and is not empty; {remedy}, or give another --output")
         if not (partial.is_file() or recipe.is_file()):
             raise DeraError(f"{self.folder} was not written by dera-merge, so --overwrite does not touch it")
-        if strange := sorted({path.name for path in self.folder.iterdir()} - {path.name for path in self._ours()}):
+        if strange := sorted({path.name for path in self.folder.iterdir()} - {path.name for path in self._our_files()}):
             raise DeraError(f"{self.folder} holds {strange[0]}, which dera-merge did not write; move it away first")
 
-    def _ours(self) -> list[Path]:
-        """What lies in the directory and is dera-merge's."""
-        ours = {
+    def _our_files(self) -> list[Path]:
+        """What lies in the directory and was written by dera-merge."""
+        names = {
             RECIPE,
             PARTIAL,
             LOCK,
@@ -111,10 +113,10 @@ class Output:
         for record in (RECIPE, PARTIAL):
             data = load_json(self.folder / record) if (self.folder / record).is_file() else None
             if isinstance(data, dict) and isinstance(files := data.get("files"), list | dict):
-                ours |= set(files)
-        ours |= self.shards.keys()
-        found = self.folder.iterdir()
-        return [path for path in found if path.name.removesuffix(".done") in ours or path.name.endswith(".partial")]
+                names |= set(files)
+        names |= self.shards.keys()
+        paths = self.folder.iterdir()
+        return [path for path in paths if path.name.removesuffix(".done") in names or path.name.endswith(".partial")]
 
     def begin(self, overwrite: bool) -> None:
         """Make the directory, marked as partial."""
@@ -133,10 +135,12 @@ class Output:
                 self.done[file] = record
 
     def _record(self, file: str) -> dict[str, Any] | None:
+        """What is written beside a finished weight file; None where it is not finished."""
         place = self.folder / f"{file}.done"
         return load_json(place) if place.is_file() else None
 
     def shard_done(self, file: str, digest: str, tally: Tally) -> None:
+        """Record that a weight file is finished: its SHA-256, and what became of λΔ in it."""
         self.done[file] = {"sha256": digest, **tally.record()}
         write_atomically(self.folder / f"{file}.done", json_bytes(self.done[file]))
 
@@ -164,7 +168,7 @@ class Output:
         companions: Sequence[Path],
         statistics: dict[str, Any] | None = None,
     ) -> None:
-        """Everything but the weights; the config, which makes the directory a model, last.
+        """Write everything but the weights; the config, which makes the directory a model, last.
 
         Args:
             config_name: `config.json` or `adapter_config.json`.
@@ -210,8 +214,8 @@ class Output:
         if not self.folder.is_dir():
             return
         # The config first: without it the rest is no model, whatever happens to this process next. The records of what
-        # is ours last.
-        for path in sorted(self._ours(), key=_place_in_removal):
+        # dera-merge wrote go last.
+        for path in sorted(self._our_files(), key=_place_in_removal):
             path.unlink()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
@@ -223,8 +227,15 @@ def open_outputs(
 ) -> list[Output]:  # fmt: skip
     """The output of each λ, after every check that can be made before the first byte is written.
 
+    Args:
+        pair: whose files are read.
+        out: the directory of the one λ; with several, they go to `out/lambda-<λ>`.
+        lams: λ of each output.
+        recipe, shards: as in `Output`.
+        resume, overwrite, together: as for `Output.check`.
+
     Raises:
-        DeraError: what is there is not to be touched, an input would be, or the disk has no room.
+        DeraError: the output is not to be touched, or would touch an input; or the disk has no room.
     """
     inputs = _input_files(pair)
     plan = _fingerprint(recipe, shards, inputs)
@@ -270,6 +281,7 @@ def writing(outputs: Sequence[Output], *, overwrite: bool, together: bool = Fals
 
 
 def _place_in_removal(path: Path) -> int:
+    """Sorts files into the order in which they are removed."""
     return -1 if path.name in CONFIGS else 1 if path.name in (RECIPE, PARTIAL) else 0
 
 

@@ -126,7 +126,7 @@ class Curve:
             recipe = dict(json.loads(metadata["recipe"]))
             for key, tensor in load(content).items():
                 kind, name = key.split("/", 1)
-                if kind not in {known.name for known in fields(Part)} or tensor.dtype != torch.float32:
+                if kind not in {part.name for part in fields(Part)} or tensor.dtype != torch.float32:
                     raise ValueError(key)
                 parts.setdefault(name, {})[kind] = tensor
             curve = cls(
@@ -160,7 +160,7 @@ class Curve:
 
     @property
     def sha256(self) -> str:
-        """Of all that a merge depends on: the pair, the range, and every number."""
+        """SHA-256 of all that a merge depends on: the pair, the range, and every number."""
         digest = hashlib.sha256(json.dumps([self.span, self.fingerprint]).encode())
         for name, part in sorted(self.parts.items()):
             for kind, value in vars(part).items():
@@ -175,7 +175,7 @@ class Curve:
         return "curve" if any(part.left is not None for part in self.parts.values()) else "gains"
 
     def check(self, pair: Pair) -> None:
-        """Raises DeraError where this path was learned for another pair."""
+        """Raises DeraError where this path was learned for another pair, or its shapes do not fit."""
         if self.fingerprint != fingerprint(pair):
             names = " and ".join(str(self.recipe.get(key)) for key in ("ref", "aligned"))
             raise DeraError(f"{self.name} was learned for another pair ({names}); calibrate this one")
@@ -209,7 +209,7 @@ class Curve:
 
 
 def opened(path: str | os.PathLike[str] | Curve | None, pair: Pair, lams: list[float]) -> Curve | None:
-    """A path as it was given, checked against the pair and the λ that are asked for."""
+    """A path as a user gave it, read and checked. Raises DeraError where it is not for this pair and these λ."""
     if path is None:
         return None
     pair.only_pair("a learned path is")

@@ -30,8 +30,8 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     recipe = load_json(folder / RECIPE)
     shape = {"ref": dict, "aligned": dict, "files": dict, "lambda": (int, float, list)}
     fits = isinstance(recipe, dict) and all(isinstance(recipe.get(key), kind) for key, kind in shape.items())
-    each = recipe["lambda"] if fits and isinstance(recipe["lambda"], list) else [recipe["lambda"]] if fits else []
-    if not each or not all(isinstance(number, int | float) and math.isfinite(number) for number in each):
+    lams = recipe["lambda"] if fits and isinstance(recipe["lambda"], list) else [recipe["lambda"]] if fits else []
+    if not lams or not all(isinstance(number, int | float) and math.isfinite(number) for number in lams):
         raise DeraError(f"{folder / RECIPE} is not one that dera-merge wrote")
     return recipe | {"lambda": lambdas.loaded(recipe["lambda"])}
 
@@ -60,7 +60,7 @@ def weights_digest(recipe: dict[str, Any]) -> str:
     return hashlib.sha256(json_bytes(files)).hexdigest()
 
 
-SCHEMA = 2
+SCHEMA = 2  # of dera_merge.json
 
 
 def describe_pair(pair: Pair, curve: Curve | None = None) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def in_range(values: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _to_eleven_bits(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Round float32 to what float16 holds, stochastically; the result is still float32."""
     # |x| = mantissa·2^exponent with mantissa in [½, 1): float16 has 11 bits of it, fewer below 2^-14.
     exponent = torch.frexp(values).exponent.clamp_(min=-13)
     ulp = torch.ldexp(torch.ones_like(values), exponent - 11)

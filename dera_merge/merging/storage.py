@@ -15,6 +15,7 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def total_bytes(layout: Layout) -> int:
+    """Bytes of all tensors of a layout."""
     return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
 
 
@@ -49,9 +50,9 @@ class Storage:
         return replace(storage, rounding="stochastic") if rounding is None and narrow else storage
 
     def dtype_of(self, names: Names, name: str) -> torch.dtype:
-        """What a tensor is stored as: REF's dtype, too, where it is not real numbers."""
-        own = names.tensors[name].dtype
-        return own if self.dtype is None or names.is_opaque(name) else self.dtype
+        """What a tensor is stored as: REF's dtype where that is to be kept, or the tensor is opaque."""
+        in_ref = names.tensors[name].dtype
+        return in_ref if self.dtype is None or names.is_opaque(name) else self.dtype
 
     def layout(self, names: Names) -> Layout:
         """The dtype and shape of each tensor of θ(λ)."""
@@ -71,6 +72,15 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def split_into_shards(layout: Layout, max_shard_size: int | str) -> dict[str, Layout]:
+    """The layout of each weight file, by its name.
+
+    Args:
+        layout: of all tensors.
+        max_shard_size: bytes, or a text such as `"5GB"`.
+
+    Raises:
+        DeraError: `max_shard_size` is no size.
+    """
     from huggingface_hub import split_state_dict_into_shards_factory
 
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (dtype, shape) in layout.items()}

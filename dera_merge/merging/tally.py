@@ -37,11 +37,13 @@ class Tally:
         return any(sums.square for sums in self.kinds.values()) and not any(sums.moved for sums in self.kinds.values())
 
     def merge(self, record: dict[str, Any]) -> None:
+        """Add another tally, as its `record`."""
         self.lost += record["lost"]
         for kind, row in record["sums"].items():
             self.kinds.setdefault(kind, Sums()).add(Sums(**row))
 
     def record(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
         return {"sums": {kind: vars(sums) for kind, sums in self.kinds.items()}, "lost": self.lost}
 
     def summary(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .storage import Storage
 
 
 def step_back(ref: torch.Tensor, aligned: torch.Tensor, lam: float, out: torch.Tensor | None = None) -> torch.Tensor:
-    """-λΔ, never -0 where Δ = 0: what θ(λ) is, is θ_ref minus this, and x - 0 is x for both zeros."""
+    """-λΔ, and +0 where Δ = 0. θ(λ) is θ_ref minus this: x - 0 is x for both zeros x."""
     first, second = (ref, aligned) if lam >= 0 else (aligned, ref)
     return torch.sub(first, second, out=out).mul_(abs(lam))
 
@@ -71,8 +71,9 @@ class Slice:
     """Rows [start, stop) of one tensor of a pair, read once and blended at as many λ as wanted.
 
     Attributes:
+        name: the tensor's name in θ(λ).
         start: flat index of the first element.
-        dtype: what θ(λ) is stored as here.
+        dtype: what θ(λ) is stored as.
         storage: how it is rounded to that.
         ref: θ_ref in the compute dtype; as stored where the two sides are the same tensor, or nothing is lost by it.
         aligned: θ_aligned likewise, or None where the two sides are the same tensor.
@@ -99,31 +100,32 @@ class Slice:
         ref, *aligned = names.weights
         info, dtype = ref.info(name), storage.dtype_of(names, name)
         shape = (stop - start, *info.row_shape)
-        how = (name, start * math.prod(info.row_shape), dtype, storage)
+        fields = (name, start * math.prod(info.row_shape), dtype, storage)
         if names.is_same(name):
             stored = buffers.take("ref", shape, info.dtype)
             ref.base_rows(name, start, stop, stored, buffers)
-            return [cls(*how, stored, None, buffers)] * len(aligned)
+            return [cls(*fields, stored, None, buffers)] * len(aligned)
         if len(aligned) == 1 and dtype == torch.bfloat16 and all(s.is_stored_as(name, dtype) for s in names.weights):
             compute = torch.bfloat16  # the compiled kernel widens on the way
         else:
             compute = torch.float32 if dtype.itemsize == 2 else torch.float64
         rows = buffers.take("ref", shape, compute)
         ref.base_rows(name, start, stop, rows, buffers)
-        moved: list[torch.Tensor | None] = []
+        aligned_rows: list[torch.Tensor | None] = []
         for number, side in enumerate(aligned, 1):
-            moved.append(buffers.take(f"aligned {number}", shape, compute) if names.differs(name, number) else None)
-            if (theirs := moved[-1]) is None:
+            side_rows = buffers.take(f"aligned {number}", shape, compute) if names.differs(name, number) else None
+            aligned_rows.append(side_rows)
+            if side_rows is None:
                 continue
-            if (other := side.info(name)) is info:
-                theirs.copy_(rows)
+            if (side_info := side.info(name)) is info:
+                side_rows.copy_(rows)
             else:
-                common = max(start, min(stop, other.rows))
-                side.base_rows(name, start, common, theirs[: common - start], buffers)
-                theirs[common - start :] = rows[common - start :]  # padding rows of the vocabulary that only REF has
-            side.adapt(name, start, stop, theirs)
+                common = max(start, min(stop, side_info.rows))
+                side.base_rows(name, start, common, side_rows[: common - start], buffers)
+                side_rows[common - start :] = rows[common - start :]  # padding rows of the vocabulary that only REF has
+            side.adapt(name, start, stop, side_rows)
         ref.adapt(name, start, stop, rows)
-        return [cls(*how, rows, theirs, buffers) for theirs in moved]
+        return [cls(*fields, rows, side_rows, buffers) for side_rows in aligned_rows]
 
     def at(
         self, lam: float, out: torch.Tensor | None = None, sums: Sums | None = None, bend: Bend | None = None
@@ -150,10 +152,10 @@ class Slice:
         compiled = not curved and not is_end(lam) and self.dtype == torch.bfloat16 and compute != torch.float64
         if compiled and kernels.available():
             stored = torch.empty(shape, dtype=self.dtype) if out is None else out
-            found = kernels.store_bfloat16(self.ref, self.aligned, lam, self._noise, stored)
-            if found is not None:  # else something is not finite, or too large: the long way says what
+            figures = kernels.store_bfloat16(self.ref, self.aligned, lam, self._noise, stored)
+            if figures is not None:  # else something is not finite, or too large: the long way says what
                 if sums is not None:
-                    square, cross, lost, moved = found
+                    square, cross, lost, moved = figures
                     sums.add(Sums(square - cross, square, lost, stored.numel(), moved=moved))
                 return stored
         if compute == torch.bfloat16:
@@ -185,7 +187,7 @@ class Slice:
         return stored
 
     def against(self, stored: torch.Tensor) -> Sums:
-        """What became of Δ in weights that claim to be the aligned model's; `stored` has the shape of this slice."""
+        """What became of Δ in `stored`, weights that claim to be the aligned model's, in the shape of this slice."""
         if self.ref.dtype.itemsize == 2:
             return self._widened().against(stored)
         aligned = self.ref if self.aligned is None else self.aligned
@@ -200,23 +202,23 @@ class Slice:
         Args:
             pieces: of the reference and each aligned model.
         """
-        differing = [(piece, each) for piece, each in zip(pieces, lam, strict=True) if piece.aligned is not None]
+        differing = [(piece, lam_k) for piece, lam_k in zip(pieces, lam, strict=True) if piece.aligned is not None]
         if not differing:
             return pieces[0]
         first = differing[0][0]
         compute = torch.float32 if first.dtype.itemsize == 2 else torch.float64
         ref = first.ref.to(compute)
-        moving = [(piece.aligned.to(compute), each) for piece, each in differing if each]
+        moving = [(piece.aligned.to(compute), lam_k) for piece, lam_k in differing if lam_k]
         total = blend(ref, *moving[0]) if moving else ref  # one alone is blended as in a merge of it alone
-        for aligned, each in moving[1:]:
-            total = torch.where(ref == aligned, total, total - step_back(ref, aligned, each))
+        for aligned, lam_k in moving[1:]:
+            total = torch.where(ref == aligned, total, total - step_back(ref, aligned, lam_k))
         return replace(first, ref=ref, aligned=total)
 
     def _curved(self, value: torch.Tensor, bend: Bend) -> torch.Tensor:
         """`value` and the path's low-rank part, in memory of its own."""
-        own = self.buffers.take("curved", tuple(value.shape), value.dtype).copy_(value)
-        bend.add_to(own, self.start // math.prod(value.shape[1:]))
-        return own
+        result = self.buffers.take("curved", tuple(value.shape), value.dtype).copy_(value)
+        bend.add_to(result, self.start // math.prod(value.shape[1:]))
+        return result
 
     def _widened(self) -> Slice:
         """The same with both sides in float32."""
@@ -238,8 +240,8 @@ class Slice:
         """The bits that every λ of this slice is rounded with."""
         if self.aligned is None and self.ref.dtype == self.dtype:
             return None
-        how = self.storage.rounding, self.dtype, self.storage.seed
-        return noise_for(*how, self.name, self.start, tuple(self.ref.shape))
+        rounding, seed, shape = self.storage.rounding, self.storage.seed, tuple(self.ref.shape)
+        return noise_for(rounding, self.dtype, seed, self.name, self.start, shape)
 
 
 def differs(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -263,7 +265,14 @@ def stored_rows(
 ) -> list[tuple[torch.Tensor, Sums | None]]:  # fmt: skip
     """Rows [start, stop) of θ(λ) as stored for each λ, and what became of λΔ (None: all sides are one tensor).
 
-    The result lies in `kept`. Everything else goes through `scratch`, a cache-sized slice at a time.
+    Args:
+        names, name: where the sides have their tensors, and which tensor.
+        start, stop: its rows.
+        lams: λ, one or several.
+        storage: how the values are stored.
+        scratch, kept: memory. The result lies in `kept`; everything else goes through `scratch`, a cache-sized slice at
+            a time.
+        curve: a learned path in the place of the straight line.
     """
     info, dtype = names.tensors[name], storage.dtype_of(names, name)
     changes = not names.is_same(name)

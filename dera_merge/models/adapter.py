@@ -37,9 +37,9 @@ _THROUGH_PEFT = frozenset(
     "LORA ADALORA LOHA LOKR IA3 OFT BOFT VERA PVERA RANDLORA HRA FOURIERFT WAVEFT MISS VBLORA SHIRA LN_TUNING C3A "
     "DELORA GRALORA HIRA GLORA UNILORA TINYLORA ROAD DEFT PEANUT BEFT TRAINABLE_TOKENS".split()
 )
-# What LoRA configs say that our own sum s·BA does not cover, and PEFT's merge does.
+# Settings that make LoRA more than a sum s·BA; PEFT merges such modules.
 _MORE_THAN_LOW_RANK = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
-# What may be left at `init_lora_weights` without the base having been changed when the adapter was made.
+# Values of `init_lora_weights` with which the base was not changed when the adapter was made.
 _HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."
 _SUFFIX = re.compile(
@@ -57,6 +57,9 @@ class Adapter:
     """A PEFT adapter on disk: its config, its tensors, and what it does to a base checkpoint.
 
     Attributes:
+        folder: where it lies.
+        allow_pickle: read `.bin` files where there is no safetensors file.
+        config: its adapter_config.json.
         unmergeable: why it has no weight-space form here (then exact decoding, through PEFT, still works), or None.
     """
 
@@ -73,10 +76,12 @@ class Adapter:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
+        """The adapter's tensors."""
         return Checkpoint(self.folder, "adapter_model", self.allow_pickle)
 
     @property
     def base_name(self) -> str | None:
+        """The base that its config names."""
         return self.config.get("base_model_name_or_path")
 
     @property
@@ -90,18 +95,18 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """What to call it: `LORA r=16`, say."""
+        """Its type, and rank if any, for messages: `LORA r=16`, say."""
         rank = f" r={self.config['r']}" if self.config["peft_type"] == "LORA" and "r" in self.config else ""
         return f"{self.config['peft_type']}{rank}"
 
     @property
     def changes_base_at_load(self) -> bool:
-        """PiSSA, OLoRA, LoftQ and their kind, unless converted, rewrite the base weights when PEFT loads them."""
+        """Whether PEFT rewrites the base weights when it loads this: PiSSA, OLoRA, LoftQ, … that were not converted."""
         return self.config.get("init_lora_weights", True) not in _HARMLESS_INIT
 
     @property
     def brings_base_tensors(self) -> bool:
-        """`save_embedding_layers` puts the base's embeddings beside the adapter; PEFT writes them into the base."""
+        """Whether it brings the base's embeddings (`save_embedding_layers`), which PEFT writes into the base."""
         return any(_COPY.search(key) for key in self.checkpoint.tensors)
 
     @property
@@ -113,7 +118,7 @@ class Adapter:
         config = self.config
         if config["peft_type"] not in _THROUGH_PEFT:
             return f"{config['peft_type']} adapters are not merged"
-        for key, what in (
+        for key, variant in (
             ("use_qalora", "QA-LoRA"),
             ("alora_invocation_tokens", "activated LoRA"),
             ("layer_replication", "layer replication"),
@@ -122,7 +127,7 @@ class Adapter:
             ("arrow_config", "Arrow"),
         ):
             if config.get(key):
-                return f"LoRA with {what} is not merged"
+                return f"LoRA with {variant} is not merged"
         if self.changes_base_at_load:
             return f"LoRA with init_lora_weights={config['init_lora_weights']!r} changes the base when it is loaded"
         return None
@@ -140,8 +145,8 @@ class Adapter:
             subprocess.run([sys.executable, "-I", "-c", _TRY], input=work.encode(), timeout=_PATIENCE, check=True,
                            capture_output=True)  # fmt: skip
         except subprocess.TimeoutExpired:
-            what = f"has a pattern that takes for ever to match: {doubtful[0]!r}"
-            raise DeraError(f"{self.folder}/adapter_config.json {what}") from None
+            problem = f"has a pattern that takes for ever to match: {doubtful[0]!r}"
+            raise DeraError(f"{self.folder}/adapter_config.json {problem}") from None
         except subprocess.CalledProcessError:
             raise DeraError(f"{self.folder}/adapter_config.json has a pattern that is none: {doubtful[0]!r}") from None
 
@@ -165,8 +170,8 @@ class Adapter:
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
         copies = {key for key in stored if _COPY.search(key)} & adapted.state_dict().keys()
         if odd := sorted(expected ^ (stored - copies)):
-            where = "lacks" if odd[0] in expected else "has a key that the base has no place for:"
-            raise DeraError(f"{self.folder} {where} {odd[0]}; PEFT would silently use the base there")
+            problem = "lacks" if odd[0] in expected else "has a key that the base has no place for:"
+            raise DeraError(f"{self.folder} {problem} {odd[0]}; PEFT would silently use the base there")
         return adapted
 
     def bind(
@@ -197,10 +202,10 @@ class Adapter:
             self._check_patterns({name.rpartition(".")[0] for name in architecture.shapes})
             modules: dict[str, dict[str, str]] = {}
             for key in self.checkpoint.tensors:
-                found = _SUFFIX.search(key)
-                if not key.startswith(_PREFIX) or not found:
+                suffix = _SUFFIX.search(key)
+                if not key.startswith(_PREFIX) or not suffix:
                     raise DeraError(f"{self.folder}: key {key!r} is none that a LoRA adapter has")
-                modules.setdefault(key[len(_PREFIX) : found.start()], {})[found.group(1)] = key
+                modules.setdefault(key[len(_PREFIX) : suffix.start()], {})[suffix.group(1)] = key
             for module, keys in modules.items():
                 for name, piece in self._pieces(module, keys, architecture):
                     pieces.setdefault(name, []).append(piece)
@@ -213,7 +218,7 @@ class Adapter:
         return pieces
 
     def _is_tied_copy(self, module: str, name: str, architecture: Architecture, adapted: PeftModules) -> bool:
-        """Trained tokens of tied embeddings: PEFT changes both ends alike, and the output keeps one tensor."""
+        """Whether `name` is tied embeddings with trained tokens: PEFT changes both ends alike, one tensor is kept."""
         owner = architecture.owner(name)
         both = (adapted.modules.get(end.removesuffix(".weight")) for end in (name, owner) if end)
         return owner is not None and all(hasattr(end, "token_adapter") for end in both)
@@ -224,6 +229,7 @@ class Adapter:
         return bool(self.config.get("trainable_token_indices"))
 
     def _pieces(self, module: str, keys: dict[str, str], architecture: Architecture) -> list[tuple[str, Piece]]:
+        """What is done to a module: (parameter name, piece). `keys`: what follows its name → the adapter's key."""
         weight = f"{module}.weight"
         pieces: list[tuple[str, Piece]] = []
         for copied in ("base_layer.weight", "weight"):  # first: the sum is on top of it
@@ -248,6 +254,7 @@ class Adapter:
         return pieces
 
     def _low_rank(self, module: str, a: str, b: str, architecture: Architecture) -> LowRank:
+        """The sum s·BA of the factors under the keys `a` and `b`, after checks of shape, rank and scale."""
         shape_a, shape_b = self.checkpoint.tensors[a].shape, self.checkpoint.tensors[b].shape
         if len(shape_a) != 2 or len(shape_b) != 2 or shape_b[1] != shape_a[0]:
             raise DeraError(
@@ -266,6 +273,7 @@ class Adapter:
         return LowRank(self.checkpoint, a, b, scale, transposed)
 
     def _fits(self, name: str, shape: tuple[int, ...], architecture: Architecture) -> None:
+        """Raise DeraError where the base has no parameter of this name and shape."""
         if name not in architecture.shapes:
             raise DeraError(
                 f"{self.folder} changes {name}, which the base model does not have; is it for another base?"
@@ -284,6 +292,7 @@ class Adapter:
         return default
 
     def _saved_whole(self, module: str, suffix: str) -> bool:
+        """Whether a module's weight or bias was trained whole."""
         ends = tuple(self.config.get("modules_to_save") or ())  # PEFT's rule: "norm" is every norm, "mlp" all within
         parts = module.split(".")
         saved = any(".".join(parts[: count + 1]).endswith(ends) for count in range(len(parts)))

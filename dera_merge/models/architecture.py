@@ -62,7 +62,7 @@ class Architecture:
         return None
 
     def owner(self, name: str) -> str | None:
-        """The tensor that `name` shares by the config, or None."""
+        """The tensor that `name` is tied to by the config, or None."""
         return self.tied.get(name) or self.tied.get(f"{self.prefix}{name}")
 
 

@@ -27,20 +27,20 @@ _MAY_DIFFER = re.compile(
 
 
 def check_configs(ref: Side, aligned: Side) -> None:
-    """Warn of what differs and may matter. Raises DeraError where the two are different models."""
-    ours, theirs = (_with_one_rope(side.config) for side in (ref, aligned))
+    """Warn where two configs differ in what may matter. Raises DeraError where they are of different models."""
+    in_ref, in_aligned = (_with_one_rope(side.config) for side in (ref, aligned))
     for key in ("architectures", "model_type", *_SAME_MEANING):
-        if ours.get(key) != theirs.get(key):
+        if in_ref.get(key) != in_aligned.get(key):
             raise DeraError(
-                f"the two are different models: {key} is {ours.get(key)!r} in {ref.base.name} "
-                f"and {theirs.get(key)!r} in {aligned.base.name}"
+                f"the two are different models: {key} is {in_ref.get(key)!r} in {ref.base.name} "
+                f"and {in_aligned.get(key)!r} in {aligned.base.name}"
             )
-    keys = sorted(ours.keys() | theirs.keys())
-    differing = [key for key in keys if ours.get(key) != theirs.get(key) and not _MAY_DIFFER.fullmatch(key)]
+    keys = sorted(in_ref.keys() | in_aligned.keys())
+    differing = [key for key in keys if in_ref.get(key) != in_aligned.get(key) and not _MAY_DIFFER.fullmatch(key)]
     if differing:
         key = differing[0]
-        warn(f"config.json differs in {', '.join(differing)} ({key}: {ours.get(key)!r} in REF, "
-             f"{theirs.get(key)!r} in ALIGNED); a merged checkpoint takes REF's")  # fmt: skip
+        warn(f"config.json differs in {', '.join(differing)} ({key}: {in_ref.get(key)!r} in REF, "
+             f"{in_aligned.get(key)!r} in ALIGNED); a merged checkpoint takes REF's")  # fmt: skip
 
 
 def _with_one_rope(config: dict[str, Any]) -> dict[str, Any]:

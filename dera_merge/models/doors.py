@@ -1,9 +1,9 @@
 """What this package uses of other libraries that they do not promise to keep: one table, each entry with its reason.
 
-A release may rename any of these. `tests/test_doors.py` asks the installed libraries for each, and `check` does so when
-a feature is used, so that nobody gets a wrong text, or a message that blames a model, where a library has changed.
-Attributes that only instances have are checked where a feature has such an object at hand, else by the test alone.
-Arguments, attributes and classes that are documented do not stand here.
+A release may rename any of these. `tests/models/test_doors.py` asks the installed libraries for each, and `check`
+does so when a feature is used, so that nobody gets a wrong text, or a message that blames a model, where a library has
+changed. Attributes that only instances have are checked where a feature has such an object at hand, else by the test
+alone. What a library documents is not listed here.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ class Door:
     def find_owner(self) -> Any:
         """The module or class. Raises ImportError or AttributeError where it is gone."""
         module, _, name = self.owner.partition(":")
-        found = import_module(module)
-        return getattr(found, name) if name else found
+        imported = import_module(module)
+        return getattr(imported, name) if name else imported
 
     def missing(self, *instances: Any) -> str | None:
         """What of it is gone, in words; None if it is there. `instances`: objects on which to look for attributes."""
         place = f"{self.owner.partition(':')[2] or self.owner}.{self.name}"
         try:
             owner = self.find_owner()
-            holders = [each for each in instances if isinstance(each, owner)] if self.instance else [owner]
-            values = [getattr(each, self.name) for each in holders]
+            holders = [instance for instance in instances if isinstance(instance, owner)] if self.instance else [owner]
+            values = [getattr(holder, self.name) for holder in holders]
         except (ImportError, AttributeError):
             return place
         for value in values if self.takes else ():

@@ -1,4 +1,4 @@
-"""What tells two pairs apart."""
+"""A fingerprint that tells two pairs apart."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ def fingerprint(pair: Pair) -> str:
 
 
 def _parts_of(side: Side) -> list[tuple[str, bytes]]:
-    found = [(name, _sampled(name, info)) for name, info in sorted(side.checkpoint.tensors.items())]
+    """What is hashed of a side: (label, content)."""
+    parts = [(name, _sampled(name, info)) for name, info in sorted(side.checkpoint.tensors.items())]
     if side.adapter:
         tensors = side.adapter.checkpoint.tensors
-        found += [(f"adapter {name}", _sampled(name, info)) for name, info in sorted(tensors.items())]
-        elsewhere = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
-        config = {key: value for key, value in side.adapter.config.items() if key not in elsewhere}
-        found.append(("config", json.dumps(config, sort_keys=True).encode()))
-    return found
+        parts += [(f"adapter {name}", _sampled(name, info)) for name, info in sorted(tensors.items())]
+        irrelevant = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+        config = {key: value for key, value in side.adapter.config.items() if key not in irrelevant}
+        parts.append(("config", json.dumps(config, sort_keys=True).encode()))
+    return parts
 
 
 def _sampled(name: str, info: TensorInfo) -> bytes:
+    """A tensor's name, dtype, shape, and some of its bytes."""
     head = f"{name} {DTYPE_NAMES.get(info.dtype)} {info.shape}".encode()
     with info.file.open("rb") as stream:
         for start in sorted({0, max(0, info.nbytes // 2 - _SAMPLE // 2), max(0, info.nbytes - _SAMPLE)}):

@@ -9,6 +9,7 @@ from .source import Source
 
 
 def check_kind(source: Source, config: dict[str, Any]) -> None:
+    """Raise DeraError where a config is not that of a causal text model."""
     names = config.get("architectures") or []
     name = names[0] if names else "a model that names no architecture"
     if any(key in config for key in ("vision_config", "audio_config", "vision_tower")):

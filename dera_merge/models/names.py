@@ -43,7 +43,7 @@ class Names:
 
     @property
     def ref(self) -> Weights:
-        """The reference's."""
+        """The reference's weights."""
         return self.weights[0]
 
     def is_opaque(self, name: str) -> bool:
@@ -80,6 +80,7 @@ def match(
         architecture: makes REF's, where that is needed: checkpoints whose names agree need no model, not even an empty
             one, and building it takes seconds.
         base_quantization: what the adapters' base was quantised to in training; None where it was not.
+        trust: what may be read and run of the files.
 
     Raises:
         DeraError: they do not correspond, or are quantised.
@@ -94,16 +95,16 @@ def match(
     bases = [stored[id(side.checkpoint)] for side in sides]
     quantised = _quantised_modules(ref)
     matches = [
-        _match_two((ref, other), (bases[0], base), architecture, trust)
-        for other, base in zip(aligned, bases[1:], strict=True)
+        _match_two((ref, side), (bases[0], base), architecture, trust)
+        for side, base in zip(aligned, bases[1:], strict=True)
     ]
-    for other, two in zip(aligned, matches, strict=True):
-        for name in two[0].keys:
-            _check_tensor(name, (ref, other), two[:2], quantised)
+    for side, matched in zip(aligned, matches, strict=True):
+        for name in matched[0].keys:
+            _check_tensor(name, (ref, side), matched[:2], quantised)
     first = matches[0][0]
-    for other, (own, _, _) in zip(aligned[1:], matches[1:], strict=True):
-        if odd := sorted(first.keys.keys() ^ own.keys.keys()):
-            names = f"{other.source.name} and {aligned[0].source.name}"
+    for side, (ref_weights, _, _) in zip(aligned[1:], matches[1:], strict=True):
+        if odd := sorted(first.keys.keys() ^ ref_weights.keys.keys()):
+            names = f"{side.source.name} and {aligned[0].source.name}"
             raise DeraError(f"{names} tie embeddings differently ({odd[0]}); they cannot be merged, decode exactly")
     tensors = {name: first.info(name) for name in first.keys}
     unties = any(unties for _, _, unties in matches)
@@ -119,6 +120,7 @@ def layer_kind(name: str) -> str:
 
 
 def _requantised(side: Side, architecture: Architecture, kind: str) -> Requantised:
+    """A side's linear layers as quantisation to `kind` and back leaves them."""
     if architecture.transposed:
         raise DeraError("--base-quantization does not know layers that store their weight transposed (Conv1D)")
     stored = side.checkpoint.tensors
@@ -136,8 +138,8 @@ def _match_two(
                             "θ_ref + λΔ needs dense weights, give those")  # fmt: skip
     stored = [side.checkpoint.tensors for side in sides]
     ties = [side.config.get("tie_word_embeddings") for side in sides]
-    spelled = ties[0] != ties[1] or (ties[0] and {"lm_head.weight", "embed_out.weight"} & stored[0].keys())
-    if stored[0].keys() == stored[1].keys() and not spelled and not any(side.adapter for side in sides):
+    ties_matter = ties[0] != ties[1] or (ties[0] and {"lm_head.weight", "embed_out.weight"} & stored[0].keys())
+    if stored[0].keys() == stored[1].keys() and not ties_matter and not any(side.adapter for side in sides):
         keys = {name: name for name in stored[0]}
         return Weights(bases[0], keys, {}), Weights(bases[1], keys, {}), False
     return _Matching(sides, bases, architecture(), trust).match()
@@ -156,10 +158,10 @@ class _Matching:
 
     def match(self) -> tuple[Weights, Weights, bool]:
         pieces = [self.pieces(number) for number in (0, 1)]
-        # Ends of a tie that are no longer one tensor. Trained tokens change both ends alike.
+        # Tensors whose change breaks a tie. Trained tokens break none: they change both ends alike.
         parted = {
-            name for side, own in zip(self.sides, pieces, strict=True) if not (side.adapter and side.adapter.keeps_ties)
-            for name in own
+            name for side, changes in zip(self.sides, pieces, strict=True)
+            if not (side.adapter and side.adapter.keeps_ties) for name in changes
         }  # fmt: skip
         output_name, owner_of = self.output_name, self.architecture.owner
         names = dict.fromkeys([*self.stored(0), *map(output_name, self.stored(1))])
@@ -169,17 +171,17 @@ class _Matching:
         keys: tuple[dict[str, str], dict[str, str]] = ({}, {})
         unties = False
         for name in names:
-            here = [self.home(number, name) for number in (0, 1)]
-            for side, other, key in zip(self.sides, reversed(self.sides), here, strict=True):
+            homes = [self.home(number, name) for number in (0, 1)]
+            for side, other, key in zip(self.sides, reversed(self.sides), homes, strict=True):
                 if key is None:
                     raise DeraError(f"{side.base.name} has no tensor {name}, which {other.base.name} has")
             if owner := owner_of(name):
                 changed = {name, output_name(owner)} & parted
-                if not changed and self.are_one(here, owner):
+                if not changed and self.are_one(homes, owner):
                     continue
                 unties = True
-            keys[0][name], keys[1][name] = here
-        ref, aligned = (Weights(*own) for own in zip(self.bases, keys, pieces, strict=True))
+            keys[0][name], keys[1][name] = homes
+        ref, aligned = (Weights(*parts) for parts in zip(self.bases, keys, pieces, strict=True))
         return ref, aligned, unties
 
     def stored(self, number: int) -> dict[str, TensorInfo]:
@@ -192,23 +194,24 @@ class _Matching:
         return stored_name(name, stored) or (stored_name(owner, stored) if owner else None)
 
     def output_name(self, name: str) -> str:
+        """The name of a tensor in θ(λ): as REF stores it."""
         return self.architecture.stored_name(name, self.stored(0)) or name
 
     def adapted(self, number: int, name: str) -> str:
         """The stored tensor that a side's adapter changes."""
         side = self.sides[number]
-        for place, own in ((0, self.sides[0]), (number, side)):
-            key = self.home(place, name)
+        for index, holder in ((0, self.sides[0]), (number, side)):
+            key = self.home(index, name)
             if key is None:
-                how = "in packed, quantised form" if own.quantisation else "under another name"
+                form = "in packed, quantised form" if holder.quantisation else "under another name"
                 raise DeraError(
-                    f"{side.source.name} changes {name}, which {own.base.name} stores {how} "
+                    f"{side.source.name} changes {name}, which {holder.base.name} stores {form} "
                     "(transformers converts it on load); that is not merged, decode exactly"
                 )
-            if own.checkpoint.tensors[key].dtype not in REAL:
-                kind = str(own.checkpoint.tensors[key].dtype).removeprefix("torch.")
+            if holder.checkpoint.tensors[key].dtype not in REAL:
+                kind = str(holder.checkpoint.tensors[key].dtype).removeprefix("torch.")
                 raise DeraError(
-                    f"{side.source.name} changes {name}, which {own.base.name} stores quantised ({kind}); "
+                    f"{side.source.name} changes {name}, which {holder.base.name} stores quantised ({kind}); "
                     "merge onto the dense base instead"
                 )
         return key
@@ -223,27 +226,27 @@ class _Matching:
             return self.bases[number].whole(self.adapted(number, name))
 
         build = partial(empty_model, side.base.folder, self.trust)
-        found = {}
+        by_name = {}
         for name, pieces in side.adapter.bind(self.architecture, read_base, build).items():
             self.adapted(number, name)
-            found[self.output_name(name)] = pieces
-        return found
+            by_name[self.output_name(name)] = pieces
+        return by_name
 
     def are_one(self, keys: Sequence[str | None], owner: str) -> bool:
-        """Whether each side stores a tied tensor as what it stores as its owner, so that one may be left out."""
+        """Whether each side stores a tied tensor and its owner as one, or with equal bits: then one is left out."""
         for number, key in enumerate(keys):
-            own = self.home(number, owner)
-            if own is None or key is None or not (key == own or _are_equal(self.sides[number].checkpoint, key, own)):
+            owner_key, checkpoint = self.home(number, owner), self.sides[number].checkpoint
+            if owner_key is None or key is None or not (key == owner_key or _are_equal(checkpoint, key, owner_key)):
                 return False
         return True
 
 
-def _are_equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+def _are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
     """Whether two stored tensors have the same bits."""
-    infos = checkpoint.tensors[one], checkpoint.tensors[other]
+    infos = checkpoint.tensors[first], checkpoint.tensors[second]
     if infos[0].shape != infos[1].shape or infos[0].dtype != infos[1].dtype:
         return False
-    return all(torch.equal(checkpoint.read(one, *r), checkpoint.read(other, *r)) for r in slices(infos[0]))
+    return all(torch.equal(checkpoint.read(first, *r), checkpoint.read(second, *r)) for r in slices(infos[0]))
 
 
 # Checks of what was matched
@@ -261,7 +264,8 @@ def _is_opaque(name: str, ref: TensorInfo, quantised_modules: frozenset[str]) ->
 def _check_tensor(
     name: str, sides: tuple[Side, Side], weights: tuple[Weights, Weights], quantised_modules: frozenset[str]
 ) -> None:
-    ref, aligned = (own.info(name) for own in weights)
+    """Raise DeraError where a tensor has two shapes, or is quantised and not the same on both sides."""
+    ref, aligned = (side.info(name) for side in weights)
     if ref.shape != aligned.shape and not _is_padding(sides, ref, aligned):
         raise DeraError(
             f"tensor {name} is {list(ref.shape)} in {sides[0].base.name} and {list(aligned.shape)} in "
@@ -270,15 +274,15 @@ def _check_tensor(
     if _is_opaque(name, ref, quantised_modules) or aligned.dtype not in REAL:
         same = ref.dtype == aligned.dtype and ref.shape == aligned.shape
         for start, stop in slices(ref) if same and ref is not aligned else ():
-            rows = (own.stored.checkpoint.read(own.keys[name], start, stop) for own in weights)
+            rows = (side.stored.checkpoint.read(side.keys[name], start, stop) for side in weights)
             same = same and torch.equal(*rows)
         if not same:
             quantised = sides[0].quantisation or sides[1].quantisation
-            what = f"belongs to a quantised layer ({quantised})" if quantised else f"has dtype {ref.dtype}"
-            raise DeraError(f"tensor {name} {what} and differs between the two; θ_ref + λΔ needs dense weights")
+            reason = f"belongs to a quantised layer ({quantised})" if quantised else f"has dtype {ref.dtype}"
+            raise DeraError(f"tensor {name} {reason} and differs between the two; θ_ref + λΔ needs dense weights")
 
 
 def _is_padding(sides: tuple[Side, Side], ref: TensorInfo, aligned: TensorInfo) -> bool:
-    """A vocabulary matrix of which one side has more rows than the other."""
+    """Whether it is a vocabulary matrix of which one side has more rows than the other."""
     sizes = [side.config.get("vocab_size") for side in sides]
     return ref.shape[1:] == aligned.shape[1:] and [ref.shape[0], aligned.shape[0]] == sizes

@@ -1,9 +1,8 @@
 """A reference and its aligned models that belong together: a value, found and checked from files alone.
 
 `Pair.from_pretrained` finds all sides (directories or Hub ids, full checkpoints or adapters) and checks that they fit.
-What both forms of the paper need of it, each tensor of either side by its name in θ(λ), is `names`, made when it is
-first asked for and never changed. Nothing here loads a model; `api.ModelPair` is this with a method for each thing to
-do.
+`names`, made when it is first asked for and never changed, says where each tensor of θ(λ) is on every side; both forms
+of the paper need it. Nothing here loads a model; `api.ModelPair` is this with a method for each thing to do.
 """
 
 from __future__ import annotations
@@ -76,13 +75,13 @@ class Pair:
             DeraError: one of them cannot be found or read, or they do not belong together.
         """
         trust = Trust(allow_pickle, trust_remote_code)
-        several = [aligned] if isinstance(aligned, str | os.PathLike) else list(aligned)
-        if not several:
+        names = [aligned] if isinstance(aligned, str | os.PathLike) else list(aligned)
+        if not names:
             raise DeraError("no aligned model is given")
-        if len(several) > 1 and aligned_revision:
+        if len(names) > 1 and aligned_revision:
             raise DeraError("aligned_revision is for one aligned model; write several as id@revision")
         sources = [Source.locate(ref, ref_revision, trust)]
-        sources += [Source.locate(name, aligned_revision, trust) for name in several]
+        sources += [Source.locate(name, aligned_revision, trust) for name in names]
         home = None if base is None else Source.locate(base, trust=trust)
         sides = open_sides(sources[0], sources[1:], home, trust)
         quantised = base_quantization_of(sides, base_quantization)
@@ -115,23 +114,23 @@ class Pair:
 
     @property
     def shared_base(self) -> bool:
-        """All sides stand on the same base checkpoint: LoRA adapters."""
+        """Whether all sides stand on the same base checkpoint: LoRA adapters."""
         return len({side.checkpoint.folder for side in self.sides}) == 1
 
     @property
     def requantises(self) -> bool:
-        """Whether every base is taken as its adapters knew it: in 4 bits and back."""
+        """Whether bases are quantised to 4 bits and back, as their adapters knew them in training."""
         return self.base_quantization not in (None, "none")
 
     def only_pair(self, what: str) -> None:
-        """Raise DeraError where there are several aligned models, which `what` is not for."""
+        """Raise DeraError where there are several aligned models; `what` begins the message: `--engine is`, say."""
         if self.models > 1:
             raise DeraError(f"{what} for one aligned model; there are {self.models}")
 
     # λ
 
     def known(self, lams: Iterable[Any]) -> list[lambdas.Lam]:
-        """λ as a program gives them, a number or a vector each, as this pair takes them.
+        """Check λ that a program gives, a number or a vector each, and return them as this pair takes them.
 
         Raises:
             ValueError: not finite, a vector of another length than there are aligned models, or two with one name.
@@ -148,7 +147,7 @@ class Pair:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """REF's."""
+        """REF's architecture."""
         return Architecture.of(self.ref.base.folder, self.trust)
 
     @cached_property
@@ -195,8 +194,9 @@ class Pair:
         return any(self._brings_tokens(side, rows) for side in self.sides[1:])
 
     def _brings_tokens(self, side: Side, rows: int | None) -> bool:
-        own = side.config.get("vocab_size")
-        if rows is None or own is None or own <= rows:
+        """Whether a side's tokenizer has ids beyond REF's `rows` of the vocabulary."""
+        side_rows = side.config.get("vocab_size")
+        if rows is None or side_rows is None or side_rows <= rows:
             return False
         folder = tokenizer.tokenizer_folder((side, self.ref)) or self.tokenizer_folder
         loaded = tokenizer.load_tokenizer(folder, self.ref.base.folder, self.trust)

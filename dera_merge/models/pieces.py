@@ -25,13 +25,16 @@ class Piece(Protocol):
     """One thing that an adapter does to one tensor."""
 
     def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
-        """Change the tensor's rows [start, stop), float32 or float64, in place from without the adapter to with it."""
+        """Put the change into the tensor's rows [start, stop), float32 or float64, in place."""
         ...
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """scale·B·A, or its transpose for layers that store (in, out): LoRA (Hu et al., 2021, eq. 3)."""
+    """scale·B·A, or its transpose for layers that store (in, out): LoRA (Hu et al., 2021, eq. 3).
+
+    `a` and `b` are the keys of the factors in the adapter.
+    """
 
     adapter: Checkpoint
     a: str
@@ -131,16 +134,17 @@ class PeftModules:
         twin = copy.deepcopy(module, dict(weights))
         try:
             if hasattr(twin, "unload_and_optionally_merge_module"):
-                done = twin.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+                merged = twin.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
             else:
                 twin.merge()
-                done = twin.get_base_layer()
+                merged = twin.get_base_layer()
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise DeraError(f"{self._folder}: PEFT cannot merge {name}: {error}; decode exactly") from error
-        return {parameter: merged.detach().float() for parameter, merged in done.named_parameters()}
+        return {parameter: tensor.detach().float() for parameter, tensor in merged.named_parameters()}
 
 
 def _base_of(module: Any) -> torch.nn.Module:
+    """The base's module inside of PEFT's wrapper."""
     doors.check("adapters", module)
     if hasattr(module, "token_adapter"):
         return module.token_adapter.get_base_layer()
@@ -150,8 +154,8 @@ def _base_of(module: Any) -> torch.nn.Module:
 def _hollow(model: torch.nn.Module) -> None:
     """Put zeros that share one element in the place of all parameters and buffers."""
     for module in model.modules():
-        every = {"recurse": False, "remove_duplicate": False}
-        tensors = [*module.named_parameters(**every), *module.named_buffers(**every)]
+        options = {"recurse": False, "remove_duplicate": False}
+        tensors = [*module.named_parameters(**options), *module.named_buffers(**options)]
         for name, tensor in tensors:
             zeros = torch.zeros((), dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
             hollow = zeros.expand(tensor.shape)

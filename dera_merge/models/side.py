@@ -54,6 +54,7 @@ def open_sides(ref: Source, aligned: Iterable[Source], base: Source | None, trus
         ref: a full model, or an adapter on the base that its config names.
         aligned: likewise; an adapter beside a full `ref` applies to `ref`.
         base: the base of all adapters, where it is not to be the one that is named.
+        trust: what may be read and run of the files.
 
     Raises:
         DeraError: something is not what it should be, or has no weights that can be read.

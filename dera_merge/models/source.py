@@ -17,7 +17,7 @@ TOKENIZER_FILES = (
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-CONTEXT = ("max_position_embeddings", "n_positions")
+CONTEXT = ("max_position_embeddings", "n_positions")  # config keys: how many tokens a model takes
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Source:
 
     @property
     def is_adapter(self) -> bool:
+        """Whether an adapter lies there, not a full model. Raises DeraError where it is neither."""
         if (self.folder / "adapter_config.json").is_file():
             return True
         if (self.folder / "config.json").is_file():

@@ -31,6 +31,7 @@ def load_tokenizer(folder: Path, config: Path, trust: Trust) -> PreTrainedTokeni
     Args:
         folder: where it lies.
         config: the folder of the model that it is for.
+        trust: whether code that comes with it may run.
 
     Raises:
         DeraError: it cannot be loaded.
@@ -49,10 +50,10 @@ def check_tokenizers(ref: Side, aligned: Side, trust: Trust) -> None:
     folders = [folder for side in (ref, aligned) if (folder := tokenizer_folder([side]))]
     if len(set(folders)) < 2:
         return
-    ours, theirs = folders
-    if not any(_same_file(ours / name, theirs / name) for name in VOCABULARY_FILES):
+    ref_folder, aligned_folder = folders
+    if not any(_same_file(ref_folder / name, aligned_folder / name) for name in VOCABULARY_FILES):
         _check_vocabularies(*(load_tokenizer(folder, ref.base.folder, trust).get_vocab() for folder in folders))
-    if _chat_template(ours) != _chat_template(theirs):
+    if _chat_template(ref_folder) != _chat_template(aligned_folder):
         warn("the chat templates differ; ALIGNED's is used for both")
 
 
@@ -76,5 +77,5 @@ def _chat_template(folder: Path) -> str | None:
     return None
 
 
-def _same_file(one: Path, other: Path) -> bool:
-    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
+def _same_file(first: Path, second: Path) -> bool:
+    return first.is_file() and second.is_file() and first.read_bytes() == second.read_bytes()

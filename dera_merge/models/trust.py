@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Trust:
-    """Both are off unless someone asks for them.
+    """What is allowed; both are off unless someone asks for them.
 
     Attributes:
         pickle: read `.bin` files where there is no safetensors file (never without `weights_only=True`).

@@ -23,7 +23,7 @@ class Stored:
 
     Attributes:
         checkpoint: the files.
-        requantised: the weights that were in 4 bits then (QLoRA); None where all are taken as they lie there.
+        requantised: the weights that were in 4 bits then (QLoRA); None where all are taken as they are stored.
     """
 
     checkpoint: Checkpoint

@@ -126,6 +126,7 @@ def _write(
 
 
 def _check(folder: Path, pair: Pair, overwrite: bool) -> None:
+    """Raise DeraError where the output directory is not to be touched."""
     if folder.exists() and not folder.is_dir():
         raise DeraError(f"{folder} is a file; give a directory as --output")
     check_clear_of_inputs(folder, pair)
@@ -139,7 +140,7 @@ def _check(folder: Path, pair: Pair, overwrite: bool) -> None:
 
 
 def _places(pair: Pair, whole: list[Side]) -> Places:
-    """What is taken as it is."""
+    """The models that are taken as they are, and the base of adapters where no model stands for it."""
     places: Places = {}
     for name, side in zip(("ref", "aligned"), pair.sides, strict=True):
         if side in whole:
@@ -170,7 +171,7 @@ def _put(file: Path, target: Path, copy: bool) -> bool:
 
 
 def _describe(folder: Path, target: Path, base: str, code: bool) -> None:
-    """The small files beside a model's weights; an adapter will name `base`."""
+    """Copy the small files beside a model's weights; an adapter's config gets `base` as its base."""
     names = [*_SMALL, *(file.name for pattern in ["*.index.json", *["*.py"] * code] for file in folder.glob(pattern))]
     for name in names:
         if (folder / name).is_file():
@@ -181,6 +182,7 @@ def _describe(folder: Path, target: Path, base: str, code: bool) -> None:
 
 
 def _config(pair: Pair, stage: Path, lam: float) -> dict[str, Any]:
+    """The directory's config.json."""
     from transformers import AutoConfig
 
     home = next(stage / name for name in ("base", "ref") if (stage / name).is_dir())

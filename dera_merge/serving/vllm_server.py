@@ -68,11 +68,11 @@ class Engine:
         """
         for ids, lam in ((ids, lam) for ids in prompts[:CHECKED] for lam in (0.0, 2.0)):
             choice = self._complete(ids, lam, CHECKED_TOKENS, logprobs=0)
-            new, found = choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])
+            new, theirs = choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])
             with torch.inference_mode():
                 logits = exact(torch.tensor([[*ids, *new]], device=exact.device), lam=lam).logits[0, len(ids) - 1 : -1]
             ours = torch.log_softmax(logits.float(), -1).cpu().gather(1, torch.tensor(new)[:, None])[:, 0]
-            apart = (ours - found).abs().mean().item()
+            apart = (ours - theirs).abs().mean().item()
             if not apart < CLOSE:
                 raise DeraError(
                     f"{self.address} does not serve exact DeRa of this pair: at λ={lam:g} its log-probabilities are "
@@ -108,25 +108,26 @@ class Engine:
         """
         new: list[list[int]] = []
         with ThreadPoolExecutor(self.at_once) as threads:
-            answers = threads.map(lambda each: self._complete(*each, max_new_tokens), zip(prompts, lams, strict=True))
+            answers = threads.map(lambda task: self._complete(*task, max_new_tokens), zip(prompts, lams, strict=True))
             for answer in answers:
                 new.append(answer["token_ids"])
                 if progress:
                     progress(len(new))
         return new
 
-    def _complete(self, ids: list[int], lam: float, new: int, **more: Any) -> dict[str, Any]:
-        """One choice. Every setting that a checkpoint's generation config might bring is given."""
+    def _complete(self, ids: list[int], lam: float, new: int, **settings: Any) -> dict[str, Any]:
+        """One answer of at most `new` tokens. Gives every setting that a checkpoint's generation config might bring."""
         body = {
             "model": self.model, "prompt": ids, "max_tokens": new, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
             "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-            "return_token_ids": True, "vllm_xargs": {"lambda": lam}, **more,
+            "return_token_ids": True, "vllm_xargs": {"lambda": lam}, **settings,
         }  # fmt: skip
         return self._asked("completions", body)["choices"][0]
 
-    def _asked(self, what: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _asked(self, endpoint: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The server's answer to a GET, or with a body to a POST. Raises DeraError where it gives none."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.address}/v1/{what}", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(f"{self.address}/v1/{endpoint}", data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 content = json.load(answer)
@@ -142,6 +143,7 @@ class Engine:
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
+    """What the server says of an error."""
     try:
         return str(json.load(error)["error"]["message"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -156,6 +158,8 @@ def engine(
     """The engine at an address, or `"vllm"`: one that is started here, and stopped at the end; or None.
 
     Args:
+        where: the address, `"vllm"`, or None.
+        pair: what it must serve.
         exact: gives the pair's own mixture, which the engine is checked against.
         prompts, max_new_tokens: what it will be asked, in tokens: how much a started engine must take.
         dtype: what a started engine computes in.
@@ -183,6 +187,7 @@ def engine(
 
 @contextmanager
 def _started(pair: Pair, dtype: torch.dtype | str, longest: int) -> Iterator[str]:
+    """The address of a server of the pair that takes `longest` tokens; it runs until the context ends."""
     if find_spec("vllm") is None:
         raise DeraError("vLLM is not installed in this environment; start a server elsewhere and give its address")
     with tempfile.TemporaryDirectory(prefix="dera-merge-") as folder, socket.socket() as free:

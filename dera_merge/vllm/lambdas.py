@@ -4,7 +4,7 @@ vLLM has two model runners, each with its own interface for logits processors. `
 finds out which from how it is constructed. It changes no logits: the model mixes them where it computes them, so that
 log-probabilities, of the prompt too, are the mixture's. The processor checks λ when a request comes in (a bad one is
 HTTP 400) and, under the runner of V1, keeps the λ of each row of the batch. Runner V2 has its own place for that:
-`states.py`.
+`vllm/states.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 KEY = "lambda"
 LARGEST = torch.finfo(torch.float32).max
-_PLACE = "dera_merge.lambdas"  # in the engine's own registry of what its forward passes look up
+_PLACE = "dera_merge.lambdas"  # key in the engine's registry of what its forward passes look up
 
 
 def lam_of(params: SamplingParams, default: float) -> float:
@@ -71,22 +71,23 @@ class LambdaProcessor(ProcessorV1, ProcessorV2):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Raise ValueError for a bad λ, when a request comes in."""
         lam_of(sampling_params, 0.0)
 
     def is_argmax_invariant(self) -> bool:
         return True  # it changes nothing
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """V1: before each pass, what came into the batch and what moved in it. What left needs no word."""
+        """V1: before each pass, take in which requests came and which moved; those that left need nothing."""
         if self.lambdas is None or batch_update is None:
             return
         for row, params, _, _ in batch_update.added:
             self.host[row] = lam_of(params, self.lambdas.default)
-        for one, other, direction in batch_update.moved:
+        for source, target, direction in batch_update.moved:
             if direction == MoveDirectionality.SWAP:
-                self.host[one], self.host[other] = self.host[other], self.host[one]
+                self.host[source], self.host[target] = self.host[target], self.host[source]
             else:
-                self.host[other] = self.host[one]
+                self.host[target] = self.host[source]
         self.lambdas.rows.copy_(torch.tensor(self.host))
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:

@@ -6,7 +6,7 @@ rows that it samples from and for the prompt's when their log-probabilities are 
 mixes them. λ travels with the row, so no row can meet another's, however vLLM batches, chunks, moves or preempts
 requests.
 
-Base and adapter are held once: see `shared.py`.
+Base and adapter are held once: see `vllm/shared.py`.
 """
 
 # ruff: noqa: E402
@@ -118,8 +118,8 @@ class DeraForCausalLM(nn.Module):
                 "vLLM has not loaded dera-merge's logits processor, so no request's λ is known; if VLLM_PLUGINS is "
                 "set, serve with --logits-processors dera_merge.vllm.lambdas:LambdaProcessor"
             )
-        found = (getattr(layer, "query_start_loc", None) for layer in metadata.values())
-        starts = next((starts for starts in found if starts is not None), None)
+        by_layer = (getattr(layer, "query_start_loc", None) for layer in metadata.values())
+        starts = next((starts for starts in by_layer if starts is not None), None)
         if starts is None:
             raise DeraError(
                 "this attention backend does not say where requests begin; use --attention-backend FLASH_ATTN"
@@ -132,11 +132,11 @@ class DeraForCausalLM(nn.Module):
         """Mixed logits of rows that `forward` returned, (rows, vocabulary), float32; None on other ranks."""
         ref, aligned = self.width
         lams = hidden_states[:, ref + aligned :].contiguous().view(torch.float32)[:, 0]
-        ours = self.ref.compute_logits(hidden_states[:, :ref], *args)
-        theirs = self.aligned.compute_logits(hidden_states[:, ref : ref + aligned], *args)
-        if ours is None or theirs is None:
+        ref_logits = self.ref.compute_logits(hidden_states[:, :ref], *args)
+        aligned_logits = self.aligned.compute_logits(hidden_states[:, ref : ref + aligned], *args)
+        if ref_logits is None or aligned_logits is None:
             return None
-        return mix([ours[:, None], theirs[:, None]], shares_of(lams))[:, 0]
+        return mix([ref_logits[:, None], aligned_logits[:, None]], shares_of(lams))[:, 0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load both models from the pair's own files; what vLLM found in the directory is not looked at."""

@@ -46,24 +46,24 @@ class LowRankMethod(LinearMethodBase):
 
 
 def share(ref: nn.Module, aligned: nn.Module) -> None:
-    """Put the layers of `ref` into `aligned`, which was built without memory, and heal what is left without.
+    """Put the layers of `ref` into `aligned`, which was built without memory, and give memory to the rest.
 
     Raises:
         DeraError: something is left without memory.
     """
-    theirs = dict(ref.named_modules())
+    ref_modules = dict(ref.named_modules())
     for name, module in list(aligned.named_modules()):
         for child_name, child in list(module.named_children()):
             path = f"{name}.{child_name}".lstrip(".")
             if next(child.children(), None) is None and next(child.parameters(recurse=False), None) is not None:
-                setattr(module, child_name, theirs[path])
+                setattr(module, child_name, ref_modules[path])
     for name, module in aligned.named_modules():
-        for mine, source in (
-            (module, theirs[name]),
-            (getattr(module, "impl", None), getattr(theirs[name], "impl", None)),
+        for target, source in (
+            (module, ref_modules[name]),
+            (getattr(module, "impl", None), getattr(ref_modules[name], "impl", None)),
         ):
             for tensors in (
-                (vars(mine), getattr(mine, "_parameters", {}), getattr(mine, "_buffers", {})) if mine else ()
+                (vars(target), getattr(target, "_parameters", {}), getattr(target, "_buffers", {})) if target else ()
             ):
                 for key, value in tensors.items():
                     if isinstance(value, torch.Tensor) and value.is_meta:
@@ -74,6 +74,7 @@ def share(ref: nn.Module, aligned: nn.Module) -> None:
 
 
 def _same(source: Any, key: str) -> torch.Tensor:
+    """The reference's own parameter, or a copy of any other tensor."""
     value = getattr(source, key)
     return value if isinstance(value, nn.Parameter) else value.clone()
 
@@ -89,9 +90,9 @@ def load_shared(pair: Pair, ref: nn.Module, aligned: nn.Module) -> None:
     for side, weights, tree in zip(pair.sides, names.weights, (ref, aligned), strict=True):
         adapted_tensors = list(_low_rank(side, weights, names.unties))
         with _places(ref) as place:
-            where = [place(weights.keys[name]) for name, _ in adapted_tensors]
+            places = [place(weights.keys[name]) for name, _ in adapted_tensors]
         parts: dict[str, list[Factors]] = {}
-        for (layer, shard), (_, terms) in zip(where, adapted_tensors, strict=True):
+        for (layer, shard), (_, terms) in zip(places, adapted_tensors, strict=True):
             for piece in terms:
                 parts.setdefault(layer, []).append(_factors(layers[layer], piece, shard))
         for layer, factors in parts.items():
@@ -103,6 +104,7 @@ def load_shared(pair: Pair, ref: nn.Module, aligned: nn.Module) -> None:
 
 
 def _low_rank(side: Side, weights: Weights, unties: bool) -> Iterator[tuple[str, Sequence[LowRank]]]:
+    """The tensors that an adapter changes and their sums. Raises DeraError where one is more than B·A."""
     for name, pieces in weights.pieces.items():
         if unties or not all(isinstance(piece, LowRank) for piece in pieces):
             raise DeraError(
@@ -115,20 +117,20 @@ def _low_rank(side: Side, weights: Weights, unties: bool) -> Iterator[tuple[str,
 @contextmanager
 def _places(model: nn.Module) -> Iterator[Callable[[str], tuple[str, Any]]]:
     """Gives a function: vLLM's layer into which a checkpoint's tensor is loaded, and which part fused in it."""
-    found: list[tuple[str, Any]] = []
+    loaded_into: list[tuple[str, Any]] = []
     weights = {layer: module.weight for layer, module in model.named_modules() if isinstance(module, LinearBase)}
     loaders = {layer: weight._weight_loader for layer, weight in weights.items()}
 
     def place(name: str) -> tuple[str, Any]:
-        found.clear()
+        loaded_into.clear()
         model.load_weights([(name, torch.empty(0))])
-        if len(found) != 1:
+        if len(loaded_into) != 1:
             raise DeraError(f"{name} is no linear layer here, which cannot be held once; export with --merge-adapter")
-        return found[0][0], found[0][1] if len(found[0]) > 1 else None
+        return loaded_into[0][0], loaded_into[0][1] if len(loaded_into[0]) > 1 else None
 
     try:
         for layer, weight in weights.items():
-            weight._weight_loader = lambda _, loaded, *shard, layer=layer: found.append((layer, *shard))
+            weight._weight_loader = lambda _, loaded, *shard, layer=layer: loaded_into.append((layer, *shard))
         yield place
     finally:
         for layer, weight in weights.items():
