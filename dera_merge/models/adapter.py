@@ -212,21 +212,8 @@ class Adapter:
         else:
             adapted = PeftModules(self.folder, lambda model: self.load_onto(model, "cpu"), read_base, build())
             for module, parameter in adapted.parameters():
-                name = f"{module}.{parameter}"
-                if not self._is_tied_copy(module, name, architecture, adapted):
-                    pieces[name] = [ThroughPeft(adapted, module, parameter)]
+                pieces[f"{module}.{parameter}"] = [ThroughPeft(adapted, module, parameter)]
         return pieces
-
-    def _is_tied_copy(self, module: str, name: str, architecture: Architecture, adapted: PeftModules) -> bool:
-        """Whether `name` is tied embeddings with trained tokens: PEFT changes both ends alike, one tensor is kept."""
-        owner = architecture.owner(name)
-        both = (adapted.modules.get(end.removesuffix(".weight")) for end in (name, owner) if end)
-        return owner is not None and all(hasattr(end, "token_adapter") for end in both)
-
-    @property
-    def keeps_ties(self) -> bool:
-        """Whether a change of one end of a tie is meant for the other too."""
-        return bool(self.config.get("trainable_token_indices"))
 
     def _pieces(self, module: str, keys: dict[str, str], architecture: Architecture) -> list[tuple[str, Piece]]:
         """What is done to a module: (parameter name, piece). `keys`: what follows its name → the adapter's key."""

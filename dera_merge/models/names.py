@@ -7,6 +7,7 @@ be.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,8 @@ from functools import partial
 import torch
 
 from ..errors import DeraError
-from ..files.checkpoint import REAL, Checkpoint, TensorInfo, slices
+from ..files.buffers import Buffers, as_bytes
+from ..files.checkpoint import REAL, TensorInfo, slices
 from .architecture import Architecture, empty_model
 from .pieces import Piece, Replacement
 from .quantized import Requantised
@@ -158,31 +160,26 @@ class _Matching:
 
     def match(self) -> tuple[Weights, Weights, bool]:
         pieces = [self.pieces(number) for number in (0, 1)]
-        # Tensors whose change breaks a tie. Trained tokens break none: they change both ends alike.
-        parted = {
-            name for side, changes in zip(self.sides, pieces, strict=True)
-            if not (side.adapter and side.adapter.keeps_ties) for name in changes
-        }  # fmt: skip
-        output_name, owner_of = self.output_name, self.architecture.owner
-        names = dict.fromkeys([*self.stored(0), *map(output_name, self.stored(1))])
-        for name, owner in self.architecture.tied.items():
-            if parted & {output_name(name), output_name(owner)}:
-                names[output_name(name)] = None  # changed on one end, the two are no longer one tensor
+        names = dict.fromkeys([*self.stored(0), *map(self.output_name, self.stored(1))])
+        ties = {self.output_name(name): self.output_name(owner) for name, owner in self.architecture.tied.items()}
+        parted = [
+            name for name, owner in ties.items()
+            if not all(self.stay_one(number, name, owner, pieces[number]) for number in (0, 1))
+        ]  # fmt: skip
+        if parted:  # a config says of all ties at once that they are none, so that each end needs a tensor of its own
+            names |= dict.fromkeys(ties)
+        else:
+            names = {name: None for name in names if name not in ties}
+            pieces = [{name: found for name, found in own.items() if name not in ties} for own in pieces]
         keys: tuple[dict[str, str], dict[str, str]] = ({}, {})
-        unties = False
         for name in names:
             homes = [self.home(number, name) for number in (0, 1)]
             for side, other, key in zip(self.sides, reversed(self.sides), homes, strict=True):
                 if key is None:
                     raise DeraError(f"{side.base.name} has no tensor {name}, which {other.base.name} has")
-            if owner := owner_of(name):
-                changed = {name, output_name(owner)} & parted
-                if not changed and self.are_one(homes, owner):
-                    continue
-                unties = True
             keys[0][name], keys[1][name] = homes
         ref, aligned = (Weights(*parts) for parts in zip(self.bases, keys, pieces, strict=True))
-        return ref, aligned, unties
+        return ref, aligned, bool(parted)
 
     def stored(self, number: int) -> dict[str, TensorInfo]:
         return self.sides[number].checkpoint.tensors
@@ -232,21 +229,34 @@ class _Matching:
             by_name[self.output_name(name)] = pieces
         return by_name
 
-    def are_one(self, keys: Sequence[str | None], owner: str) -> bool:
-        """Whether each side stores a tied tensor and its owner as one, or with equal bits: then one is left out."""
-        for number, key in enumerate(keys):
-            owner_key, checkpoint = self.home(number, owner), self.sides[number].checkpoint
-            if owner_key is None or key is None or not (key == owner_key or _are_equal(checkpoint, key, owner_key)):
-                return False
-        return True
+    def stay_one(self, number: int, name: str, owner: str, pieces: Pieces) -> bool:
+        """Whether a tied tensor and its owner are still one on a side: stored as one, and changed alike if at all.
 
+        Only the values say so: an adapter may change one end, or both by what is the same or is not.
+        """
+        keys = [self.home(number, end) for end in (name, owner)]
+        if None in keys:  # `match` says what is missing
+            return True
+        changes = [pieces.get(end, ()) for end in (name, owner)]
+        if not any(changes) and keys[0] == keys[1]:
+            return True
+        infos = [self.stored(number)[key] for key in keys]
+        if infos[0].shape != infos[1].shape or infos[0].dtype != infos[1].dtype:
+            return False
+        dtype = torch.float32 if any(changes) else infos[0].dtype
+        digests = {self.digest(number, key, change, dtype) for key, change in zip(keys, changes, strict=True)}
+        return len(digests) == 1
 
-def _are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Whether two stored tensors have the same bits."""
-    infos = checkpoint.tensors[first], checkpoint.tensors[second]
-    if infos[0].shape != infos[1].shape or infos[0].dtype != infos[1].dtype:
-        return False
-    return all(torch.equal(checkpoint.read(first, *r), checkpoint.read(second, *r)) for r in slices(infos[0]))
+    def digest(self, number: int, key: str, pieces: Sequence[Piece], dtype: torch.dtype) -> bytes:
+        """SHA-256 of a stored tensor with what an adapter does to it, in this dtype, a few rows at a time."""
+        info, buffers, digest = self.stored(number)[key], Buffers(), hashlib.sha256()
+        for start, stop in slices(info):
+            rows = buffers.take("rows", (stop - start, *info.row_shape), dtype)
+            self.bases[number].rows(key, start, stop, rows, buffers)
+            for piece in pieces:
+                piece.apply(rows, start, stop)
+            digest.update(as_bytes(rows))
+        return digest.digest()
 
 
 # Checks of what was matched
