@@ -1,14 +1,14 @@
-"""Learn a path θ(λ) that follows exact DeRa more closely than the straight line; see `curve.py` for its form.
+"""Learn a path θ(λ) that follows exact DeRa more closely than the straight line; `merging/path.py` has its form.
 
 Texts are sampled from exact DeRa at λ all over the range. One model whose λ differs from row to row of the batch, the
-tree of `rows.py` with a `Bent` on each linear layer that Δ changes, is then trained on KL(exact‖path) over the whole
-range at once, from the straight line on. One curve serves all λ, and what is learned beyond λ = 1, where the error is
-large, helps below, where it is ten times smaller.
+tree of `decoding/rows.py` with a `Bent` on each linear layer that Δ changes, is then trained on KL(exact‖path) over the
+whole range at once, starting from the straight line. One curve serves all λ, and what is learned beyond λ = 1, where
+the error is large, helps below, where it is ten times smaller.
 
-A few hundred texts suffice if every step has the right length, and the inputs of a layer vary a thousand times more in
-some directions than in others. So the curve's right factor is learned in coordinates in which they vary less, the left
-one in units of what Δ itself does (`_measure`). Coordinates in which inputs were white would be too much of it: where
-they hardly vary, mostly noise would be learned.
+A few hundred texts suffice if every step has the right length, but the inputs of a layer vary a thousand times more in
+some directions than in others. So the curve's right factor is learned in coordinates in which they vary less unevenly,
+the left one in units of what Δ itself does (`layers.measure`). Coordinates in which inputs vary equally in all
+directions would go too far: where they hardly vary, mostly noise would be learned.
 
 A share of the prompts is held out; of the line and the states on the way, the one that does best on them is kept.
 """
@@ -68,7 +68,7 @@ def calibrate(
         texts: how many to sample from exact DeRa, in all.
         max_new_tokens: their length, in tokens.
         passes: how often to go over the texts, 1 or more.
-        learning_rate: Adam's, at its peak, relative to the size that what it changes is expected to have.
+        learning_rate: Adam's, at its peak, relative to the size that each parameter is expected to have.
         seed: of everything random.
         device, compute_dtype: where and in what the models run.
         progress: called as work goes on.
@@ -86,8 +86,8 @@ def calibrate(
     if low < 0:
         raise DeraError(f"λ={low:g}: paths are learned for λ from 0 on; below 0 the straight line is all there is")
     sides = (max(low, MARGIN), min(high, 1 - MARGIN)), (max(low, 1 + MARGIN), high)
-    wanted = [(start, stop) for start, stop in sides if start <= stop]
-    if not wanted:
+    spans = [(start, stop) for start, stop in sides if start <= stop]
+    if not spans:
         raise DeraError(f"λ from {low:g} to {high:g} leaves nothing to learn: at 0 and 1 every path is exact")
     if passes < 1:
         raise DeraError(f"passes={passes}: nothing would be learned; give 1 or more")
@@ -106,20 +106,18 @@ def calibrate(
 
     entries = prompt_files.encode(prompts, pair.tokenizer) if prompts is not None else None
     if entries is None:
-        entries = prompt_files.encode(
-            own_prompts(pair, exact.ref, math.ceil(texts / len(wanted)), tell), pair.tokenizer
-        )
+        entries = prompt_files.encode(own_prompts(pair, exact.ref, math.ceil(texts / len(spans)), tell), pair.tokenizer)
     ids = [prompt.ids for prompt in entries]
     dice = random.Random(seed)
-    # Every prompt for both sides of λ = 1, so that one that is held out is held out for both.
-    at = [(number // len(wanted) % len(ids), wanted[number % len(wanted)]) for number in range(texts)]
-    used = sorted({prompt for prompt, _ in at})
+    # Every prompt serves both sides of λ = 1, so that one that is held out is held out for both.
+    tasks = [(number // len(spans) % len(ids), spans[number % len(spans)]) for number in range(texts)]
+    used = sorted({prompt for prompt, _ in tasks})
     if len(used) < 2:
         raise DeraError(f"{len(used)} prompts are too few to hold one out; give more")
     prompt_files.check_lengths(entries, max_new_tokens, pair.context_length)
     unseen = set(dice.sample(used, max(1, round(HELD_OUT * len(used)))))
-    drawn = [dice.uniform(*span) for _, span in at]
-    lessons = sampled_lessons(pair, exact, ids, [prompt for prompt, _ in at], drawn, unseen, max_new_tokens, tell)
+    drawn = [dice.uniform(*span) for _, span in tasks]
+    lessons = sampled_lessons(pair, exact, ids, [prompt for prompt, _ in tasks], drawn, unseen, max_new_tokens, tell)
     order = [lesson for lesson in lessons if lesson.text.prompt not in unseen]
     dice.shuffle(order)
     held_out = [lesson for lesson in lessons if lesson.text.prompt in unseen]

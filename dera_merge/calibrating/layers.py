@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 AXES = 64  # directions of a layer's input that are scaled one by one
-EVENED = 0.5  # power of their variances that is divided out of their variances: 0 nothing, 1 all
-RIDGE = 0.01  # of their mean variance: no variance is taken for smaller
-SINKS = 4  # first tokens of a text, whose huge activations would rule all measurements
+EVENED = 0.5  # how much of the differences of their variances is evened out, as a power: 0 nothing, 1 all
+RIDGE = 0.01  # share of their mean variance; any smaller variance is taken to be that
+SINKS = 4  # first tokens of a text, left out: their huge activations would rule all measurements
 
 
 @dataclass(frozen=True)
 class Evener:
-    """A linear map W for vectors whose variance is far larger in some directions: of W·x it is less uneven, its mean 1.
+    """A linear map W for vectors x that vary far more in some directions: the variance of W·x is more even, its mean 1.
 
     Attributes:
         axes: the directions of the largest variances, (size, n), orthonormal.
-        stretch: for each of these, what it is scaled with over what the others are, less 1, (n,).
-        unit: what the others are scaled with.
+        stretch: the factor of each of these relative to `unit`, less 1, (n,).
+        unit: the factor of all other directions.
     """
 
     axes: torch.Tensor
@@ -64,7 +64,7 @@ class Evener:
 
 
 class Bent(torch.nn.Module):
-    """A linear layer of `rows.py` with a gain in the place of λ, and a low-rank curve.
+    """A linear layer of `decoding/rows.py` with a gain in the place of λ, and a low-rank curve.
 
     Args:
         module: its name in the model.
@@ -73,7 +73,7 @@ class Bent(torch.nn.Module):
         rank: of the curve; 0 leaves it out.
 
     Attributes:
-        evener: of the layer's inputs; the right factor of the curve is `down` in its coordinates.
+        evener: evens out the layer's inputs; the right factor of the curve is `down` in its coordinates.
         scale: what Δ adds to the output, root mean square.
     """
 
@@ -93,6 +93,7 @@ class Bent(torch.nn.Module):
 
     @property
     def rank(self) -> int:
+        """Of the curve."""
         return len(self.down)
 
     def gains(self) -> torch.Tensor:
@@ -108,8 +109,8 @@ class Bent(torch.nn.Module):
     def moved(self, x: torch.Tensor) -> torch.Tensor:
         """Δ·x: the layer's output as the aligned model's, less its output as the reference's."""
         ends = []
-        for lam in (torch.zeros, torch.ones):
-            with self.strength.of(lam(len(self.strength.rows), device=x.device), self.strength.tokens):
+        for fill in (torch.zeros, torch.ones):
+            with self.strength.of(fill(len(self.strength.rows), device=x.device), self.strength.tokens):
                 ends.append(self.inner(x))
         return ends[1] - ends[0]
 
@@ -124,7 +125,7 @@ class Bent(torch.nn.Module):
 
 
 class _Gained:
-    """What a bent layer's inner module asks for its strengths: the gains."""
+    """Stands in for the `Strength` of a bent layer's inner module, with the gains g(λ) in the place of λ."""
 
     def __init__(self, layer: Bent) -> None:
         self._layer = layer
@@ -142,6 +143,7 @@ class _Gained:
 
 
 def _sizes(inner: LowRankRows | MixedRows) -> tuple[int, int]:
+    """The sizes of a linear layer's input and output."""
     if isinstance(inner, LowRankRows):
         return inner.down.shape[1], inner.up.shape[1]
     weight = inner.ref.weight
@@ -150,16 +152,16 @@ def _sizes(inner: LowRankRows | MixedRows) -> tuple[int, int]:
 
 
 def bendable(pair: Pair) -> dict[str, str]:
-    """Linear modules that Δ changes → the name of their weight in θ(λ)."""
+    """Linear modules that Δ changes → the name of their weight in θ(λ). Raises DeraError where there are none."""
     tensors = pair.tensors
-    found = {}
+    names = {}
     for module in pair.architecture.linear:
         name = pair.architecture.stored_name(f"{module}.weight", tensors)
         if name is not None and not pair.names.is_same(name):
-            found[module] = name
-    if not found:
+            names[module] = name
+    if not names:
         raise DeraError("no linear layer differs between the two; there is no path to learn")
-    return found
+    return names
 
 
 def bend(student: PreTrainedModel, names: dict[str, str], rank: int, device: str | torch.device) -> dict[str, Bent]:
@@ -175,7 +177,7 @@ def bend(student: PreTrainedModel, names: dict[str, str], rank: int, device: str
 
 @torch.no_grad()
 def measure(student: PreTrainedModel, layers: dict[str, Bent], lessons: Sequence[Lesson]) -> None:
-    """Let the straight line read these texts, all in one batch, for each layer's evener and scale."""
+    """Set each layer's evener and scale: the straight line reads these texts, all in one batch."""
     texts = [lesson.text for lesson in lessons]
     ids, mask = padded(texts, student.device)
     lam = torch.tensor([lesson.lam for lesson in lessons], device=student.device)
@@ -210,6 +212,7 @@ def learned(pair: Pair, layers: dict[str, Bent]) -> dict[str, Part]:
 
 
 def _part(layer: Bent, transposed: bool) -> Part:
+    """What one layer has learned; `transposed`: its weight is stored as (in, out)."""
     gain, up, down, profile = (
         value.detach().float().cpu() for value in (layer.gain, layer.up, layer.right(), layer.profile)
     )
@@ -220,9 +223,9 @@ def _part(layer: Bent, transposed: bool) -> Part:
 
 def read_states(student: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, lams: torch.Tensor) -> torch.Tensor:
     """Last hidden states of these texts (texts, tokens, hidden size), each at its own λ (texts,)."""
-    how = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in inspect.signature(student.base_model.forward).parameters:
-        # A position for each token of each row, as learned ones differ between rows with λ.
-        how["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        # Positions of every row, not of one for all: learned position embeddings differ between rows with λ.
+        inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     with student.dera_strength.of(lams, ids.shape[1]):
-        return student.base_model(**how)[0]
+        return student.base_model(**inputs)[0]

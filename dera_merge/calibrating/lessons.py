@@ -39,14 +39,14 @@ class Lesson:
 
 def some_of(lessons: Sequence[Lesson], dice: random.Random) -> list[Lesson]:
     """Some of the lessons, about `MEASURED_TOKENS` tokens."""
-    found: list[Lesson] = []
+    picked: list[Lesson] = []
     tokens = 0
     for lesson in dice.sample(lessons, len(lessons)):
         if tokens >= MEASURED_TOKENS:
             break
-        found.append(lesson)
+        picked.append(lesson)
         tokens += len(lesson.text.ids)
-    return found
+    return picked
 
 
 def own_prompts(pair: Pair, ref: PreTrainedModel, count: int, tell: Progress = unheard) -> list[str | dict[str, Any]]:
@@ -54,6 +54,9 @@ def own_prompts(pair: Pair, ref: PreTrainedModel, count: int, tell: Progress = u
 
     Args:
         count: how many to try for; empty ones and repeats are left out.
+
+    Raises:
+        DeraError: fewer than two were written.
     """
     tokenizer = pair.tokenizer
     mark = "\u2063"
@@ -65,16 +68,16 @@ def own_prompts(pair: Pair, ref: PreTrainedModel, count: int, tell: Progress = u
         opening = tokenizer(text.partition(mark)[0], add_special_tokens=False)["input_ids"]
     else:
         opening = tokenizer("")["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
-    found: dict[str, None] = {}
+    written: dict[str, None] = {}
     for done in range(0, count, SAMPLED_TOGETHER):
         rows = [opening] * min(SAMPLED_TOGETHER, count - done)
         for new in decode_batch(ref, tokenizer, rows, max_new_tokens=PROMPT_TOKENS, **PLAIN):
             if text := tokenizer.decode(new, skip_special_tokens=True).strip():
-                found[text] = None
+                written[text] = None
         tell("writing prompts", done + len(rows), count)
-    if len(found) < 2:
+    if len(written) < 2:
         raise DeraError("the reference writes no prompts of its own; give some with --prompts")
-    return [{"messages": [{"role": "user", "content": text}]} if chat else text for text in found]
+    return [{"messages": [{"role": "user", "content": text}]} if chat else text for text in written]
 
 
 def sampled_lessons(
@@ -83,8 +86,13 @@ def sampled_lessons(
 ) -> list[Lesson]:  # fmt: skip
     """One text of exact DeRa for each chosen prompt, each at its own λ.
 
-    What both models make of a prompt comes for nothing, so there is something to learn from it too, from where prompts
-    differ; of those that are not to be learned from (`unseen`) the answer alone counts.
+    Both models' states of a prompt come for free, so it is learned from too, from the token on at which prompts begin
+    to differ. Of the prompts that are held out (`unseen`) the answer alone counts.
+
+    Args:
+        prompts: token ids of each.
+        chosen: the prompt of each text, an index of `prompts`.
+        lams: λ of each text.
     """
     differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
     opening = max(1, next(differ, min(map(len, prompts))))
@@ -94,8 +102,8 @@ def sampled_lessons(
         batch = order[start : start + SAMPLED_TOGETHER]
         rows = [prompts[chosen[i]] for i in batch]
         with _recording(exact) as states:
-            how = {"max_new_tokens": max_new_tokens, "lam": [lams[i] for i in batch], **PLAIN}
-            drawn = decode_batch(exact, pair.tokenizer, rows, **how)
+            options = {"max_new_tokens": max_new_tokens, "lam": [lams[i] for i in batch], **PLAIN}
+            drawn = decode_batch(exact, pair.tokenizer, rows, **options)
         width = max(map(len, rows))
         for i, ids, new, ref, aligned in zip(batch, rows, drawn, *states(), strict=True):
             first = len(ids) if chosen[i] in unseen else opening

@@ -45,6 +45,7 @@ class Teacher:
 
     @classmethod
     def of(cls, exact: DeraForCausalLM, lessons: list[Lesson]) -> Teacher:
+        """From the states that the lessons keep. Raises DeraError where `compare` could not measure these models."""
         trace_of(exact.ref, [lessons[0].text])  # refuses a model that is no decoder followed by a head
         sides = (
             Trace(torch.cat([getattr(lesson, side) for lesson in lessons]), head_of(getattr(exact, side)))
@@ -64,13 +65,13 @@ class Teacher:
 class _Seen:
     """A state on the way, on the lessons held out: the mean that is minimised, and mean kl on each side of λ = 1."""
 
-    what: str
+    state: str
     goal: float
     kl: dict[str, float]
 
 
 class Trainer:
-    """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5 over scored tokens."""
+    """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5 over scored tokens; it learns from the first `trained` lessons."""
 
     def __init__(
         self, student: PreTrainedModel, layers: dict[str, Bent], teacher: Teacher, trained: int, learning_rate: float
@@ -98,16 +99,16 @@ class Trainer:
         texts = [lesson.text for lesson in lessons]
         device = self.student.device
         lams = torch.tensor([lesson.lam for lesson in lessons], dtype=torch.float32, device=device)
-        each = lams.repeat_interleave(torch.tensor([len(text.completion) for text in texts], device=device))
-        log_p = torch.log_softmax(self.teacher.logits(chosen, each), -1)
+        token_lams = lams.repeat_interleave(torch.tensor([len(text.completion) for text in texts], device=device))
+        log_p = torch.log_softmax(self.teacher.logits(chosen, token_lams), -1)
         states = read_states(self.student, *padded(texts, device), lams)
-        with self.strength.of(each, 1):
+        with self.strength.of(token_lams, 1):
             log_q = torch.log_softmax(self.head(scored(states, texts))[:, : self.teacher.rows], -1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1), each
+        return (log_p.exp() * (log_p - log_q)).sum(-1), token_lams
 
     @torch.no_grad()
     def look(self, what: str) -> None:
-        """Measure on the lessons held out, and remember this state if none was better."""
+        """Measure this state on the lessons held out, and remember it if none was better; `what` is its name."""
         parts = [self.kl(batch) for batch in self.batches(self.held_out)]
         kl, lams = (torch.cat(values).double() for values in zip(*parts, strict=True))
         sides = {
@@ -127,7 +128,7 @@ class Trainer:
         beyond = sum(self.teacher.lessons[i].lam > 1 for i in self.held_out)
         texts = {"inner": len(self.held_out) - beyond, "outer": beyond}
         sides = {name: {"texts": texts[name], "line": line.kl[name], "path": best.kl[name]} for name in line.kl}
-        return {"held_out": sides, "kept": best.what, "objective": {"line": line.goal, "path": best.goal}}
+        return {"held_out": sides, "kept": best.state, "objective": {"line": line.goal, "path": best.goal}}
 
     def batches(self, lessons: range, tokens: int = BATCH_TOKENS) -> list[list[int]]:
         """These lessons in batches of about this many tokens."""
@@ -164,12 +165,13 @@ class Trainer:
 
 
 def _weight(lams: torch.Tensor) -> torch.Tensor:
+    """What kl at each λ counts."""
     return (lams * (1 - lams)).abs() ** -_POWER
 
 
 @contextmanager
 def _no_denormals() -> Iterator[None]:
-    """Adam's state fills with numbers so small that processors are a hundred times slower; they are zero here."""
+    """Take denormal numbers for 0: Adam's state fills with them, and processors are a hundred times slower then."""
     torch.set_flush_denormal(True)
     try:
         yield

@@ -18,7 +18,7 @@ FINEST = 1 / 64  # of the range: λ that are nearer to each other are not told a
 
 
 def default_lambdas(pair: Pair, reweight: bool) -> list[Lam]:
-    """The λ of interest where none are given: what a curve spans, or all that are sampled."""
+    """The λ of interest where none are given: those that the curve spans with `reweight`, else all that are sampled."""
     models = pair.models
     if models == 1:
         return [0.0, 2.0] if reweight else lambdas.parse_lambdas(["0:2:0.25"])
@@ -37,7 +37,7 @@ def first_anchors(pair: Pair, lams: Sequence[Lam]) -> list[Lam]:
     if pair.models == 1:
         inside = {lam for lam in ANCHORS if min(lams) <= lam <= max(lams)}
         return sorted({*inside, min(lams), max(lams)})
-    box = [(min(each), max(each)) for each in zip(*lams, strict=True)]
+    box = [(min(values), max(values)) for values in zip(*lams, strict=True)]
     mean = Vector([1 / len(box)] * len(box))
     places = [lam for lam in (*pair.ends(), mean) if all(a <= x <= b for x, (a, b) in zip(lam, box, strict=True))]
     corners = [Vector(corner) for corner in zip(*box, strict=True)]
@@ -54,7 +54,7 @@ def next_point(means: dict[Lam, float], first: Sequence[Lam], seed: int) -> Lam 
         DeraError: optuna is needed and not installed.
     """
     if isinstance(first[0], Vector):
-        return _proposed(means, [(min(each), max(each)) for each in zip(*first, strict=True)], seed)
+        return _proposed(means, [(min(values), max(values)) for values in zip(*first, strict=True)], seed)
     lams = sorted(means)
     best = lams.index(max(means, key=means.__getitem__))
     gaps = [(lams[i + 1] - lams[i], i) for i in (best - 1, best) if 0 <= i < len(lams) - 1]
@@ -63,18 +63,19 @@ def next_point(means: dict[Lam, float], first: Sequence[Lam], seed: int) -> Lam 
 
 
 def _proposed(means: dict[Lam, float], box: list[tuple[float, float]], seed: int) -> Vector | None:
+    """The λ in the box that optuna proposes, knowing these means; None where it was sampled already."""
     try:
         import optuna
     except ImportError as error:
         raise DeraError("a search over several λ at once needs optuna: pip install 'dera-merge[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    spread = {str(k): optuna.distributions.FloatDistribution(*each) for k, each in enumerate(box)}
+    spread = {str(k): optuna.distributions.FloatDistribution(*span) for k, span in enumerate(box)}
     # Made anew each time, so that a resumed sweep makes the same proposals.
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed + len(means)))
     for lam, value in means.items():
         params = {str(k): x for k, x in enumerate(lam)}
         if all(a <= x <= b for x, (a, b) in zip(lam, box, strict=True)):
             study.add_trial(optuna.trial.create_trial(params=params, distributions=spread, value=value))
-    asked = study.ask(spread)
-    found = Vector(round(asked.params[str(k)], 4) + 0.0 for k in range(len(box)))
-    return None if found in means else found
+    trial = study.ask(spread)
+    proposal = Vector(round(trial.params[str(k)], 4) + 0.0 for k in range(len(box)))
+    return None if proposal in means else proposal

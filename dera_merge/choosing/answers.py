@@ -28,6 +28,7 @@ class Asked:
     """What a sweep samples, and what texts are worth.
 
     Attributes:
+        prompts: as token ids.
         plain: the prompts as rewards see them.
         samples: texts for each prompt at each λ.
         max_new_tokens: their length, in tokens.
@@ -96,9 +97,9 @@ def read_scored(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 continue
             if entry.get("mode", "exact") != "exact":
                 continue
-            where = {"ref": 0.0, "aligned": 1.0}.get(entry.get("from"), entry.get("lambda"))
-            each = where if isinstance(where, list) and where else [where]
-            if not all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in each):
+            lam = {"ref": 0.0, "aligned": 1.0}.get(entry.get("from"), entry.get("lambda"))
+            values = lam if isinstance(lam, list) and lam else [lam]
+            if not all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values):
                 raise ValueError('expected "lambda": number, or "from": "ref" or "aligned"')
             text = entry.get("completion", entry.get("text"))
             if not isinstance(text, str) and not isinstance(entry.get("token_ids"), list):
@@ -106,8 +107,8 @@ def read_scored(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
             given = entry.get("rewards", {"reward": entry["reward"]} if "reward" in entry else {})
             numbers = {k: v for k, v in given.items() if isinstance(v, int | float) and math.isfinite(v)}
             rewards = dict.fromkeys(given) | numbers
-            where = Vector(where) if isinstance(where, list) else float(where) + 0.0
-            lines.append(entry | {"lambda": where, "completion": text, "rewards": rewards})
+            lam = Vector(lam) if isinstance(lam, list) else float(lam) + 0.0
+            lines.append(entry | {"lambda": lam, "completion": text, "rewards": rewards})
         except (ValueError, RecursionError, AttributeError, TypeError) as error:
             raise DeraError(f"{file}, line {number}: {error}") from error
     if not lines:
@@ -125,6 +126,12 @@ def plain(entry: str | dict[str, Any]) -> str:
 class Store:
     """Answers in memory and, line by line as they come, in `<folder>/texts.jsonl`.
 
+    Args:
+        folder: None keeps them in memory alone.
+        settings: what two calls must have in common to share a file.
+        resume: read what an earlier call left there.
+        writes: whether this process writes (the first of several).
+
     Raises:
         DeraError: what lies there was made by another call.
     """
@@ -135,7 +142,7 @@ class Store:
         self._writes = writes  # the first of several processes does; all read what is there
         self._head: dict[str, str] | None = {
             "settings": hashlib.sha256(json_bytes(settings)).hexdigest()
-        }  # till written
+        }  # None once the file has it
         if self._file is not None and resume and self._file.is_file():
             first, *lines = self._file.read_text(encoding="utf-8").split("\n")
             if json.loads(first or "{}") != self._head:
@@ -152,6 +159,7 @@ class Store:
             self._head = None
 
     def add(self, answers: Sequence[Answer]) -> None:
+        """Keep these, and append them to the file."""
         self.answers += answers
         if self._file is None or not self._writes:
             return

@@ -30,6 +30,9 @@ class Sweep:
             pairs), `failed`, `texts`.
         best: the recommended λ, `lambda`, `interval` (of several aligned models, one for each), what it gains, and
             where that lies.
+        settings: how it was found.
+        faithful: how far the merged model at the best λ is from exact DeRa, where that was checked.
+        commands: what to run to ship the best λ.
         answers: all texts.
     """
 

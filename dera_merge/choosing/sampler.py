@@ -31,7 +31,7 @@ class SweepLab(Laboratory):
     Args:
         pair, compute, path, seed, tell: as for `Laboratory`.
         asked: what is sampled.
-        store: of the texts.
+        store: keeps the texts.
 
     Attributes:
         kind: whose texts answer the question.
@@ -72,11 +72,11 @@ class SweepLab(Laboratory):
         return DraftedSampler(self.exact, draft, self.pair.tokenizer, self.seed)
 
     def sample(self, mode: Kind, lams: Sequence[Lam]) -> None:
-        """Texts at each λ that are not there yet; exact DeRa's share batches, whatever their λ."""
-        there = {(a.mode, a.lam, a.prompt, a.sample) for a in self.store.answers}
+        """Sample the texts at each λ that are missing; exact DeRa's share batches, whatever their λ."""
+        sampled = {(a.mode, a.lam, a.prompt, a.sample) for a in self.store.answers}
         tasks = [
             (lam, prompt, number) for lam in lams for prompt in range(len(self.prompts))
-            for number in range(self.asked.samples) if (mode, lam, prompt, number) not in there
+            for number in range(self.asked.samples) if (mode, lam, prompt, number) not in sampled
         ]  # fmt: skip
         sampler = self.exact_sampler if mode == "exact" else self.merged_sampler
         if mode == "exact" and self.asked.mode != "speculative":
@@ -88,19 +88,20 @@ class SweepLab(Laboratory):
             ]
         done, together = 0, sampler.at_once * self.processes
         for batch in (group[start : start + together] for group in groups for start in range(0, len(group), together)):
-            mine = self.share(batch)
-            fresh = gathered(self._answers(mode, sampler, mine) if mine else [])
+            share = self.share(batch)
+            fresh = gathered(self._answers(mode, sampler, share) if share else [])
             place = {task: number for number, task in enumerate(batch)}
             self.store.add(sorted(fresh, key=lambda a: place[a.lam, a.prompt, a.sample]))
             done += len(batch)
             self.tell(f"sampling from {'exact DeRa' if mode == 'exact' else 'the merged model'}", done, len(tasks))
 
     def _answers(self, mode: Kind, sampler: Sampler, batch: Sequence[tuple[Lam, int, int]]) -> list[Answer]:
-        # Both modes have the same noise: their texts part only where distributions do. So have all λ, where they are
-        # compared as they are; where texts of several λ are pooled, each λ's are to be news.
+        """An answer for each (λ, prompt, sample), with its rewards."""
+        # Both modes have the same noise: their texts part only where distributions do. So have all λ, unless texts of
+        # several λ are pooled: then each λ has noise of its own, so that its texts say something new.
         pooled = self.asked.reweight
-        own = {lam: zlib.crc32(lambdas.name(lam).encode()) % 9973 if pooled else 0 for lam, _, _ in batch}
-        streams = [p + len(self.prompts) * (n + self.asked.samples * own[lam]) for lam, p, n in batch]
+        offsets = {lam: zlib.crc32(lambdas.name(lam).encode()) % 9973 if pooled else 0 for lam, _, _ in batch}
+        streams = [p + len(self.prompts) * (n + self.asked.samples * offsets[lam]) for lam, p, n in batch]
         ids, lams = [self.prompts[p].ids for _, p, _ in batch], [lam for lam, _, _ in batch]
         new = sampler.sample(ids, lams, streams, max_new_tokens=self.asked.max_new_tokens)
         texts = [self.pair.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
@@ -109,6 +110,7 @@ class SweepLab(Laboratory):
                 for (lam, p, n), ids, text, row in zip(batch, new, texts, rows, strict=True)]  # fmt: skip
 
     def _scored(self, texts: list[tuple[str, str]]) -> list[dict[str, float | None]]:
+        """The rewards of each (prompt, text). Raises DeraError where one fails on a whole first batch."""
         rows: list[dict[str, float | None]] = [{} for _ in texts]
         for reward in self.rewards:
             values = reward.score(texts)
@@ -120,7 +122,7 @@ class SweepLab(Laboratory):
         return rows
 
     def take(self, scored: Sequence[dict[str, Any]]) -> None:
-        """Texts that were sampled and scored before; rewards that they lack are worked out."""
+        """Store texts of `read_scored`, with rewards that they lack worked out. Raises DeraError where one is unfit."""
         places = {text: number for number, text in enumerate(self.asked.plain)}
         answers: list[Answer] = []
         counts: dict[tuple[Lam, int], int] = {}
@@ -158,7 +160,7 @@ class SweepLab(Laboratory):
             raise DeraError(f"scored text {number}: {error}") from None
 
     def _tokens(self, completion: str) -> list[int]:
-        """A text as tokens, ended if it is shorter than texts may be."""
+        """A text as tokens, with an end token if it is shorter than `max_new_tokens`."""
         ids, end = (
             self.pair.tokenizer(completion, add_special_tokens=False)["input_ids"],
             self.pair.tokenizer.eos_token_id,
@@ -168,7 +170,7 @@ class SweepLab(Laboratory):
     # What the models make of them
 
     def texts(self, answers: Sequence[Answer]) -> list[Text]:
-        """Answers behind their prompts."""
+        """Answers after their prompts, to be read by a model."""
         prompts = [self.prompts[a.prompt].ids for a in answers]
         return [Text(a.prompt, [*ids, *a.ids], len(ids)) for a, ids in zip(answers, prompts, strict=True)]
 
@@ -179,18 +181,18 @@ class SweepLab(Laboratory):
             return answers, *self._own_densities(answers, lams)
         fresh = [i for i in range(len(answers)) if any(lam not in self._known.get(i, {}) for lam in lams)]
         if fresh:
-            mine = self.share(fresh)
-            found = self._read([answers[i] for i in mine], lams) if mine else []
-            for i, row in gathered(list(zip(mine, found, strict=True))):
+            share = self.share(fresh)
+            rows = self._read([answers[i] for i in share], lams) if share else []
+            for i, row in gathered(list(zip(share, rows, strict=True))):
                 self._known[i] = row
-        both = np.array([[self._known[i][lam] for lam in lams] for i in range(len(answers))])
-        return answers, both[..., 0], both[..., 1]
+        figures = np.array([[self._known[i][lam] for lam in lams] for i in range(len(answers))])
+        return answers, figures[..., 0], figures[..., 1]
 
     def _own_densities(self, answers: Sequence[Answer], lams: Sequence[Lam]) -> tuple[np.ndarray, np.ndarray]:
         """KL from the reference of the merged model's texts, at the λ of each; they say nothing of other λ."""
-        kl, where = np.zeros((len(answers), len(lams))), {lam: number for number, lam in enumerate(lams)}
+        kl, column = np.zeros((len(answers), len(lams))), {lam: number for number, lam in enumerate(lams)}
         for lam in sorted({a.lam for a in answers}):
-            kl[[a.lam == lam for a in answers], where[lam]] = self.merged_kl(lam)
+            kl[[a.lam == lam for a in answers], column[lam]] = self.merged_kl(lam)
         return np.zeros_like(kl), kl
 
     def _read(self, answers: Sequence[Answer], lams: Sequence[Lam]) -> list[dict[Lam, tuple[float, float]]]:
@@ -200,8 +202,8 @@ class SweepLab(Laboratory):
             self.tell("reading the texts", number, len(self.exact.sides) + 1)
             traces.append(trace_of(model, texts))
         self.tell("reading the texts", len(traces), len(traces) + 1)
-        found = densities(traces, tokens_of(texts), lams, self.exact.config.vocab_size)
-        logp, kl = (per_text(each, texts) for each in found)
+        per_token = densities(traces, tokens_of(texts), lams, self.exact.config.vocab_size)
+        logp, kl = (per_text(values, texts) for values in per_token)
         if self.pair.models > 1:
             count = len(traces[0].hidden)
             self._gram = (self._gram[0] + count * gram(traces, self.exact.config.vocab_size), self._gram[1] + count)

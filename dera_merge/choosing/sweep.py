@@ -1,9 +1,10 @@
 """Choose λ: what each λ earns and what it costs in KL from the reference, on a validation set.
 
-`sweep` is the whole line. Texts are sampled from exact DeRa at a few λ (anchors), scored, and read once by both models;
-`reweighting.py` makes curves over all λ of them. Where the best λ is not known well enough, the next anchor goes there.
-The merged model, whose texts weigh nothing for exact DeRa, is sampled at the anchors, under the same noise. Without
-weights every λ is sampled, and a budget that is left is spent around the best.
+`sweep` goes all the way from prompts to the answer. Texts are sampled from exact DeRa at a few λ (anchors), scored, and
+read once by both models; `statistics/reweighting.py` makes curves over all λ of them. Where the best λ is not known
+well enough, the next anchor goes there. The merged model, whose texts say nothing of exact DeRa, is sampled at the
+anchors, under the same noise. Without reweighting every λ is sampled, and what is left of a budget is spent around the
+best.
 
 Every batch of texts is appended to `texts.jsonl` as it comes, with its rewards; an interrupted run goes on from there.
 """
@@ -178,6 +179,10 @@ def recorded_beta(pair: Pair) -> float | None:
     """
     for name in ("training_args.json", "training_config.json", "dpo_config.json", "trainer_config.json"):
         file = pair.aligned.source.folder / name
-        if file.is_file() and isinstance(found := load_json(file), dict) and isinstance(found.get("beta"), int | float):
-            return float(found["beta"]) or None
+        if (
+            file.is_file()
+            and isinstance(config := load_json(file), dict)
+            and isinstance(config.get("beta"), int | float)
+        ):
+            return float(config["beta"]) or None
     return None

@@ -67,6 +67,7 @@ def run(
 
 
 def _check_path_file(file: Path, overwrite: bool) -> None:
+    """Raise DeraError where a path file may not be written there."""
     if file.is_dir():
         raise DeraError(f"{file} is a directory; give a file for the path")
     if not file.exists():

@@ -96,6 +96,7 @@ def run(
 
 
 def _extras(text: str, several: bool) -> list[Any]:
+    """The names in `--with`. Raises BadParameter where one is unknown."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if names == ["all"]:
         return [extra for extra in EXTRAS if not (several and extra in ("predict", "layers"))]

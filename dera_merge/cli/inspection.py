@@ -58,6 +58,7 @@ def run(
 
 
 def _delta_table(delta: dict[str, Any]) -> Table:
+    """Δ by kind of layer."""
     from ..measuring.inspection import STEPS
 
     table = Table(title="Δ = θ_aligned - θ_ref; |Δ| in ulps of the output dtype", **PLAIN)
@@ -70,6 +71,7 @@ def _delta_table(delta: dict[str, Any]) -> Table:
 
 
 def _kept_line(delta: dict[str, Any], where: str) -> str:
+    """What a merge keeps of Δ, or loses."""
     rows = delta["tensors"]
     if lost := delta["lost"]:
         first = lost[0]
@@ -85,10 +87,10 @@ def _kept_line(delta: dict[str, Any], where: str) -> str:
 
 
 def _model_line(model: dict[str, Any]) -> str:
-    what = (
+    kind = (
         model["adapter"] + f" adapter of {model['base']}" if model["kind"] == "adapter" else str(model["architecture"])
     )
-    parts = [what, f"{model['parameters']:,} parameters", "/".join(model["dtypes"]), f"{model['bytes'] / 1e6:.1f} MB"]
+    parts = [kind, f"{model['parameters']:,} parameters", "/".join(model["dtypes"]), f"{model['bytes'] / 1e6:.1f} MB"]
     if model.get("quantised"):
         parts.append("quantised")
     if model.get("partial"):

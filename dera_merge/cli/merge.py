@@ -70,7 +70,9 @@ def run(
     pair = given.open()
     with progress("merging") as tell:
         unit = 0 if "format" in common else 20  # tensors, or MiB
-        folders = pair.merge(output, lams, **common, progress=lambda done, all: tell(None, done >> unit, all >> unit))
+        folders = pair.merge(
+            output, lams, **common, progress=lambda done, total: tell(None, done >> unit, total >> unit)
+        )
     written = [_merged(value, folder) for value, folder in zip(lams, folders, strict=True)]
     if given.as_json:
         return print_json({**given.names, "outputs": written})
@@ -85,9 +87,9 @@ def run(
         elif entry["kept"] is not None:
             remark = f"  ({entry['kept']:.1%} of λΔ kept by {entry['rounding']} rounding)"
         say(f"λ={entry['lambda']:g}  {entry['path']}{remark}")
-        for count, what in ((entry["saturated"], "saturated"), (entry["nonfinite"], "are NaN or infinite")):
+        for count, state in ((entry["saturated"], "saturated"), (entry["nonfinite"], "are NaN or infinite")):
             if count:
-                note(f"warning: λ={entry['lambda']:g}: {count:,} weights {what}")
+                note(f"warning: λ={entry['lambda']:g}: {count:,} weights {state}")
     if all(entry["complete"] for entry in written):
         base = pair.ref.base if "format" in common else None
         say(_serve_lines(base, lams, folders))

@@ -111,7 +111,7 @@ def with_models(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
-        (_, *own) = inspect.signature(command).parameters.values()
+        (_, *rest) = inspect.signature(command).parameters.values()
 
         def run(**values: Any) -> None:
             given = Given(**{name: values.pop(name) for name in (*ahead, *behind)})
@@ -126,7 +126,7 @@ def with_models(
                 for name, (hint, value) in entries.items()
             ]
 
-        middle = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in own]
+        middle = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in rest]
         parameters = [*declared(ahead), *middle, *declared(behind)]
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -58,8 +58,8 @@ def run(
     for target in plan.targets:
         sizes = sum(map(target.size, target.files))
         done = plan.commits.get(target.revision, "new branch" if not target.exists else "")
-        what = f"{target.revision}  {len(target.files)} files, {sizes / 1e6:.1f} MB  {done}"
-        say(what)
+        line = f"{target.revision}  {len(target.files)} files, {sizes / 1e6:.1f} MB  {done}"
+        say(line)
         if dry_run:
             for name in target.files:
                 say(f"  + {name}  {target.size(name):,} bytes")

@@ -21,7 +21,7 @@ PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_e
 
 
 class Tell(Protocol):
-    """Says how far the work is; without `what`, under the bar's title."""
+    """Says how far the work is; without `what`, under the title of the bar."""
 
     def __call__(self, what: str | None, done: int, total: int, /) -> None: ...
 
@@ -37,6 +37,7 @@ def note(text: object) -> None:
 
 
 def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -61,6 +62,7 @@ def progress(title: str) -> Iterator[Tell]:
 def fidelity_table(
     results: list[dict[str, Any]], columns: Sequence[str] | None = None, extra: dict[str, list[str]] | None = None
 ) -> Table:
+    """A table of `compare`'s results; `extra`: further columns by title, a text for each result."""
     from ..pages.fidelity import COLUMNS, cells
 
     left_out = ("tokens", "kl_rounding", "verdict")  # so that it fits 80 columns; the report has all
@@ -69,9 +71,9 @@ def fidelity_table(
     table = Table(title="Merged against exact DeRa", **PLAIN)
     for column in (*wanted, *extra):
         table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
-    for result, *more in zip(results, *extra.values(), strict=True):
+    for result, *extra_cells in zip(results, *extra.values(), strict=True):
         row = dict(zip(COLUMNS, cells(result), strict=True))
-        table.add_row(*(row[column] for column in wanted), *more)
+        table.add_row(*(row[column] for column in wanted), *extra_cells)
     return table
 
 

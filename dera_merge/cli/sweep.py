@@ -94,19 +94,19 @@ def run(
     from ..pages.frame import read as as_read
     from ..pages.sweep import LEGEND, cells, columns, sentences, shown
 
-    found = as_read(result.to_dict())
+    content = as_read(result.to_dict())
 
     table = Table(title="What λ earns and costs", **PLAIN)
     left_out = ("length", "wins_aligned", "wins_ref")  # so that it fits 80 columns; the report has all
     left_out += ("gain_ci",) if len(rewards) > 1 else ()  # each reward has a column then
-    wanted = tuple(column for column in columns(found) if column not in left_out)
+    wanted = tuple(column for column in columns(content) if column not in left_out)
     for column in wanted:
         table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
-    for row in shown(found):
+    for row in shown(content):
         table.add_row(*cells(row, wanted), style="bold" if row["lambda"] == result.best["lambda"] else None)
     out.print(table)
     say(LEGEND)
-    for sentence in sentences(found):
+    for sentence in sentences(content):
         say(f"- {sentence}")
     if result.commands:
         say("To ship it:")

@@ -27,8 +27,12 @@ def attribute(
 
     With v = p_λ∘(e - E[e]) for the error e = h_λ - h(θ_λ), the variance is v·e, and e = λ∫₀¹ dh/dτ - ∫₀^λ dh/dτ along
     the line. dh/dτ is a sum over tensors, each through its own Δ: gradients of v·h at a few points of the line, times Δ
-    (integrated gradients, Sundararajan et al., 2017). The shares sum to the whole up to the quadrature (Gauss-Legendre,
-    `points` on each stretch). A share may be negative: a tensor whose change makes up for others'.
+    (integrated gradients, Sundararajan et al., 2017). The shares sum to the whole up to the error of the quadrature. A
+    share may be negative: that of a tensor whose change makes up for others'.
+
+    Args:
+        tell: called with (steps done, steps in all).
+        points: of the quadrature (Gauss-Legendre) on each stretch of the line.
 
     Returns:
         Tensor name in memory → nats per token.
@@ -63,11 +67,11 @@ def attribute(
         return p * (error - (p * error).sum(-1, keepdim=True))
 
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    # λ∫₀¹ - ∫₀^λ, as weighted stretches without what cancels: (λ-1) on [0, min(λ,1)], λ on [λ,1] or -(1) on [1,λ].
+    # λ∫₀¹ - ∫₀^λ as weighted stretches, without what cancels: (λ-1) on [0, min(λ,1)], λ on [λ,1] or -(1) on [1,λ].
     inner = min(lam, 1.0)
     stretches = [(0.0, inner, lam - 1), (lam, 1.0, lam) if lam < 1 else (1.0, lam, -1.0)]
     tokens = sum(len(text.completion) for text in texts)
-    found = dict.fromkeys(delta, 0.0)
+    shares = dict.fromkeys(delta, 0.0)
     steps = [(a + (b - a) * (x + 1) / 2, factor * w * (b - a) / 2) for a, b, factor in stretches if a != b
              for x, w in zip(nodes, weights, strict=True)]  # fmt: skip
     for number, (tau, weight) in enumerate(steps, 1):
@@ -80,10 +84,10 @@ def attribute(
         for name, change in delta.items():
             parameter = model.get_parameter(name)
             if parameter.grad is not None:
-                found[name] += weight * float((parameter.grad.double() * change.double()).sum()) / tokens / 2
+                shares[name] += weight * float((parameter.grad.double() * change.double()).sum()) / tokens / 2
             parameter.grad = None
         tell(number, len(steps))
-    return found
+    return shares
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
 """How far the merged model is from exact DeRa, token by token, and what that means.
 
-`compare` is the whole line: texts are given or sampled; each model reads them once and leaves its last hidden states
-(`traces.py`); distributions are made from these a few tokens at a time and reduced in float64 (`divergence.py`). K
-values of λ on given texts cost K+2 passes, 2K+2 where rounding is told apart. What is asked for beyond that, each a
-function over the
-same traces: a scale that people know (`yardstick.py`), a prediction from few probes (`statistics/prediction.py`), where
-the error comes from (`attribution.py`), and texts of both models under the same noise.
+`compare` goes all the way from prompts to a `Report`. Texts are given or sampled; each model reads them once and leaves
+its last hidden states (`traces.py`); distributions are made from these a few tokens at a time and reduced in float64
+(`divergence.py`). K values of λ on given texts cost K+2 passes, 2K+2 where rounding is told apart. What else can be
+asked for works on the same texts or on new ones: a scale that people know (`yardstick.py`), a prediction from few
+probes (`statistics/prediction.py`), where the error comes from (`attribution.py`), and texts of both models under the
+same noise (`where.py`).
 """
 
 from __future__ import annotations
@@ -145,22 +145,22 @@ def compare(
          "extra_prompts": extra_prompts, "engine": bool(engine)},
         resume, writes=process == 0,
     )  # fmt: skip
-    what = Measured(encoded, samples, max_new_tokens, storage, approximations)
-    lab = ComparisonLab(pair, Compute(device, compute_dtype), curve, seed, progress, what, rounds, ledger)
+    measured = Measured(encoded, samples, max_new_tokens, storage, approximations)
+    lab = ComparisonLab(pair, Compute(device, compute_dtype), curve, seed, progress, measured, rounds, ledger)
 
     try:
         with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
             report = _compared(lab, lams, texts, extras, extra_prompts, reward)
-    except DeraError:  # what cannot be done leaves nothing; an interruption leaves its finished steps
+    except DeraError:  # an error leaves nothing behind; an interruption leaves its finished steps
         ledger.close()
         raise
-    rounding, merge_seed, along = storage.rounding, seed, curve.describe() if curve else None
+    rounding, merge_seed, followed = storage.rounding, seed, curve.describe() if curve else None
     for result in report.results:
         if result["lambda"] in approximations:
             result["weights"] = weights_digest(approximations[result["lambda"]][1])
-    for _, recipe in approximations.values():  # what was measured is what lies there
+    for _, recipe in approximations.values():  # what was measured is what the directory holds
         dtype, rounding, merge_seed = recipe.get("dtype"), recipe.get("rounding"), recipe.get("seed")
-        along = None if recipe.get("path", "line") == "line" else recipe["path"]
+        followed = None if recipe.get("path", "line") == "line" else recipe["path"]
     origin = "exact DeRa" if texts == "exact" else "the merged model"
     report.settings |= {
         "prompts": len(encoded), "texts": "given" if all(given) else f"sampled from {origin} at each λ",
@@ -168,7 +168,7 @@ def compare(
         "max_new_tokens": None if all(given) else max_new_tokens,
         "dtype": str(dtype).removeprefix("torch."), "rounding": rounding, "seed": seed,
         "merge_seed": merge_seed, "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "approx": None if approx is None else os.fspath(approx), "path": along,
+        "approx": None if approx is None else os.fspath(approx), "path": followed,
         "extras": list(extras), "extra_prompts": min(extra_prompts, len(encoded)), "fingerprint": fingerprint(pair),
     }  # fmt: skip
     ledger.close()
@@ -179,17 +179,17 @@ def _compared(
     lab: ComparisonLab, lams: list[Lam], texts: str, extras: Sequence[Extra], extra_prompts: int,
     reward: Callable[[str], float] | None,
 ) -> Report:  # fmt: skip
-    """All the measuring that `compare` promises."""
+    """The report of everything that `compare` was asked for; its settings are filled in later, but for `resolution`."""
     pair, encoded, tokenizer, seed, curve = lab.pair, lab.prompts, lab.pair.tokenizer, lab.seed, lab.path
     given = [prompt.completion is not None for prompt in encoded]
     report = Report(pair.ref.source.name, pair.aligned_name, [], {})
     # On given texts, reference and aligned model read once for all λ.
     groups = [(lams, lab.given())] if all(given) else [([lam], lab.sampled(texts, lam)) for lam in lams]
     readings: dict[Lam, dict[str, np.ndarray]] = {}
-    for at, chosen in groups:
-        readings |= lab.measure(at, chosen)
+    for group, chosen in groups:
+        readings |= lab.measure(group, chosen)
     resolution = max(float(reading["resolution"][0]) for reading in readings.values())
-    texts_at = {lam: chosen for at, chosen in groups for lam in at}
+    texts_at = {lam: chosen for group, chosen in groups for lam in group}
     few = {lam: [text for text in chosen if text.prompt < extra_prompts] for lam, chosen in texts_at.items()}
     floors = lab.floor(few) if "floor" in extras else {}
     rungs = lab.ladder(few) if "ladder" in extras else {}
@@ -217,15 +217,15 @@ def _compared(
     if "coupled" in extras:
         for result in report.results:
             lam = result["lambda"]
-            ours = texts_at[lam] if not all(given) and texts == "exact" else lab.sampled("exact", lam)
-            theirs = texts_at[lam] if texts == "merged" else lab.sampled("merged", lam)
-            result["coupled"] = coupled_figures(ours, theirs, tokenizer, reward, seed)
+            of_exact = texts_at[lam] if not all(given) and texts == "exact" else lab.sampled("exact", lam)
+            of_merged = texts_at[lam] if texts == "merged" else lab.sampled("merged", lam)
+            result["coupled"] = coupled_figures(of_exact, of_merged, tokenizer, reward, seed)
             if texts != "merged":
-                (reading,) = lab.measure([lam], theirs, "merged-").values()
-                merged_texts[lam] = (theirs, reading)
+                (reading,) = lab.measure([lam], of_merged, "merged-").values()
+                merged_texts[lam] = (of_merged, reading)
                 kept = {key: values for key, values in reading.items() if key != "resolution"}
-                prompt_of = for_each_token([text.prompt for text in theirs], theirs)
-                text_of = for_each_token(range(len(theirs)), theirs)
+                prompt_of = for_each_token([text.prompt for text in of_merged], of_merged)
+                text_of = for_each_token(range(len(of_merged)), of_merged)
                 figures = summarise(kept, prompt_of, text_of, resolution, seed)
                 result["on_merged_texts"] = {key: figures[key] for key in ("tokens", *MEASURES, "kl_ci", "captured")}
     if "predict" in extras:
@@ -233,8 +233,8 @@ def _compared(
         for lam in lab.probes(lams):
             reading = readings.get(lam) if curve is None and not lab.approximations else None
             if reading is None:
-                home = lab.given() if all(given) else lab.sampled("exact", lam)
-                reading = lab.measure([lam], home, "probe-", lambda lam: [("kl", lab.line(lam))])[lam]
+                probe_texts = lab.given() if all(given) else lab.sampled("exact", lam)
+                reading = lab.measure([lam], probe_texts, "probe-", lambda lam: [("kl", lab.line(lam))])[lam]
             probes[lam] = float(reading.get("kl_nonlinearity", reading["kl"]).mean())
         ends = min(0.0, *lams), max(1.0, *lams)
         grid = sorted({*lams, *np.linspace(*ends, 65).round(4).tolist()} - set(lambdas.ends()))
@@ -257,6 +257,7 @@ def _compared(
 
 
 def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None, sampled: bool) -> None:
+    """Raise DeraError where a prompt and its completion, given or sampled, are longer than a model takes."""
     for number, prompt in enumerate(prompts, 1):
         given = 0 if prompt.completion is None else len(prompt.completion)
         count = len(prompt.ids) + max(given, max_new_tokens if sampled or prompt.completion is None else 0)
@@ -265,7 +266,7 @@ def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | 
 
 
 def _approximation(approx: str | os.PathLike[str], lam: Lam, pair: Pair) -> tuple[Path, dict[str, Any]]:
-    """The merged directory for λ, `approx` itself or `approx/lambda-<λ>`, and its recipe."""
+    """The merged directory for λ, `approx` itself or `approx/lambda-<λ>`, and its recipe; DeraError if of another λ."""
     folder = Path(approx)
     if not (folder / "dera_merge.json").is_file() and (folder / lambdas.folder_name(lam)).is_dir():
         folder = folder / lambdas.folder_name(lam)

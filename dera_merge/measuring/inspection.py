@@ -21,7 +21,7 @@ from ..models.source import Source, load_config
 from ..models.trust import Trust
 from .report import Report
 
-ENOUGH = 0.9  # of Δ, below which a tensor counts as lost
+ENOUGH = 0.9  # share of Δ that must be kept; with less a tensor counts as lost
 # Where a moved weight lands, in ulps of the output dtype at θ_ref.
 STEPS = ("unchanged", "<½", "½-1½", ">1½")
 _MANTISSA = {
@@ -33,19 +33,23 @@ _MANTISSA = {
 
 
 def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = False) -> dict[str, Any]:
-    """What one argument is: a checkpoint or an adapter, its size, dtypes, tokenizer, how it was made and measured.
+    """What one model is: a checkpoint or an adapter, its size, dtypes, tokenizer, how it was made and measured.
+
+    Args:
+        name: a directory or a Hub id.
+        allow_pickle, trust_remote_code: what the user allows.
 
     Raises:
         DeraError: it cannot be found or read.
     """
     source = Source.locate(name, trust=Trust(allow_pickle, trust_remote_code))
-    found: dict[str, Any] = {"name": name, "revision": source.revision}
+    facts: dict[str, Any] = {"name": name, "revision": source.revision}
     if (source.folder / PARTIAL).is_file():
-        found["partial"] = True
+        facts["partial"] = True
     if source.is_adapter:
         adapter = Adapter(source.folder, allow_pickle)
         checkpoint = adapter.checkpoint
-        found |= {
+        facts |= {
             "kind": "adapter",
             "adapter": adapter.kind,
             "base": adapter.base_name,
@@ -54,10 +58,10 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
     else:
         config = load_config(source)
         checkpoint = Checkpoint(source.folder, allow_pickle=allow_pickle)
-        found |= {"kind": "full", "architecture": (config.get("architectures") or [None])[0],
+        facts |= {"kind": "full", "architecture": (config.get("architectures") or [None])[0],
                   "quantised": bool(config.get("quantization_config"))}  # fmt: skip
     infos = checkpoint.tensors.values()
-    found |= {
+    facts |= {
         "tensors": len(infos),
         "parameters": sum(info.numel for info in infos if info.dtype in REAL),
         "bytes": total_bytes(infos),
@@ -66,11 +70,11 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
     }
     if (source.folder / RECIPE).is_file():
         written = read_recipe(source.folder)
-        found["merged"] = {key: written.get(key) for key in ("ref", "aligned", "others", "lambda", "rounding", "seed")}
+        facts["merged"] = {key: written.get(key) for key in ("ref", "aligned", "others", "lambda", "rounding", "seed")}
         if (source.folder / FIGURES).is_file():  # published with a report
             row = Report.load(source.folder / FIGURES).at(written["lambda"])
-            found["fidelity"] = {key: row.get(key) for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict")}
-    return found
+            facts["fidelity"] = {key: row.get(key) for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict")}
+    return facts
 
 
 def inspect_pair(
@@ -100,27 +104,27 @@ def inspect_pair(
         names = pair.names
     except DeraError as error:
         return {"problem": str(error), "layers": {}, "total": None, "tensors": {}, "lost": []}
-    other = None
+    checkpoint = None
     if merged is not None:
         source = Source.locate(merged, trust=pair.trust)
-        other = Checkpoint(source.folder, allow_pickle=pair.trust.pickle)
+        checkpoint = Checkpoint(source.folder, allow_pickle=pair.trust.pickle)
     storage = Storage.of(names, dtype, None)
     sums: dict[str, torch.Tensor] = {}  # ‖Δ‖², ‖θ_ref‖², weights, then a count for each of STEPS
     kept: dict[str, Sums] = {}
     buffers = Buffers()
     for number, (name, info) in enumerate(names.tensors.items(), 1):
         kind = info.dtype if dtype is None else dtype
-        key = _stored_as(pair, other, name, info) if other else None
+        key = _stored_as(pair, checkpoint, name, info) if checkpoint else None
         for start, stop in slices(info) if not names.is_opaque(name) else ():
             row = sums.setdefault(layer_kind(name), torch.zeros(3 + len(STEPS), dtype=torch.float64))
             piece = Slice.read(names, name, start, stop, storage, buffers)[0]
             row += _moments(piece, kind)
-            if other is None and piece.aligned is not None:
+            if checkpoint is None and piece.aligned is not None:
                 piece.at(1.0, sums=kept.setdefault(name, Sums()))
-            elif other is not None and key is not None:
-                kept.setdefault(name, Sums()).add(piece.against(other.read(key, start, stop)))
-        if other is not None and key is None and not names.is_same(name):
-            kept[name] = Sums(square=1.0, error=1.0)  # it is not there: nothing of Δ is
+            elif checkpoint is not None and key is not None:
+                kept.setdefault(name, Sums()).add(piece.against(checkpoint.read(key, start, stop)))
+        if checkpoint is not None and key is None and not names.is_same(name):
+            kept[name] = Sums(square=1.0, error=1.0)  # `merged` lacks it, so nothing of Δ is kept
         if progress:
             progress(number, len(names.tensors))
 
@@ -141,17 +145,18 @@ def inspect_pair(
     return {"problem": problem, "layers": layers, "total": total, "tensors": changed, "lost": lost}
 
 
-def _stored_as(pair: Pair, other: Checkpoint, name: str, info: TensorInfo) -> str | None:
+def _stored_as(pair: Pair, checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | None:
     """The name of a tensor in a checkpoint that another tool wrote; None where it has none."""
-    key = name if name in other.tensors else pair.architecture.stored_name(name, other.tensors)
-    if key is not None and other.tensors[key].shape != info.shape:
+    key = name if name in checkpoint.tensors else pair.architecture.stored_name(name, checkpoint.tensors)
+    if key is not None and checkpoint.tensors[key].shape != info.shape:
         raise DeraError(
-            f"{other.folder} has {key} of shape {list(other.tensors[key].shape)}, expected {list(info.shape)}"
+            f"{checkpoint.folder} has {key} of shape {list(checkpoint.tensors[key].shape)}, expected {list(info.shape)}"
         )
     return key
 
 
 def _moments(piece: Slice, dtype: torch.dtype) -> torch.Tensor:
+    """‖Δ‖², ‖θ_ref‖², the number of weights, and how many are in each of `STEPS`; float64, (3 + len(STEPS),)."""
     ref = piece.ref.double()
     delta = torch.zeros_like(ref) if piece.aligned is None else piece.aligned.double() - ref
     exponent = torch.frexp(ref.abs().clamp(min=torch.finfo(dtype).tiny)).exponent

@@ -1,6 +1,6 @@
 """The models of one measurement, each loaded when it is first asked for, and this process's share of the work.
 
-What compares, what chooses λ and what studies retraining work here: the same models, samplers and shares for all.
+Comparisons, sweeps and studies of retraining all work with it: the same models, samplers and shares.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Laboratory:
 
     Args:
         pair: the reference and its aligned models.
-        compute: where they run.
+        compute: where and in what they run.
         path: what merged models follow in the place of the straight line.
         seed: of all sampling.
-        tell: told as work goes on.
+        tell: called as work goes on.
 
     Attributes:
-        process, processes: which of how many processes this is, all of which do the same with a share each.
+        process, processes: the number of this process, and how many there are; each does the same with its own share.
         engine: what samples exact DeRa's texts in the place of `exact`, where there is one.
     """
 
@@ -60,7 +60,7 @@ class Laboratory:
         self._turned: dict[str, tuple[Lam, Any]] = {}  # models whose λ turns in place, each at its λ
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's share."""
+        """This process's share of `items`: of n processes, each takes every n-th."""
         return items[self.process :: self.processes]
 
     @cached_property
@@ -72,8 +72,8 @@ class Laboratory:
         """A merged model at λ: one for each `what`, turned to λ in place.
 
         Args:
-            what: a name for `how`.
-            how: as for `live`; default along the path, not rounded.
+            what: a name for these `how`, under which the model is kept.
+            how: arguments of `live`; default: along the path, not rounded.
         """
         at, model = self._turned.get(what, (None, None))
         if model is None:

@@ -17,10 +17,10 @@ NOTE = "settings.json"
 
 
 class Ledger:
-    """Results of finished steps, each a dict of arrays, in `<folder>/.unfinished`; nowhere if there is no folder.
+    """Results of finished steps, each a dict of arrays, kept in `<folder>/.unfinished`; not kept without a folder.
 
     Args:
-        folder: of the report.
+        folder: the report's, or None.
         settings: what two runs must have in common for one to go on with the other's steps.
         resume: keep what an earlier run of the same settings left; else begin afresh.
         writes: whether this process writes (the first of several).
@@ -60,7 +60,7 @@ class Ledger:
         return self._folder is not None and (self._folder / f"{key}.npz").is_file()
 
     def close(self) -> None:
-        """Everything is done, or cannot be done: nothing is left of the steps, nor of the folders made for them."""
+        """Remove the steps, and the folders made for them if empty: everything is done, or cannot be done."""
         if self._folder is not None and self._writes:
             shutil.rmtree(self._folder, ignore_errors=True)
             for folder in self._made:

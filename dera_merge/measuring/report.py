@@ -28,11 +28,13 @@ class Report:
     """What `compare` measured.
 
     Attributes:
+        ref, aligned: names of the models.
         results: one dict per λ, with the figures of `compare --json`.
         settings: how it was measured.
         prediction: kl predicted over the whole range, where that was asked for.
         texts: a few texts, each with the kl of its tokens.
-        gated: what `gate` found, if it was asked.
+        command: the command line that measured it, if there was one.
+        gated: what `gate` returned, if it was asked.
         per_token: λ → measure → float64 array (tokens,), in nats where it is a divergence.
         prompt_of: λ → the prompt that each of these tokens belongs to.
     """
@@ -61,18 +63,18 @@ class Report:
         """A report as `save` wrote it, from its directory or its report.json; per-token arrays are not kept.
 
         Raises:
-            DeraError: there is none, or it is not one of ours.
+            DeraError: there is none, or `compare` did not write it, or an older version did.
         """
-        place = Path(folder)
-        place = place / "report.json" if place.is_dir() else place
-        if not place.is_file():
-            raise DeraError(f"there is no report {place}; dera-merge compare writes one")
-        data = load_json(place)
+        file = Path(folder)
+        file = file / "report.json" if file.is_dir() else file
+        if not file.is_file():
+            raise DeraError(f"there is no report {file}; dera-merge compare writes one")
+        data = load_json(file)
         shape = {"ref": str, "aligned": str, "results": list, "settings": dict}
         if not isinstance(data, dict) or not all(isinstance(data.get(key), kind) for key, kind in shape.items()):
-            raise DeraError(f"{place} is no report that dera-merge compare wrote")
+            raise DeraError(f"{file} is no report that dera-merge compare wrote")
         if not all(isinstance(row, dict) and "verdict" in row for row in data["results"]):
-            raise DeraError(f"{place} was written by an older version, without verdicts; compare again")
+            raise DeraError(f"{file} was written by an older version, without verdicts; compare again")
         kept = ("ref", "aligned", "results", "settings", "prediction", "texts", "command")
         for row in (*data["results"], *data.get("texts", ())):
             row["lambda"] = lambdas.loaded(row["lambda"])
@@ -86,7 +88,7 @@ class Report:
         raise DeraError(f"the report has no λ={lam:g}; compare there too")
 
     def safe_stretches(self) -> list[tuple[Lam, Lam]]:
-        """From which λ to which all that were measured are safe; of several aligned models, each safe λ by itself."""
+        """From which λ to which all measured ones are safe; of several aligned models, each safe λ by itself."""
         stretches: list[tuple[Lam, Lam]] = []
         before: Lam | None = None  # the λ before, if it is safe
         for result in sorted(self.results, key=lambda result: result["lambda"]):
@@ -101,7 +103,7 @@ class Report:
         return stretches
 
     def verdict(self) -> dict[str, list[Lam]]:
-        """The λ of each verdict."""
+        """Verdict → the λ that have it."""
         return {word: [result["lambda"] for result in self.results if result["verdict"] == word] for word in VERDICTS}
 
     def save(self, out: str | os.PathLike[str]) -> Path:
@@ -117,7 +119,7 @@ class Report:
         return folder
 
     def gate(self, max_kl: float | None, min_top1: float | None) -> dict[str, Any]:
-        """Whether every λ keeps the limits: kl at most `max_kl` nats, top1 at least `min_top1`. `save` keeps it."""
+        """Whether every λ keeps the limits: kl at most `max_kl` nats, top1 at least `min_top1`. `save` writes it."""
         failed = [
             result["lambda"]
             for result in self.results
@@ -131,18 +133,21 @@ class Report:
 def warn_of_unsafe(pair: Pair, lams: Sequence[Lam], report: str | os.PathLike[str], curve: Curve | None) -> None:
     """Warn of λ that lie outside of every stretch that a report calls safe.
 
+    Args:
+        curve: the path that is merged; None: the straight line.
+
     Raises:
         DeraError: the report is of another pair, or of another path.
     """
-    found = Report.load(report)
-    if found.settings.get("fingerprint") != fingerprint(pair):
+    loaded = Report.load(report)
+    if loaded.settings.get("fingerprint") != fingerprint(pair):
         raise DeraError(f"{report} is a report of another pair, or of other weights; compare this one")
-    measured = (found.settings.get("path") or {}).get("sha256")
+    measured = (loaded.settings.get("path") or {}).get("sha256")
     if measured != (curve.sha256 if curve else None):
         raise DeraError(
             f"{report} measured {'another' if measured else 'no'} path; compare with the --path that you merge"
         )
-    stretches = found.safe_stretches()
+    stretches = loaded.safe_stretches()
     for lam in lams:
         if not lambdas.is_end(lam) and not any(low <= lam <= high for low, high in stretches):
             safe = (

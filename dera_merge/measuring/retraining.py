@@ -41,7 +41,7 @@ def optimum(log_ref: torch.Tensor, reward: torch.Tensor, beta: float) -> torch.T
 
 
 def per_token(log_ref: torch.Tensor, log_aligned: Sequence[torch.Tensor], lam: Lam) -> torch.Tensor:
-    """Exact DeRa between distributions over answers of T tokens: each next token from the mixture of all.
+    """Exact DeRa of distributions over answers of T tokens: each next token comes from the mixture of all.
 
     Args:
         log_ref: log-probabilities of every answer, shape (V,)·T, nats.
@@ -49,12 +49,12 @@ def per_token(log_ref: torch.Tensor, log_aligned: Sequence[torch.Tensor], lam: L
         lam: λ; of several aligned models, a vector.
 
     Returns:
-        The same for the mixture; it sums to 1 over all answers.
+        Log-probabilities under the mixture, the same shape; the probabilities of all answers sum to 1.
     """
     total = torch.zeros_like(log_ref)
     for step in range(log_ref.ndim):
         mixed = (1 - sum(numbers(lam))) * _next(log_ref, step)
-        mixed = mixed + sum(each * _next(log_p, step) for each, log_p in zip(numbers(lam), log_aligned, strict=True))
+        mixed = mixed + sum(share * _next(log_p, step) for share, log_p in zip(numbers(lam), log_aligned, strict=True))
         mixed = mixed - mixed.logsumexp(-1, keepdim=True)
         total = total + mixed.reshape(*mixed.shape, *[1] * (log_ref.ndim - step - 1))
     return total
@@ -68,7 +68,7 @@ def _next(log_p: torch.Tensor, step: int) -> torch.Tensor:
 
 
 class _Study(Laboratory):
-    """Models, each with what it says to the same prompts, and what it makes of others' texts."""
+    """The models of one study, what each writes to the same prompts, and the figures of its texts."""
 
     def __init__(
         self, pair: Pair, compute: Compute, path: Curve | None, seed: int, tell: Progress | None, prompts: list[Prompt],
@@ -97,14 +97,14 @@ class _Study(Laboratory):
             "length": np.array([float(len(text.completion)) for text in texts]),
             "kl": per_text(kl_ref, texts),
         }
-        found: dict[str, Any] = {
+        summary: dict[str, Any] = {
             "texts": decoded[:4],
             "rewards": values["reward"].tolist(),
             "prompts": prompt_of.tolist(),
         }
-        for name, each in values.items():
-            found |= {name: float(each.mean()), f"{name}_ci": bootstrap(each, prompt_of, self.seed)}
-        return found
+        for name, measured in values.items():
+            summary |= {name: float(measured.mean()), f"{name}_ci": bootstrap(measured, prompt_of, self.seed)}
+        return summary
 
 
 def agreement(
@@ -126,7 +126,7 @@ def agreement(
     Args:
         pair: the reference, and the model that was trained at β₀.
         retrained: λ → the model that was trained at β₀/λ, on the pair's tokens.
-        prompts: that no model was trained on.
+        prompts: ones that no model was trained on.
         reward: of an answer.
         second: another training at β₀: the scale of every distance.
         path: a path that `calibrate` learned, for a third kind of answer.
@@ -157,29 +157,31 @@ def agreement(
         lab.tell("comparing with retrained models", number, len(retrained))
         model = model.to(device)
         texts = lab.texts(lab.writes(model), lam)
-        theirs, sides = trace_of(model, texts), [trace_of(side, texts) for side in (exact.ref, exact.aligned)]
+        retrained_trace = trace_of(model, texts)
+        sides = [trace_of(side, texts) for side in (exact.ref, exact.aligned)]
         distances = {
-            "exact": between_mixtures([theirs, theirs], sides, [lam], vocab)[lam],
-            "ref": _kl(theirs, sides[0], texts, vocab), "aligned": _kl(theirs, sides[1], texts, vocab),
+            "exact": between_mixtures([retrained_trace, retrained_trace], sides, [lam], vocab)[lam],
+            "ref": _kl(retrained_trace, sides[0], texts, vocab),
+            "aligned": _kl(retrained_trace, sides[1], texts, vocab),
         }  # fmt: skip
         kinds = {"retrained": lab.figures(texts, distances["ref"])}
-        ours = lab.texts(lab.exact_sampler, lam)
-        both = [trace_of(side, ours) for side in (exact.ref, exact.aligned)]
-        kinds["exact"] = lab.figures(ours, densities(both, tokens_of(ours), [lam], vocab)[1][:, 0])
-        others: dict[str, Any] = {"merged": lab.merged(lam, "line", path=None)}
+        exact_texts = lab.texts(lab.exact_sampler, lam)
+        exact_traces = [trace_of(side, exact_texts) for side in (exact.ref, exact.aligned)]
+        _, exact_kl = densities(exact_traces, tokens_of(exact_texts), [lam], vocab)
+        kinds["exact"] = lab.figures(exact_texts, exact_kl[:, 0])
+        candidates: dict[str, Any] = {"merged": lab.merged(lam, "line", path=None)}
         if path is not None:
-            others["calibrated"] = lab.merged(lam)
+            candidates["calibrated"] = lab.merged(lam)
         if second is not None and lam == 1:
-            others["second"] = second.to(device)
-        for name, other in others.items():
-            said = lab.texts(lab.writes(other), lam)
-            own, ref = trace_of(other, said), trace_of(exact.ref, said)
-            kinds[name] = lab.figures(said, _kl(own, ref, said, vocab))
-            distances[name] = _kl(theirs, trace_of(other, texts), texts, vocab)
+            candidates["second"] = second.to(device)
+        for name, candidate in candidates.items():
+            answers = lab.texts(lab.writes(candidate), lam)
+            candidate_trace, ref_trace = trace_of(candidate, answers), trace_of(exact.ref, answers)
+            kinds[name] = lab.figures(answers, _kl(candidate_trace, ref_trace, answers, vocab))
+            distances[name] = _kl(retrained_trace, trace_of(candidate, texts), texts, vocab)
         prompt_of = np.repeat([text.prompt for text in texts], [len(text.completion) for text in texts])
         apart = {
-            name: {"kl": float(each.mean()), "kl_ci": bootstrap(each, prompt_of, seed)}
-            for name, each in distances.items()
+            name: {"kl": float(kl.mean()), "kl_ci": bootstrap(kl, prompt_of, seed)} for name, kl in distances.items()
         }
         rows.append({"lambda": lam, "kinds": kinds, "from_retrained": apart})
     lab.tell("comparing with retrained models", len(retrained), len(retrained))
@@ -197,12 +199,12 @@ def regret(
     """Reward of one model less that of another on the same prompts, with a 95 % interval over prompts.
 
     Args:
-        best, trusted: of `agreement`'s figures.
+        best, trusted: entries of `kinds`, of a row of `agreement`.
     """
     prompts = np.unique(best["prompts"])
     means = [
-        np.array([np.mean(np.array(each["rewards"])[np.array(each["prompts"]) == prompt]) for prompt in prompts])
-        for each in (best, trusted)
+        np.array([np.mean(np.array(figures["rewards"])[np.array(figures["prompts"]) == prompt]) for prompt in prompts])
+        for figures in (best, trusted)
     ]
     apart = means[0] - means[1]
     picks = np.random.default_rng(seed).integers(len(apart), size=(draws, len(apart)))

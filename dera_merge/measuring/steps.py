@@ -41,7 +41,7 @@ class Measured:
     Attributes:
         prompts: with a completion each, or without any.
         samples: texts for each prompt, where they are sampled.
-        max_new_tokens: of these, in tokens.
+        max_new_tokens: their length, in tokens.
         storage: how the merged model is stored.
         approximations: merged directories that are measured in its place.
     """
@@ -58,7 +58,7 @@ class ComparisonLab(Laboratory):
 
     Args:
         pair, compute, path, seed, tell: as for `Laboratory`.
-        what: is measured.
+        what: what is measured, and on which texts.
         rounds: whether storing rounds, so that kl has two parts.
         ledger: of finished steps.
     """
@@ -84,7 +84,7 @@ class ComparisonLab(Laboratory):
         return self.merged(lam) if self.path is None else self.merged(lam, "line", path=None)
 
     def knows_path(self, lam: Lam) -> bool:
-        """Whether what is measured lies on the path that we have, so that rounding can be told apart."""
+        """Whether what is measured lies on `path`, or on the line, so that rounding can be told apart."""
         return lam not in self.approximations or self.approximations[lam][1].get("path", "line") == "line"
 
     @property
@@ -101,22 +101,23 @@ class ComparisonLab(Laboratory):
     def sampled(self, whose: str, lam: Lam) -> list[Text]:
         """Texts of exact DeRa or of the merged model, with noise that depends on (seed, prompt, sample) only."""
         streams = [(i, s) for i in range(len(self.prompts)) for s in range(self.what.samples)]
-        mine = self.share(streams)
-        what = f"sampling from {'exact DeRa' if whose == 'exact' else 'the merged model'} at λ={lam:g}"
+        share = self.share(streams)
+        title = f"sampling from {'exact DeRa' if whose == 'exact' else 'the merged model'} at λ={lam:g}"
 
         def work() -> dict[str, np.ndarray]:
             sampler = self.exact_sampler if whose == "exact" else self.merged_sampler
             new = sampler.sample(
-                [self.prompts[i].ids for i, _ in mine], [lam] * len(mine), [i + s * len(self.prompts) for i, s in mine],
-                max_new_tokens=self.what.max_new_tokens, progress=lambda done: self.tell(what, done, len(mine)),
+                [self.prompts[i].ids for i, _ in share], [lam] * len(share),
+                [i + s * len(self.prompts) for i, s in share],
+                max_new_tokens=self.what.max_new_tokens, progress=lambda done: self.tell(title, done, len(share)),
             )  # fmt: skip
-            every = dict(gathered(list(zip(mine, new, strict=True))))
+            every = dict(gathered(list(zip(share, new, strict=True))))
             rows = [every[stream] for stream in streams]
             return {"tokens": np.concatenate([np.array(row, dtype=np.int64) for row in rows]),
                     "lengths": np.array([len(row) for row in rows])}  # fmt: skip
 
-        found = self.ledger.step(f"texts-{whose}-{lam:g}", work)
-        rows = np.split(found["tokens"], np.cumsum(found["lengths"])[:-1])
+        arrays = self.ledger.step(f"texts-{whose}-{lam:g}", work)
+        rows = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
         return [
             Text(i, [*self.prompts[i].ids, *row.tolist()], len(self.prompts[i].ids))
             for (i, _), row in zip(streams, rows, strict=True)
@@ -125,7 +126,7 @@ class ComparisonLab(Laboratory):
     # Figures of each token
 
     def measured(self, lam: Lam) -> Iterator[tuple[str, PreTrainedModel]]:
-        """What is compared at λ, and what its kl is called: as stored, in float32, and on the straight line."""
+        """Each model to compare at λ, after the name of its kl: as stored, not rounded, and on the straight line."""
         stored = self.rounds or lam in self.approximations
         if stored:
             yield "kl", self.stored(lam)
@@ -138,7 +139,15 @@ class ComparisonLab(Laboratory):
         self, lams: Sequence[Lam], texts: list[Text], label: str = "",
         models: Callable[[Lam], Iterable[tuple[str, PreTrainedModel]]] | None = None,
     ) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
-        """Per-token figures at each λ on these texts, and `resolution` (1,)."""
+        """Per-token figures at each λ on these texts, and `resolution` (1,).
+
+        Args:
+            label: begins the names of these steps in the ledger.
+            models: λ → what to compare there; default `measured`.
+
+        Raises:
+            DeraError: there are fewer texts than processes.
+        """
         missing = [lam for lam in lams if not self.ledger.has(f"{label}tokens-{lam:g}")]
         fresh = self._measure(missing, texts, models or self.measured) if missing else {}
         return {lam: self.ledger.step(f"{label}tokens-{lam:g}", lambda lam=lam: fresh[lam]) for lam in lams}
@@ -147,10 +156,11 @@ class ComparisonLab(Laboratory):
         self, lams: Sequence[Lam], texts: list[Text],
         models: Callable[[Lam], Iterable[tuple[str, PreTrainedModel]]],
     ) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
-        mine = list(self.share(range(len(texts))))
-        chosen = [texts[i] for i in mine]
-        each = 1 + (self.rounds or bool(self.approximations)) + (self.path is not None)
-        done, steps = itertools.count(1), each * len(lams) + len(self.pair.sides)
+        """`measure` without the ledger: each process reads its share of the texts, and gets all figures."""
+        share = list(self.share(range(len(texts))))
+        chosen = [texts[i] for i in share]
+        passes = 1 + (self.rounds or bool(self.approximations)) + (self.path is not None)
+        done, steps = itertools.count(1), passes * len(lams) + len(self.pair.sides)
         if not chosen:
             raise DeraError(f"{len(texts)} texts are fewer than the {self.processes} processes; start fewer")
 
@@ -169,7 +179,7 @@ class ComparisonLab(Laboratory):
         sizes = np.cumsum([len(text.completion) for text in chosen])[:-1]
         rows = {lam: {key: np.split(values, sizes) for key, values in row.items()} for lam, row in per_token.items()}
         every = gathered([(i, {lam: {k: v[n] for k, v in row.items()} for lam, row in rows.items()}, resolution)
-                          for n, i in enumerate(mine)])  # fmt: skip
+                          for n, i in enumerate(share)])  # fmt: skip
         every.sort(key=lambda entry: entry[0])
         worst = np.array([max(entry[2] for entry in every)])
         return {
@@ -204,8 +214,8 @@ class ComparisonLab(Laboratory):
             kl = yardstick.noise_floor(self.pair, texts, list(few), self.compute.device, tell)
             return {f"{lam:g}": values for lam, values in kl.items()}
 
-        found = self.ledger.step("floor", work)
-        return {lam: float(found[f"{lam:g}"][places[lam]].mean()) for lam in few}
+        kl_of = self.ledger.step("floor", work)
+        return {lam: float(kl_of[f"{lam:g}"][places[lam]].mean()) for lam in few}
 
     def ladder(self, few: dict[Lam, list[Text]]) -> dict[int, dict[Lam, float]]:
         """What quantisation costs exact DeRa: bits → λ → nats per token."""
@@ -218,9 +228,9 @@ class ComparisonLab(Laboratory):
             rungs = yardstick.ladder(self.pair, texts, list(few), self.compute.device, tell)
             return {f"{bits} {lam:g}": values for bits, row in rungs.items() for lam, values in row.items()}
 
-        found = self.ledger.step("ladder", work)
+        kl_of = self.ledger.step("ladder", work)
         return {
-            bits: {lam: float(found[f"{bits} {lam:g}"][places[lam]].mean()) for lam in few} for bits in yardstick.BITS
+            bits: {lam: float(kl_of[f"{bits} {lam:g}"][places[lam]].mean()) for lam in few} for bits in yardstick.BITS
         }
 
     def probes(self, lams: Sequence[float]) -> list[float]:
@@ -231,25 +241,25 @@ class ComparisonLab(Laboratory):
         """Where the error at λ comes from: shares by tensor, by layer and by kind, and the features' gap by layer."""
 
         def work() -> dict[str, np.ndarray]:
-            what = f"looking into the layers at λ={lam:g}"
-            device, tell = self.compute.device, lambda done, total: self.tell(what, done, total)
+            title = f"looking into the layers at λ={lam:g}"
+            device, tell = self.compute.device, lambda done, total: self.tell(title, done, total)
             shares = attribution.attribute(self.pair, texts, lam, device, tell)
             gaps = attribution.feature_gaps(self.exact.ref, self.exact.aligned, self.line(lam), texts, lam)
             return {"names": np.array(list(shares)), "shares": np.array(list(shares.values())), "gaps": np.array(gaps)}
 
-        found = self.ledger.step(f"layers-{lam:g}", work)
-        shares = dict(zip(found["names"].tolist(), found["shares"].tolist(), strict=True))
-        return attribution.by_layer(shares, found["gaps"].tolist())
+        arrays = self.ledger.step(f"layers-{lam:g}", work)
+        shares = dict(zip(arrays["names"].tolist(), arrays["shares"].tolist(), strict=True))
+        return attribution.by_layer(shares, arrays["gaps"].tolist())
 
 
 @torch.no_grad()
 def _resolution(model: PreTrainedModel, trace: Trace, texts: list[Text]) -> float:
     """The largest kl that the reference shows against itself, read in a batch of another shape: noise, in nats."""
     few = texts[:4]
-    again = torch.cat([trace_of(model, [text]).hidden for text in few])
-    batched = trace.hidden[: len(again)]
+    apart = torch.cat([trace_of(model, [text]).hidden for text in few])
+    batched = trace.hidden[: len(apart)]
     worst = 0.0
-    for one, other in zip(batched.split(16), again.split(16), strict=True):
-        p, q = (torch.log_softmax(trace.head(states).double(), -1) for states in (one, other))
+    for together, alone in zip(batched.split(16), apart.split(16), strict=True):
+        p, q = (torch.log_softmax(trace.head(states).double(), -1) for states in (together, alone))
         worst = max(worst, float((p.exp() * (p - q)).sum(-1).abs().max()))
     return max(worst, 1e-12)

@@ -34,6 +34,7 @@ class Text:
 
     @property
     def completion(self) -> list[int]:
+        """Its tokens."""
         return self.ids[self.start :]
 
 
@@ -51,7 +52,7 @@ def tokens_of(texts: Sequence[Text]) -> torch.Tensor:
 
 
 def per_text(values: np.ndarray, texts: Sequence[Text]) -> np.ndarray:
-    """Sums of (scored tokens, …) over the tokens of each text, (texts, …)."""
+    """Per-token values (scored tokens, …) summed over each text: (texts, …)."""
     return np.add.reduceat(values, np.cumsum([0, *(len(text.completion) for text in texts)])[:-1])
 
 
@@ -76,7 +77,7 @@ def padded(texts: Sequence[Text], device: torch.device) -> tuple[torch.Tensor, t
 
 
 def scored(states: torch.Tensor, texts: Sequence[Text]) -> torch.Tensor:
-    """Of a decoder's states (texts, tokens, …) those that predict completion tokens, (scored tokens, …)."""
+    """Those of a decoder's states (texts, tokens, …) that predict completion tokens: (scored tokens, …)."""
     return torch.cat([row[text.start - 1 : len(text.ids) - 1] for row, text in zip(states, texts, strict=True)])
 
 
@@ -85,8 +86,11 @@ def trace_of(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.Mod
     """Run a model's decoder over the texts, longest first, and keep the hidden states that predict completion tokens.
 
     Args:
-        heads: copies of heads that are to survive a change of the model; one that equals the model's is used again, so
-            that a head which λ does not touch is held once. None: the model will not change.
+        heads: for a model that will change: copies of heads that outlive the change. One that equals the model's is
+            used again, so that a head which λ does not touch is held once. None: the model will not change.
+
+    Raises:
+        DeraError: logits are not finite, or the model is no decoder followed by a head.
     """
     hidden: dict[int, torch.Tensor] = {}
     for batch in batches(texts):
@@ -142,11 +146,12 @@ def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = No
 
 
 def _check_head(model: PreTrainedModel, head: Head, text: Text, hidden: torch.Tensor) -> None:
+    """Raise DeraError where `head` does not give the logits of the whole model, or they are not finite."""
     ids = torch.tensor([text.ids[: text.start + 1]], device=model.device)
     whole = model(input_ids=ids, use_cache=False).logits[0, text.start - 1].float()
-    here = head(hidden[:1])[0]
+    rebuilt = head(hidden[:1])[0]
     if not whole.isfinite().any():
         raise DeraError(f"{type(model).__name__} gives no finite logits; is λ too large, or an input broken?")
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    if not torch.allclose(whole, here, rtol=tolerance, atol=tolerance * float(whole.abs().max())):
+    if not torch.allclose(whole, rebuilt, rtol=tolerance, atol=tolerance * float(whole.abs().max())):
         raise DeraError(f"{type(model).__name__} is not a decoder followed by a head; compare cannot measure it yet")

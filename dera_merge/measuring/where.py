@@ -54,10 +54,10 @@ def where_it_lies(
         inside = (place >= low) & (place < high)
         if inside.any():
             positions.append({"from": int(low), "tokens": int(inside.sum()), "kl": float(kl[inside].mean())})
-    own = [token for text in texts for token in text.completion]
+    tokens = [token for text in texts for token in text.completion]
     special = set(tokenizer.all_special_ids)
-    names = {token: token_class(tokenizer.decode([token]), token in special) for token in set(own)}
-    kinds = np.array([names[token] for token in own])
+    names = {token: token_class(tokenizer.decode([token]), token in special) for token in set(tokens)}
+    kinds = np.array([names[token] for token in tokens])
     classes = [
         {"class": str(kind), "tokens": int((kinds == kind).sum()), "kl": float(kl[kinds == kind].mean()),
          "share": float(kl[kinds == kind].sum() / max(kl.sum(), 1e-300))}
@@ -69,7 +69,7 @@ def where_it_lies(
         text, at = texts[text_of[index]], int(place[index])
         before = text.ids[max(0, text.start + at - 24) : text.start + at]
         worst.append({
-            "token": tokenizer.decode([own[index]]), "before": tokenizer.decode(before), "position": at,
+            "token": tokenizer.decode([tokens[index]]), "before": tokenizer.decode(before), "position": at,
             "prompt": text.prompt, "kl": float(kl[index]), "p_exact": math.exp(per_token["logp"][index]),
             "p_merged": math.exp(per_token["logp_merged"][index]),
         })  # fmt: skip
@@ -91,8 +91,8 @@ def coupled_figures(
     With the noise shared, two texts part only where the distributions differ.
     """
     first = []
-    for one, other in zip(exact, merged, strict=True):
-        pairs = itertools.zip_longest(one.completion, other.completion)
+    for exact_text, merged_text in zip(exact, merged, strict=True):
+        pairs = itertools.zip_longest(exact_text.completion, merged_text.completion)
         first.append(next((place for place, (a, b) in enumerate(pairs) if a != b), None))
     parted = [place for place in first if place is not None]
     prompts = np.array([text.prompt for text in exact])
@@ -104,8 +104,8 @@ def coupled_figures(
                         "merged": float(np.mean([len(t.completion) for t in merged]))},
     }  # fmt: skip
     if reward is not None:
-        said = ([tokenizer.decode(t.completion, skip_special_tokens=True) for t in side] for side in (exact, merged))
-        earned = [np.array(list(map(reward, side)), dtype=float) for side in said]
+        decoded = ([tokenizer.decode(t.completion, skip_special_tokens=True) for t in side] for side in (exact, merged))
+        earned = [np.array(list(map(reward, side)), dtype=float) for side in decoded]
         difference = earned[1] - earned[0]
         figures |= {
             "reward": {"exact": float(earned[0].mean()), "merged": float(earned[1].mean())},
@@ -119,7 +119,13 @@ def shown_texts(
     merged: dict[Lam, tuple[list[Text], dict[str, np.ndarray]]], tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A few texts of each λ with the kl of each token: scored ones, and the merged model's where there are any."""
+    """A few texts of each λ with the kl of each token: scored ones, and the merged model's where there are any.
+
+    Args:
+        whose: what the scored texts are called.
+        texts_at, per_token: λ → its scored texts, and their figures.
+        merged: λ → texts of the merged model, and their figures.
+    """
 
     def pieces(texts: list[Text], kl: np.ndarray, index: int) -> list[list[Any]]:
         start = sum(len(text.completion) for text in texts[:index])

@@ -24,7 +24,7 @@ GROUP = 32  # weights that share a scale
 
 @torch.no_grad()
 def quantise(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Round to 2^(bits-1) - 1 steps on either side of 0, in groups of 32, scaled by the largest of each.
+    """Round to 2^(bits-1) - 1 steps on either side of 0, in groups of 32, each scaled by its largest weight.
 
     Args:
         weight: any float dtype; (…, columns), the last group of a row may be shorter.
@@ -43,7 +43,10 @@ def quantise(weight: torch.Tensor, bits: int) -> torch.Tensor:
 def noise_floor(
     pair: Pair, texts: list[Text], lams: Sequence[float], device: str | torch.device, tell: Callable[[], None]
 ) -> dict[float, np.ndarray]:
-    """KL(exact in float32‖in bfloat16) of each scored token, for each λ; (tokens,) float64. Two passes a model."""
+    """KL(exact in float32‖in bfloat16) of each scored token, for each λ; (tokens,) float64.
+
+    Two passes a model; `tell` is called after each.
+    """
     traces = []
     for dtype in (torch.float32, torch.bfloat16):
         exact = DeraForCausalLM.from_pair(pair, dtype=dtype, device=device)
@@ -59,7 +62,7 @@ def ladder(
 ) -> dict[int, dict[float, np.ndarray]]:
     """KL(exact‖exact of quantised weights) of each scored token: bits → λ → (tokens,) float64. 6 passes a model.
 
-    All matrices of all models are quantised, embeddings and head too, nothing else.
+    All matrices of all models are quantised, embeddings and head too, nothing else. `tell` is called after each pass.
     """
     ends = pair.ends()
     model = live(pair, ends[0], device=device)
@@ -67,7 +70,7 @@ def ladder(
     for lam in ends:
         model.set_lam(lam)
         kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim == 2}
-        heads: list[torch.nn.ModuleDict] = []  # of this side; quantised ones are copies of their own
+        heads: list[torch.nn.ModuleDict] = []  # this side's; a quantised head is a copy of its own
         traces = [trace_of(model, texts, heads)]
         tell()
         for bits in BITS:
@@ -77,11 +80,12 @@ def ladder(
         sides.append(traces)
     whole, *rounded = zip(*sides, strict=True)
     return {
-        bits: between_mixtures(whole, each, lams, pair.vocab_size) for bits, each in zip(BITS, rounded, strict=True)
+        bits: between_mixtures(whole, rung, lams, pair.vocab_size) for bits, rung in zip(BITS, rounded, strict=True)
     }
 
 
 @torch.no_grad()
 def _put(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Copy these values into the model's parameters, by name."""
     for name, weight in weights.items():
         model.get_parameter(name).copy_(weight)

@@ -131,6 +131,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _settings(report: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are shown."""
     hidden = ("fingerprint", "extras")
     return {key: value for key, value in report["settings"].items() if value is not None and key not in hidden}
 
@@ -202,7 +203,7 @@ def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[d
 
 
 def _apart_at_the_ends(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results, with a gap at λ = 0 and 1 where they lie between two that were measured: kl is nothing there."""
+    """Results, with a gap at λ = 0 and 1 where they lie between two that were measured: kl is 0 there."""
     lams = [result["lambda"] for result in results]
     if isinstance(lams[0], Vector):
         return list(results)
@@ -226,8 +227,8 @@ def draw_captured(axis: Any, results: Sequence[dict[str, Any]]) -> None:
 
 def draw_rewards(axis: Any, results: Sequence[dict[str, Any]], rewards: dict[str, Sequence[float]]) -> None:
     """Mean rewards over λ."""
-    for (what, values), style in zip(rewards.items(), ("-o", "--s"), strict=False):
-        axis.plot([result["lambda"] for result in results], values, style, label=what, markersize=4)
+    for (label, values), style in zip(rewards.items(), ("-o", "--s"), strict=False):
+        axis.plot([result["lambda"] for result in results], values, style, label=label, markersize=4)
     axis.set_xlabel("λ")
     axis.set_ylabel("mean reward")
     axis.set_title("Reward")
@@ -248,8 +249,8 @@ def draw_layers(axis: Any, results: Sequence[dict[str, Any]]) -> None:
     """Which layers' Δ the error comes from, as shares."""
 
     def points(result: dict[str, Any]) -> list[tuple[float, float]]:
-        found = result.get("layers", {})
-        return [(row["layer"], row["kl"] / (found["kl_leading_order"] or 1.0)) for row in found.get("layers", ())]
+        layers = result.get("layers", {})
+        return [(row["layer"], row["kl"] / (layers["kl_leading_order"] or 1.0)) for row in layers.get("layers", ())]
 
     title = "Whose Δ the error comes from"
     _lines(axis, results, points, xlabel="layer", ylabel="share of the error", title=title, marker="o")
@@ -262,9 +263,15 @@ def draw_features(axis: Any, results: Sequence[dict[str, Any]]) -> None:
     def points(result: dict[str, Any]) -> list[tuple[float, float]]:
         return list(enumerate(result.get("layers", {}).get("feature_gaps", ())))
 
-    at, what = "after layer (0: embeddings)", "distance / shift of the features"
+    xlabel, ylabel = "after layer (0: embeddings)", "distance / shift of the features"
     _lines(
-        axis, results, points, xlabel=at, ylabel=what, title="Where features leave the interpolated ones", marker="o"
+        axis,
+        results,
+        points,
+        xlabel=xlabel,
+        ylabel=ylabel,
+        title="Where features leave the interpolated ones",
+        marker="o",
     )
 
 
@@ -274,8 +281,8 @@ def _lines(
 ) -> None:  # fmt: skip
     """A line for each λ away from the ends that has points."""
     for result in _inner(results):
-        if found := points(result):
-            axis.plot(*zip(*found, strict=True), marker=marker, markersize=3, lw=1, label=f"λ = {result['lambda']:g}")
+        if line := points(result):
+            axis.plot(*zip(*line, strict=True), marker=marker, markersize=3, lw=1, label=f"λ = {result['lambda']:g}")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.legend(frameon=False, fontsize=7, ncols=2)
 

@@ -35,17 +35,19 @@ def number(value: float | None) -> str:
 
 
 def no_plots() -> None:
-    """Say why there are none."""
+    """Warn that there are no plots, and why."""
     warnings.warn("no plots without matplotlib; pip install 'dera-merge[report]'", DeraWarning, stacklevel=3)
 
 
 def have_matplotlib() -> bool:
+    """Whether matplotlib is installed."""
     from importlib.util import find_spec
 
     return find_spec("matplotlib") is not None
 
 
 def figure_of(draw: Sequence[Callable[[Any], None]], size: tuple[float, float]) -> Any:
+    """A matplotlib figure of these charts side by side, `size` in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,7 +63,7 @@ def figure_of(draw: Sequence[Callable[[Any], None]], size: tuple[float, float]) 
 def draw_curve(
     axis: Any, results: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None], **style: Any
 ) -> None:
-    """A line over λ; what is None is a gap."""
+    """A line over λ, its `value` of each result; None makes a gap."""
     rows, at = over_lambda(axis, results)
     values = [math.nan if (v := value(row)) is None else v for row in rows]
     if rows and isinstance(rows[0]["lambda"], Vector):  # no line leads from one to the next
@@ -101,7 +103,7 @@ def page(template: str, title: str, of: dict[str, Any], draw: dict[str, Callable
     )
     environment.filters |= {"number": number, "shade": _shade, "lam": name}
     environment.tests["end"] = is_end
-    charts = {what: svg(put, what) for what, put in draw.items()} if have_matplotlib() else {}
+    charts = {chart: svg(put, chart) for chart, put in draw.items()} if have_matplotlib() else {}
     return environment.get_template(template).render(title=title, of=of, charts=charts, **content)
 
 
@@ -112,4 +114,5 @@ def _shade(kl: float) -> str:
 
 
 def one_line(text: str) -> str:
+    """Text as one line that can stand in backticks."""
     return " ".join(text.split()).replace("`", "'")

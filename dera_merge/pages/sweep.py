@@ -51,23 +51,23 @@ def sentences(sweep: dict[str, Any]) -> list[str]:
     if sweep["faithful"]:
         row = sweep["faithful"]
         said.append(f"The merged model there is {row['verdict']}: kl {number(row['kl'])} nats a token; {row['why']}.")
-    if both := best.get("sampled"):
-        ours, theirs = both["exact"]["lambda"], both["merged"]["lambda"]
-        text = f"Of the λ that both were sampled at, exact DeRa and the merged model choose the same, {name(ours)}."
-        if ours != theirs:
-            spans = [_spans(both[mode]["interval"]) for mode in ("exact", "merged")]
+    if choices := best.get("sampled"):
+        by_exact, by_merged = choices["exact"]["lambda"], choices["merged"]["lambda"]
+        text = f"Of the λ that both were sampled at, exact DeRa and the merged model choose the same, {name(by_exact)}."
+        if by_exact != by_merged:
+            spans = [_spans(choices[mode]["interval"]) for mode in ("exact", "merged")]
             text = (
-                f"Of the λ that both were sampled at, exact DeRa chooses {name(ours)} ({spans[0]}), the merged model "
-                f"{name(theirs)} ({spans[1]})."
+                f"Of the λ that both were sampled at, exact DeRa chooses {name(by_exact)} ({spans[0]}), the merged "
+                f"model {name(by_merged)} ({spans[1]})."
             )
         said.append(text)
     unknown = [row["lambda"] for row in sweep["curve"] if not row["known"]]
     if unknown:
-        how = "is left out" if isinstance(best["lambda"], Vector) else "is dotted there"
-        said.append(f"At {len(unknown)} of {len(sweep['curve'])} λ too few texts say anything; the curve {how}.")
+        treatment = "is left out" if isinstance(best["lambda"], Vector) else "is dotted there"
+        said.append(f"At {len(unknown)} of {len(sweep['curve'])} λ too few texts say anything; the curve {treatment}.")
     if front := pareto(sweep):
-        more = f" and {len(front) - 8} more" if len(front) > 8 else ""
-        said.append(f"No λ beats these in every reward at once: {', '.join(map(name, front[:8]))}{more}.")
+        rest = f" and {len(front) - 8} more" if len(front) > 8 else ""
+        said.append(f"No λ beats these in every reward at once: {', '.join(map(name, front[:8]))}{rest}.")
     return said
 
 
@@ -79,32 +79,32 @@ def pareto(sweep: dict[str, Any]) -> list[Lam]:
         return []
 
     def beaten(row: dict[str, Any]) -> bool:
-        ahead = ([sign * (other[name] - row[name]) for name, sign in signs.items()] for other in rows)
-        return any(min(each) >= 0 < max(each) for each in ahead)
+        ahead = ([sign * (rival[name] - row[name]) for name, sign in signs.items()] for rival in rows)
+        return any(min(gains) >= 0 < max(gains) for gains in ahead)
 
     return [row["lambda"] for row in rows if not beaten(row)]
 
 
 def cells(row: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> list[str]:
     """One row of the curve as texts."""
-    found = []
+    texts = []
     for column in columns:
         value = row.get(column)
         if value is None or (isinstance(value, float) and math.isnan(value)):
-            found.append("–")
+            texts.append("–")
         elif column == "lambda":
-            found.append(name(value))
+            texts.append(name(value))
         elif column.endswith("_ci"):
-            found.append(_range(value))
+            texts.append(_range(value))
         elif column.startswith("wins"):
-            found.append(f"{value:.0%}")
+            texts.append(f"{value:.0%}")
         else:
-            found.append(number(value) if row["known"] or column == "ess" else "–")
-    return found
+            texts.append(number(value) if row["known"] or column == "ess" else "–")
+    return texts
 
 
 def _spans(interval: list[Any]) -> str:
-    """An interval of λ, or of several aligned models' one each."""
+    """An interval of λ in words; with several aligned models, one for each."""
     if isinstance(interval[0], list):
         return "in " + " × ".join(f"[{low:g}, {high:g}]" for low, high in interval)
     return f"between {interval[0]:g} and {interval[1]:g}"
@@ -197,8 +197,8 @@ def draw_rewards_of_several(axis: Any, sweep: dict[str, Any]) -> None:
     best, sampled = sweep["best"]["lambda"], {p["lambda"] for p in sweep["points"] if p["mode"] == "exact"}
     if len(best) == 2:
         x, y = zip(*(row["lambda"] for row in rows), strict=True)
-        seen = axis.scatter(x, y, c=[row["reward"] for row in rows], s=90, marker="s", cmap="viridis")
-        axis.figure.colorbar(seen, ax=axis, label="reward")
+        squares = axis.scatter(x, y, c=[row["reward"] for row in rows], s=90, marker="s", cmap="viridis")
+        axis.figure.colorbar(squares, ax=axis, label="reward")
         axis.plot(*zip(*sampled, strict=True), "o", markersize=4, color="w", markeredgecolor="k", label="sampled")
         axis.plot(*best, "*", color="C3", markersize=12, label=f"best: {name(best)}")
         axis.set(xlabel="λ of the first aligned model", ylabel="λ of the second", title="What λ earns")
@@ -212,15 +212,15 @@ def draw_rewards_of_several(axis: Any, sweep: dict[str, Any]) -> None:
 
 def draw_pareto(axis: Any, sweep: dict[str, Any]) -> None:
     """The first two rewards against each other; λ that none beats in every reward are named."""
-    one, other = (column_of(reward) for reward in list(sweep["settings"]["rewards"])[:2])
+    first, second = (column_of(reward) for reward in list(sweep["settings"]["rewards"])[:2])
     rows, front = [row for row in sweep["curve"] if row["known"]], set(pareto(sweep))
-    axis.plot([row[one] for row in rows], [row[other] for row in rows], ".", color="C7", label="λ")
-    best = sorted((row for row in rows if row["lambda"] in front), key=lambda row: row[one])
-    at = [row[one] for row in best], [row[other] for row in best]
+    axis.plot([row[first] for row in rows], [row[second] for row in rows], ".", color="C7", label="λ")
+    best = sorted((row for row in rows if row["lambda"] in front), key=lambda row: row[first])
+    at = [row[first] for row in best], [row[second] for row in best]
     axis.plot(*at, "o-", color="C0", markersize=4, label="none beats it")
     for row in best[:: max(1, math.ceil(len(best) / 8))]:
-        axis.annotate(f" {name(row['lambda'])}", (row[one], row[other]), fontsize=7, va="bottom")
-    axis.set(xlabel=one, ylabel=other, title="Rewards against each other")
+        axis.annotate(f" {name(row['lambda'])}", (row[first], row[second]), fontsize=7, va="bottom")
+    axis.set(xlabel=first, ylabel=second, title="Rewards against each other")
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -239,8 +239,8 @@ def draw_frontier(axis: Any, sweep: dict[str, Any]) -> None:
     ]
     if merged:
         line = sorted([*merged, *ends], key=lambda p: p["lambda"])
-        how = "s" if several else "s--"
-        axis.plot([p["kl"] for p in line], [p["reward"] for p in line], how, color="C1", markersize=4, label="merged")
+        marks = "s" if several else "s--"
+        axis.plot([p["kl"] for p in line], [p["reward"] for p in line], marks, color="C1", markersize=4, label="merged")
     sampled = {p["lambda"] for p in sweep["points"]}
     for row in rows:
         if row["lambda"] in sampled or row["lambda"] == sweep["best"]["lambda"]:
@@ -300,13 +300,15 @@ def _best(sweep: dict[str, Any]) -> dict[str, Any]:
 
 def _texts(prompts: Sequence[str], answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first prompts, and what each λ and mode made of them."""
-    found = []
+    entries = []
     for index, prompt in enumerate(prompts[:SHOWN]):
-        mine = [a for a in answers if a["prompt"] == index and a["sample"] == 0]
-        mine.sort(key=lambda a: (a["lambda"], a["mode"]))
-        rows = [(name(a["lambda"]), a["mode"], a["text"], ", ".join(map(_earned, a["rewards"].items()))) for a in mine]
-        found.append({"prompt": prompt, "rows": rows})
-    return found
+        of_prompt = [a for a in answers if a["prompt"] == index and a["sample"] == 0]
+        of_prompt.sort(key=lambda a: (a["lambda"], a["mode"]))
+        rows = [
+            (name(a["lambda"]), a["mode"], a["text"], ", ".join(map(_earned, a["rewards"].items()))) for a in of_prompt
+        ]
+        entries.append({"prompt": prompt, "rows": rows})
+    return entries
 
 
 def _earned(reward: tuple[str, float | None]) -> str:

@@ -55,16 +55,17 @@ class Parent:
 
 def parents(recipe: dict[str, Any]) -> list[Parent]:
     """The models that `dera_merge.json` names: reference, aligned, and the base of adapters where it is another."""
-    found = []
+    named = []
     for role, side in (("reference", recipe["ref"]), *(("aligned", side) for side in _aligned(recipe))):
-        found += [_parent(side, role), *_base(side)]
+        named += [_parent(side, role), *_base(side)]
     distinct: dict[tuple[str, str | None], Parent] = {}
-    for parent in sorted(found, key=lambda parent: parent.role == "base"):
+    for parent in sorted(named, key=lambda parent: parent.role == "base"):
         distinct.setdefault((parent.name, parent.revision), parent)
     return list(distinct.values())
 
 
 def _aligned(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """The aligned sides that a recipe names."""
     return [recipe["aligned"], *recipe.get("others", ())]
 
 
@@ -198,24 +199,26 @@ def edited(card: str | None, values: dict[str, Any], ours: str, title: str, repl
         return edited(card.replace("\r\n", "\n"), values, ours, title, replace).replace("\n", "\r\n")
     front = _FRONT.match(card)
     block, rest = (front[1], card[front.end() :]) if front else ("", card)
-    there = read_metadata(card)
+    present = read_metadata(card)
     wanted: dict[str, Any] = {}
-    if isinstance(there.get("model-index"), list):  # figures of ours go, whatever they were measured on
-        mine = f"{title} λ="
-        others = [e for e in there["model-index"] if not (isinstance(e, dict) and str(e.get("name")).startswith(mine))]
+    if isinstance(present.get("model-index"), list):  # figures of ours go, whatever they were measured on
+        prefix = f"{title} λ="
+        others = [
+            e for e in present["model-index"] if not (isinstance(e, dict) and str(e.get("name")).startswith(prefix))
+        ]
         values = values | {"model-index": [*others, *values.get("model-index", [])] or None}
     for key, value in values.items():
         if key == "tags":
-            kept = there.get(key) or []
+            kept = present.get(key) or []
             kept = [str(tag) for tag in (kept if isinstance(kept, list) else [kept])]
             if "dera-merge" in kept and "lora" not in value:  # it was an adapter before
                 kept = [tag for tag in kept if tag != "lora"]
             value = list(dict.fromkeys([*kept, *value]))
         elif key == "model-index":
             pass
-        elif key in there and key not in (*replace, "base_model", "base_model_relation"):
+        elif key in present and key not in (*replace, "base_model", "base_model_relation"):
             continue
-        if there.get(key) != value:
+        if present.get(key) != value:
             wanted[key] = value
     block = _with_keys(block, wanted)
     body = _SECTION.sub(lambda _: ours, rest, count=1) if _SECTION.search(rest) else f"{rest.rstrip()}\n\n{ours}\n"

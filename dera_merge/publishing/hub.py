@@ -35,7 +35,7 @@ def downloaded(api: HfApi, repo_id: str, commit: str | None, name: str) -> str |
     try:
         file = api.hf_hub_download(repo_id, name, revision=commit)
     except EntryNotFoundError as error:
-        if isinstance(error, FileNotFoundError):  # of the local cache: the Hub was not reached
+        if isinstance(error, FileNotFoundError):  # the local cache has no such file: the Hub was not reached
             raise
         return None
     try:
@@ -72,6 +72,7 @@ def _asked_to_wait(headers: Any) -> int:
 
 
 def full_id(api: HfApi, repo_id: str) -> str:
+    """`user/name`; a name alone is the token's user's."""
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo_id)
@@ -112,7 +113,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """Make one line of whatever the Hub or the way there answers."""
+    """Turn errors of the Hub, and of the way to it, into a DeraError of one line."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:

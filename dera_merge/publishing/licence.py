@@ -51,7 +51,7 @@ def inherited_from(api: HfApi, parents: Sequence[card.Parent], license: str | No
 
 
 def _metadata_of(api: HfApi, parent: card.Parent, notes: list[str]) -> dict[str, Any]:
-    """What a parent's card says of it."""
+    """The metadata of a parent's card; empty, with a note, where it cannot be read."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
@@ -68,9 +68,9 @@ def _metadata_of(api: HfApi, parent: card.Parent, notes: list[str]) -> dict[str,
 
 def check_licence(old: str | None, inherited: dict[str, Any], license: str | None, repo_id: str) -> None:
     """Raises DeraError where a card that is there says another licence than the parents, and none was chosen."""
-    there = card.read_metadata(old).get("license") if old else None
-    if there and not license and inherited.get("license") not in (None, there):
+    stated = card.read_metadata(old).get("license") if old else None
+    if stated and not license and inherited.get("license") not in (None, stated):
         raise DeraError(
-            f"the card of {repo_id} says license {there}, the parents' is {inherited['license']}; --license says "
+            f"the card of {repo_id} says license {stated}, the parents' is {inherited['license']}; --license says "
             "which it is"
         )

@@ -43,7 +43,7 @@ class Target:
         files: path in the repository → local file, or bytes.
         delete: what lies there and would contradict these files.
         parent: the commit that this was planned on; None where the repository is new.
-        exists: whether the branch does.
+        exists: whether the branch exists.
         card: its README.md.
     """
 
@@ -81,10 +81,11 @@ class Plan:
 
     @property
     def exists(self) -> bool:
-        """Whether the repository does."""
+        """Whether the repository exists."""
         return self.head is not None
 
     def to_dict(self) -> dict[str, Any]:
+        """What `push --json` prints."""
         return {
             "repo_id": self.repo_id, "exists": self.exists, "private": self.private, "create_pr": self.create_pr,
             "notes": self.notes, "commits": self.commits,
@@ -102,6 +103,11 @@ def planned(
     force: bool,
     dry_run: bool, tell: Progress,
 ) -> Plan:  # fmt: skip
+    """The plan of a push, from the arguments of `push_to_hub`; asks the Hub, and sends nothing.
+
+    Raises:
+        DeraError: as `push_to_hub`.
+    """
     folders = merged_folders(folder)
     recipes: dict[float, tuple[Path, dict[str, Any]]] = {}
     for number, place in enumerate(folders):
@@ -149,10 +155,10 @@ def merged_folders(folder: Path) -> list[Path]:
         raise DeraError(f"there is no directory {folder}")
     if any((folder / name).exists() for name in (RECIPE, *CONFIGS)):
         return [folder]
-    found = sorted(place for place in folder.glob("lambda-*") if place.is_dir())
-    if not found:
+    folders = sorted(place for place in folder.glob("lambda-*") if place.is_dir())
+    if not folders:
         raise DeraError(f"{folder} holds no {RECIPE} and no lambda-*; give a directory that dera-merge merge wrote")
-    return found
+    return folders
 
 
 def _branches(
@@ -182,23 +188,24 @@ def _target(
     report: Report | None, figures: dict[str, Path | bytes], inherited: dict[str, Any], license: str | None,
     siblings: Sequence[tuple[str, float]],
 ) -> Target:  # fmt: skip
+    """What one branch will be; arguments as in `planned`, `siblings` as for `card.section`."""
     repo_id = plan.repo_id
-    found = if_there(lambda: api.repo_info(repo_id, revision=branch)) if plan.exists else None
-    exists, parent = found is not None, found.sha if found else plan.head  # a new branch begins as main
-    lying = files_at(api, repo_id, parent)
+    info = if_there(lambda: api.repo_info(repo_id, revision=branch)) if plan.exists else None
+    exists, parent = info is not None, info.sha if info else plan.head  # a new branch begins as main
+    present = files_at(api, repo_id, parent)
     files: dict[str, Path | bytes] = {}
     place, recipe = recipes[siblings[0][1] if lam is None else lam]
     if lam is not None:
         files = {name: place / name for name in [*recipe["files"], RECIPE]} | figures
     plot = PLOT if PLOT in files else None
-    ours = card.section(recipe, report, repo_id, branch, siblings, alone=lam is None, plot=plot)
+    section = card.section(recipe, report, repo_id, branch, siblings, alone=lam is None, plot=plot)
     values = card.metadata(recipe, None if lam is None else report, repo_id, inherited)
-    old = downloaded(api, repo_id, parent, CARD) if CARD in lying else None
+    old = downloaded(api, repo_id, parent, CARD) if CARD in present else None
     replace = ("license", "license_name", "license_link") if license else ()
     check_licence(old, inherited, license, repo_id)
-    text = card.edited(old, values, ours, repo_id.rpartition("/")[2], replace)
-    stale = {name for name in lying if name in _REPLACED or _WEIGHTS.fullmatch(name)} - files.keys()
-    if lam is None and RECIPE not in lying and stale:
+    text = card.edited(old, values, section, repo_id.rpartition("/")[2], replace)
+    stale = {name for name in present if name in _REPLACED or _WEIGHTS.fullmatch(name)} - files.keys()
+    if lam is None and RECIPE not in present and stale:
         plan.notes.append(f"main keeps its {len(stale)} files of a model that dera-merge did not write")
         stale = set()
     return Target(branch, lam, files | {CARD: text.encode()}, sorted(stale), parent, exists, text)
@@ -220,20 +227,20 @@ def _report_of(
     report: str | os.PathLike[str] | Report, recipes: dict[float, tuple[Path, dict[str, Any]]], force: bool
 ) -> Report:
     """The report, after checking that it is of these weights and that its gate was passed."""
-    found = report if isinstance(report, Report) else Report.load(report)
+    loaded = report if isinstance(report, Report) else Report.load(report)
     name = "the report" if isinstance(report, Report) else os.fspath(report)
-    settings = found.settings
+    settings = loaded.settings
     for lam, (place, recipe) in recipes.items():
-        row = found.at(lam)
-        if other := _differs(row, settings, recipe):
+        row = loaded.at(lam)
+        if difference := _differs(row, settings, recipe):
             raise DeraError(
-                f"{name} is of other weights than {place}: another {other}; compare these (--approx {place})"
+                f"{name} is of other weights than {place}: another {difference}; compare these (--approx {place})"
             )
-        if lam in (found.gated or {}).get("failed", ()) and not force:
+        if lam in (loaded.gated or {}).get("failed", ()) and not force:
             raise DeraError(f"λ={lam:g} failed the gate of {name}; --force publishes it all the same")
         if row["verdict"] == "not DeRa any more":
             warn(f'λ={lam:g}: {name} says "{row["verdict"]}", and so will the card')
-    return found
+    return loaded
 
 
 def _differs(row: dict[str, Any], settings: dict[str, Any], recipe: dict[str, Any]) -> str | None:

@@ -1,6 +1,6 @@
 """Publish merged directories on the Hub: one repository, a branch for each λ, the chosen one on main.
 
-`_planned` looks at everything and writes nothing: directories whole and unchanged, a report that belongs to them,
+`plan.planned` looks at everything and writes nothing: directories whole and unchanged, a report that belongs to them,
 licences that agree, what lies in the repository. `_push` then uploads all weights, makes one commit for each branch,
 and that of main last. A commit is the Hub's one atomic step, and each is bound to the commit that was planned on; so
 whatever breaks, main is what it was, and a second run uploads what is missing.
@@ -75,6 +75,7 @@ def push_to_hub(
 
 
 def _push(api: HfApi, plan: Plan, tell: Progress) -> None:
+    """Do what was planned; `plan.commits` gets the commits."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     repo_id = plan.repo_id
@@ -102,11 +103,11 @@ def _push(api: HfApi, plan: Plan, tell: Progress) -> None:
         tell(f"committing {target.revision}", number, steps)
         if not target.exists and target.revision != "main":
             patiently(lambda t=target: api.create_branch(repo_id, branch=t.revision, revision=t.parent))
-        what = f"λ={target.lam:g}" if target.lam is not None else "card"
+        label = f"λ={target.lam:g}" if target.lam is not None else "card"
         commit = patiently(
-            lambda t=target, added=added, what=what: api.create_commit(
+            lambda t=target, added=added, label=label: api.create_commit(
                 repo_id, [*added, *(CommitOperationDelete(name) for name in t.delete)], revision=t.revision,
-                commit_message=f"dera-merge: {what}", parent_commit=t.parent, create_pr=plan.create_pr,
+                commit_message=f"dera-merge: {label}", parent_commit=t.parent, create_pr=plan.create_pr,
             )
         )  # fmt: skip
         plan.commits[target.revision] = commit.pr_url or commit.commit_url

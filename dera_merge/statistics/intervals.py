@@ -9,7 +9,7 @@ import numpy as np
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not know, at any depth."""
+    """`value` with None for NaN and infinity, which JSON does not know, at any depth."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -36,7 +36,7 @@ def predict(probes: dict[float, float], lams: Sequence[float], resolution: float
     """
     points = sorted((lam, math.log(max(kl, resolution) / scale(lam))) for lam, kl in probes.items())
     knots, values = zip(*points, strict=True)
-    found = []
+    predictions = []
     for lam in lams:
         right = min(max(int(np.searchsorted(knots, lam)), 1), len(knots) - 1)
         step = values[right] - values[right - 1]
@@ -44,8 +44,8 @@ def predict(probes: dict[float, float], lams: Sequence[float], resolution: float
         kl = scale(lam) * math.exp(min(values[right - 1] + place * step, 700.0))
         inside = knots[0] <= lam <= knots[-1] or 0 <= lam <= 1
         holds = inside and abs(step) <= math.log(ROUGH) and kl >= RESOLVED * resolution
-        found.append({"lambda": lam, "kl": kl, "holds": bool(holds)})
-    return found
+        predictions.append({"lambda": lam, "kl": kl, "holds": bool(holds)})
+    return predictions
 
 
 def scale(lam: float) -> float:

@@ -1,13 +1,13 @@
 """What texts that were drawn at a few λ say of every other λ: multiple importance sampling.
 
 Per-token DeRa has an exact density, log π_λ(y|x) = Σ_t [(1-λ)·log p_ref + λ·log p_aligned - log Z_t(λ)], so a text
-drawn at one λ, weighted by what it would have been worth at another, stands for that one too. With texts of several λ
+drawn at one λ, weighted by how much likelier it is at another, stands for that one too. With texts of several λ
 (anchors) for each prompt, the weight is that of the balance heuristic (Veach and Guibas, 1995):
 
     w(y) = π_λ(y) / Σ_a (n_a/n)·π_{λ_a}(y)
 
-bounded by n/n_a at an anchor, and honest in between: where anchors are far apart, few texts carry all the weight, and
-the effective sample size says so.
+It is at most n/n_a at an anchor. In between, where anchors are far apart, few texts carry all the weight, and the
+effective sample size says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-DRAWS = 2000  # of the bootstrap
+DRAWS = 2000  # samples of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Pool:
         lams: the grid, (L,); all anchors are on it.
         logp: log π_λ(y|x) of each text in nats, (texts, L).
         drawn: the grid's index of the λ that each text was drawn at, (texts,).
-        prompt_of: (texts,).
+        prompt_of: the prompt of each text, (texts,).
         seed: of the bootstrap.
     """
 
@@ -90,14 +90,18 @@ class Pool:
     def wins(self, values: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray]:
         """How often a text of each λ is worth more than an independent one of λ number `at`, ties counted half.
 
+        Args:
+            values: of each text, (texts,).
+            at: an index of the grid.
+
         Returns:
             As `mean`.
         """
         size = self.prompts.max() + 1
         over, under = np.zeros((size, len(self.lams))), np.zeros((size, len(self.lams)))
         for prompt in range(size):
-            mine = self.prompts == prompt
-            w, v = self.weights[mine], values[mine]
+            of_prompt = self.prompts == prompt
+            w, v = self.weights[of_prompt], values[of_prompt]
             beats = (v[:, None] > v) + 0.5 * (v[:, None] == v)
             others = 1.0 - np.eye(len(v))  # a text is not its own rival
             over[prompt] = w.T @ (beats * others) @ w[:, at]
@@ -107,16 +111,16 @@ class Pool:
 
 
 def interval(draws: np.ndarray) -> np.ndarray:
-    """95 % of bootstrap draws (DRAWS, …): (2, …)."""
+    """95 % interval of bootstrap draws (DRAWS, …): its two bounds, (2, …)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice")  # what no draw says anything of has no interval: NaN
         return np.nanquantile(draws, [0.025, 0.975], axis=0)
 
 
-CURVE_COLUMNS = ("lambda", "ess", "known", "reward", "kl", "length", "wins_aligned", "wins_ref", "gain")  # of the curve
+CURVE_COLUMNS = ("lambda", "ess", "known", "reward", "kl", "length", "wins_aligned", "wins_ref", "gain")
 KNOWN = 0.25  # effective texts a prompt, below which a curve is drawn as unknown
 
 
 def column_of(reward: str) -> str:
-    """What a reward is called in the curve, where some names have another meaning."""
+    """A reward's column in the curve: its name, or `<name>_reward` where `CURVE_COLUMNS` has that name already."""
     return f"{reward}_reward" if reward in CURVE_COLUMNS else reward

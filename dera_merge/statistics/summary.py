@@ -20,6 +20,7 @@ def aligned_name(what: str, number: int) -> str:
 
 
 def covariance_name(one: int, other: int) -> str:
+    """What the covariance of two aligned models' log-ratios is called: `cov_1_2` for models 0 and 1."""
     return f"cov_{min(one, other) + 1}_{max(one, other) + 1}"
 
 
@@ -29,21 +30,23 @@ def gram_of(per_token: dict[str, np.ndarray], models: int) -> np.ndarray:
 
 
 def log_ratio(matrix: np.ndarray, lam: Vector) -> dict[str, Any]:
-    """How large the mixed log-ratio Σ λ_k·r_k is beside its parts, and the λ that gives it their mean size.
+    """How large the mixed log-ratio Σ λ_k·r_k is beside its parts r_k, and the λ that gives it their mean size.
 
     Averaging log-ratios that differ shrinks them. The geometric scale sqrt(Σ|λ_k|·G_kk / λᵀGλ) undoes that; for shares
     that add up to 1 the scaled mixture is as large as the parts are in the mean (of squares).
 
     Args:
-        matrix: G, of `gram` or `gram_of`.
+        matrix: G, from `gram` or `gram_of`, (models, models).
+        lam: λ of each model.
 
     Returns:
-        `sizes`: of each part, and `mixed`, in nats; `scale`; `restored`: scale·λ. None where nothing is mixed.
+        `sizes` of the parts and `mixed`, that of the mixture, in nats; `scale`; `restored`: scale·λ. The last two are
+        None where nothing is mixed.
     """
     shares = np.array(lam)
     parts, mixed = float(np.abs(shares) @ matrix.diagonal()), float(shares @ matrix @ shares)
     scale = math.sqrt(parts / mixed) if mixed > 0 else None
-    restored = None if scale is None else [float(f"{scale * each:.4g}") for each in lam]
+    restored = None if scale is None else [float(f"{scale * value:.4g}") for value in lam]
     sizes = np.sqrt(matrix.diagonal().clip(min=0)).tolist()
     return {"sizes": sizes, "mixed": math.sqrt(max(mixed, 0.0)), "scale": scale, "restored": restored}
 
@@ -57,10 +60,11 @@ def summarise(
         per_token: measure → (tokens,).
         prompt_of, text_of: the prompt and the text of each token.
         resolution: nats below which kl is noise.
+        seed: of the bootstrap.
     """
     means = {measure: float(per_token[measure].mean()) for measure in MEASURES}
-    each = [float(values.mean()) for key, values in per_token.items() if key.startswith("kl_aligned")]
-    means["kl_aligned"] = min(each)  # of several, the nearest
+    aligned_kls = [float(values.mean()) for key, values in per_token.items() if key.startswith("kl_aligned")]
+    means["kl_aligned"] = min(aligned_kls)  # of several, the nearest
     bound = min(means["kl_ref"], means["kl_aligned"])
     smooth = float(per_token["kl_nonlinearity"].mean()) if "kl_nonlinearity" in per_token else means["kl"]
     figures: dict[str, Any] = {"tokens": len(prompt_of)}
@@ -68,8 +72,8 @@ def summarise(
         figures[measure] = means[measure]
         if measure in ("kl", "tv", "top1"):
             figures[f"{measure}_ci"] = bootstrap(per_token[measure], prompt_of, seed)
-    if len(each) > 1:
-        figures["kl_each_aligned"] = each
+    if len(aligned_kls) > 1:
+        figures["kl_each_aligned"] = aligned_kls
     figures["captured"] = 1 - means["kl"] / bound if bound > resolution else None
     figures["kl_rounding"] = means["kl"] - smooth
     figures["kl_nonlinearity"] = smooth

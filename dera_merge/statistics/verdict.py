@@ -22,7 +22,7 @@ def bits_like(kl: float, rungs: dict[int, float]) -> float | None:
 
 
 def in_bits(kl: float, rungs: dict[int, float]) -> str:
-    """`kl` in words on that scale."""
+    """`kl` in words, on the scale of `bits_like`."""
     bits = bits_like(kl, rungs)
     if bits is not None:
         return f"about as far as {bits:.0f}-bit quantisation"
@@ -35,23 +35,28 @@ def verdict(result: dict[str, Any], floor: float | None, resolution: float) -> t
     `safe`: kl, at the upper end of its interval, is below what bfloat16 alone costs exact DeRa, or at least 90 % of the
     shift is captured. `usable`: at least half is captured, or kl is below ten times that cost. Else `not DeRa any
     more`.
+
+    Args:
+        result: from `summarise`.
+        floor: what bfloat16 alone costs, nats per token; None where it was not measured.
+        resolution: nats below which kl is noise; it stands in for a floor that is unknown or smaller.
     """
     kl = result["kl_ci"][1] if result["kl_ci"] else result["kl"]
     surely = "at least " if result["kl_ci"] else ""
     known = floor is not None and floor >= resolution
-    what = "what bfloat16 alone costs exact DeRa" if known else "the resolution of the measurement"
+    yardstick = "what bfloat16 alone costs exact DeRa" if known else "the resolution of the measurement"
     floor = floor if known else resolution
     if kl is None or not math.isfinite(kl):
         return "not DeRa any more", "kl is not finite"
     if kl <= floor:
-        return "safe", f"kl is below {what}"
+        return "safe", f"kl is below {yardstick}"
     bound = min(result["kl_ref"], result["kl_aligned"])
     captured = 1 - kl / bound if bound > resolution else None
     if captured is not None and captured >= USABLE_CAPTURED:
         word: Verdict = "safe" if captured >= SAFE_CAPTURED else "usable"
         return word, f"{surely}{captured:.0%} of the shift is captured"
     if kl <= USABLE_FLOORS * floor:
-        return "usable", f"kl is {kl / floor:.1f} times {what}"
+        return "usable", f"kl is {kl / floor:.1f} times {yardstick}"
     if captured is None:
         return "not DeRa any more", "exact DeRa is at one of the two models, and the merge is not"
     nearer = "reference" if result["kl_ref"] <= result["kl_aligned"] else "aligned model"

@@ -81,16 +81,16 @@ def decode(
         )
     if mode == "exact" and path is not None:
         raise DeraError("exact decoding merges nothing; --path is for --mode merged and speculative")
-    home = torch.device(device if isinstance(device, str | torch.device) else device[0])
-    on_cpu = home.type == "cpu"
+    main_device = torch.device(device if isinstance(device, str | torch.device) else device[0])
+    on_cpu = main_device.type == "cpu"
     if compute_dtype is None:
         compute_dtype = torch.float32 if on_cpu else "auto"
     options: dict[str, Any] = {}
     if mode == "merged":
-        model = live(pair, lam, device=home, compute_dtype=compute_dtype, path=path)
+        model = live(pair, lam, device=main_device, compute_dtype=compute_dtype, path=path)
     else:
-        more = {"quantization_config": quantised(load_in)} if load_in else {}
-        model = DeraForCausalLM.from_pair(pair, lam, dtype=compute_dtype, device=device, **more)
+        loading = {"quantization_config": quantised(load_in)} if load_in else {}
+        model = DeraForCausalLM.from_pair(pair, lam, dtype=compute_dtype, device=device, **loading)
     speculation = Speculation()
     if mode == "speculative":
         if (
@@ -99,12 +99,12 @@ def decode(
             draft = model.dial()
         else:
             kind = torch.bfloat16 if on_cpu else compute_dtype
-            draft = live(pair, lam, device=home, compute_dtype=kind, path=path)
+            draft = live(pair, lam, device=main_device, compute_dtype=kind, path=path)
         options |= {"assistant_model": draft, "speculation": speculation}
     if plausibility:
         options["logits_processor"] = LogitsProcessorList([PlausibilityMask(plausibility)])
     options |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    ids = torch.tensor([encoded.ids], device=home)
+    ids = torch.tensor([encoded.ids], device=main_device)
     set_seed(seed)
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,

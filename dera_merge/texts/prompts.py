@@ -57,6 +57,7 @@ def read(file: str | Path) -> list[dict[str, Any]]:
 
 
 def _checked(entry: Any) -> dict[str, Any]:
+    """A line's prompt. Raises ValueError where it is none."""
     if not isinstance(entry, dict) or ("messages" in entry) == ("prompt" in entry):
         raise ValueError('expected an object with "messages" or with "prompt"')
     if "prompt" in entry and not isinstance(entry["prompt"], str):

@@ -45,12 +45,14 @@ class Reward:
             return [self._one(text) for text in texts]
 
     def _all(self, texts: Sequence[tuple[str, str]]) -> list[float]:
-        found = self.scorer(texts)
-        if len(found) != len(texts):
-            raise DeraError(f"{len(found)} numbers came for {len(texts)} texts")
-        return found
+        """What the scorer says of each text. Raises DeraError where it does not say one number a text."""
+        values = self.scorer(texts)
+        if len(values) != len(texts):
+            raise DeraError(f"{len(values)} numbers came for {len(texts)} texts")
+        return values
 
     def _one(self, text: tuple[str, str]) -> float | None:
+        """The reward of one text, tried twice; None where both fail."""
         for _ in range(2):
             try:
                 return self._number(self._all([text])[0])
@@ -68,6 +70,7 @@ class Reward:
         return None
 
     def _number(self, value: Any) -> float:
+        """As a float. Raises ValueError or TypeError where it is none, or not finite."""
         if not math.isfinite(value := float(value)):
             raise ValueError(f"{self.name} is {value}")
         return value
@@ -103,17 +106,18 @@ def function(spec: str) -> Callable[..., float]:
         raise DeraError(f"{spec!r} is no reward; give {known}")
     sys.path.insert(0, "")  # as python -m does
     try:
-        found = getattr(importlib.import_module(module), name)
+        loaded = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise DeraError(f"the reward {spec} cannot be loaded: {error}") from error
     finally:
         sys.path.remove("")
-    if not callable(found):
+    if not callable(loaded):
         raise DeraError(f"{spec} is no function")
-    return found
+    return loaded
 
 
 def _called(reward: Callable[..., float]) -> Scorer:
+    """A scorer of a function of (text), or of (prompt, text) where it needs two arguments."""
     try:
         kinds = [p for p in inspect.signature(reward).parameters.values() if p.default is p.empty]
     except (TypeError, ValueError):
@@ -125,33 +129,36 @@ def _called(reward: Callable[..., float]) -> Scorer:
 
 
 def _command(words: str) -> Scorer:
+    """A scorer that runs a program, with JSON Lines on its stdin."""
+
     def score(texts: Sequence[tuple[str, str]]) -> list[float]:
         lines = "".join(json.dumps({"prompt": prompt, "completion": text}) + "\n" for prompt, text in texts)
         try:
             done = subprocess.run(shlex.split(words), input=lines, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise DeraError(f"the reward command {words} failed: {error}") from error
-        found = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
-        return [value["reward"] if isinstance(value, dict) else value for value in found]
+        values = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+        return [value["reward"] if isinstance(value, dict) else value for value in values]
 
     return score
 
 
 def _classifier(name: str, device: Any) -> Scorer:
+    """A scorer that is a sequence classifier, `ID` or `ID#LABEL`."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    home, _, label = name.partition("#")
-    folder = Source.locate(home).folder
+    model_id, _, label = name.partition("#")
+    folder = Source.locate(model_id).folder
     try:
         model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise DeraError(f"{home} is no sequence classifier that transformers can load: {error}") from error
+        raise DeraError(f"{model_id} is no sequence classifier that transformers can load: {error}") from error
     labels = {str(text): int(index) for index, text in model.config.id2label.items()}
     if len(labels) > 1 and label not in labels:
         raise DeraError(
-            f"{home} has {len(labels)} labels; say which one is the reward: model:{home}#{next(iter(labels))}"
+            f"{model_id} has {len(labels)} labels; say which one is the reward: model:{model_id}#{next(iter(labels))}"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -159,7 +166,7 @@ def _classifier(name: str, device: Any) -> Scorer:
 
     @torch.no_grad()
     def score(texts: Sequence[tuple[str, str]]) -> list[float]:
-        found: list[float] = []
+        rewards: list[float] = []
         for start in range(0, len(texts), BATCH):
             batch = texts[start : start + BATCH]
             if tokenizer.chat_template:
@@ -169,7 +176,7 @@ def _classifier(name: str, device: Any) -> Scorer:
             else:
                 inputs = tokenizer([f"{p}\n{t}" for p, t in batch], padding=True, truncation=True, return_tensors="pt")
             logits = model(**inputs.to(model.device)).logits.float()
-            found += (logits[:, 0] if len(labels) == 1 else logits.log_softmax(-1)[:, labels[label]]).tolist()
-        return found
+            rewards += (logits[:, 0] if len(labels) == 1 else logits.log_softmax(-1)[:, labels[label]]).tolist()
+        return rewards
 
     return score

@@ -1,4 +1,4 @@
-"""Who writes texts: a model of transformers, two with one drafting, or a server elsewhere; for their users all alike.
+"""Who writes texts: a model of transformers, two with one drafting, or a server elsewhere; all are used alike.
 
 Texts are at temperature 1, without any warper. Where noise belongs to a stream, two samplers of one seed are coupled:
 the texts of one stream part only where distributions do.
@@ -67,26 +67,26 @@ class ModelSampler:
         self, prompts: Sequence[list[int]], lams: Sequence[Lam], streams: Sequence[int], *, max_new_tokens: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[int]]:  # fmt: skip
-        how: dict[str, Any] = {
+        options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "seed": self.seed, "vocab_size": self.vocab_size, "progress": progress,
         }  # fmt: skip
         if not prompts:
             return []
         if self.takes_lam:
-            return sample(self.model_at(lams[0]), self.tokenizer, prompts, streams=streams, lams=lams, **how)
+            return sample(self.model_at(lams[0]), self.tokenizer, prompts, streams=streams, lams=lams, **options)
         texts: dict[int, list[int]] = {}
         for lam in dict.fromkeys(lams):
-            own = [number for number, each in enumerate(lams) if each == lam]
-            asked, noise = ([values[number] for number in own] for values in (prompts, streams))
+            at_lam = [number for number, text_lam in enumerate(lams) if text_lam == lam]
+            asked, noise = ([values[number] for number in at_lam] for values in (prompts, streams))
             texts |= dict(
-                zip(own, sample(self.model_at(lam), self.tokenizer, asked, streams=noise, **how), strict=True)
+                zip(at_lam, sample(self.model_at(lam), self.tokenizer, asked, streams=noise, **options), strict=True)
             )
         return [texts[number] for number in range(len(prompts))]
 
 
 @dataclass(frozen=True)
 class DraftedSampler:
-    """Exact DeRa, one text at a time, with another model drafting. Its noise is its own: drafts use it up.
+    """Exact DeRa, one text at a time, with another model drafting. Drafts use up noise, so it is coupled with no other.
 
     Attributes:
         draft_at: λ → the model that drafts.

@@ -49,7 +49,7 @@ class GumbelNoise(LogitsProcessor):
 def decode_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]], **kwargs: object
 ) -> list[list[int]]:
-    """New tokens for each row of ids, an end token included, nothing after it; with no other setting than those given.
+    """New tokens for each row of ids, an end token included, nothing after it; only the settings given here count.
 
     Args:
         model: any causal model; its end tokens count, its warpers do not.
@@ -59,8 +59,8 @@ def decode_batch(
     """
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    # `generate` fills what a config leaves open from the checkpoint's own, whose warpers would make this another
-    # distribution; so it gets a shallow copy of the model (the same modules) with a bare one.
+    # `generate` fills what a config leaves open from the checkpoint's own config, whose warpers would change the
+    # distribution; so it gets a shallow copy of the model (the same modules) with a bare config.
     model, pad = copy.copy(model), tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=pad)
     width = max(map(len, rows))
