@@ -11,7 +11,7 @@ import torch
 
 from ..merging.live import live
 from ..models.names import layer_kind
-from .traces import Text, Trace, batches, padded, scored, trace_of
+from .traces import Text, Trace, batches, decoder_of, padded, scored, trace_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +103,7 @@ def feature_gaps(
         chosen = [texts[i] for i in batch]
         ids, mask = padded(chosen, merged.device)
         layers = [
-            model.base_model(
+            decoder_of(model)[1](
                 input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
             ).hidden_states
             for model in (ref, aligned, merged)

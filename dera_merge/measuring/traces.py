@@ -92,11 +92,12 @@ def trace_of(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.Mod
     Raises:
         DeraError: logits are not finite, or the model is no decoder followed by a head.
     """
+    _, decoder = decoder_of(model)
     hidden: dict[int, torch.Tensor] = {}
     for batch in batches(texts):
         chosen = [texts[index] for index in batch]
         ids, mask = padded(chosen, model.device)
-        states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        states = decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         sizes = [len(text.completion) for text in chosen]
         hidden |= dict(zip(batch, scored(states, chosen).split(sizes), strict=True))
     head = head_of(model, heads)
@@ -104,8 +105,27 @@ def trace_of(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.Mod
     return Trace(torch.cat([hidden[index] for index in range(len(texts))]), head)
 
 
+def decoder_of(model: PreTrainedModel) -> tuple[str, torch.nn.Module]:
+    """What makes hidden states of tokens: its name in the model, and the module. All around it is the head.
+
+    It is transformers' `get_decoder`; where that is the model itself (Llama 4), the child with most of the weights.
+    """
+    decoder = model.get_decoder()
+    if decoder is model:
+        outputs = model.get_output_embeddings()
+        children = [child for child in model.children() if child is not outputs]
+        decoder = max(children, key=lambda child: sum(p.numel() for p in child.parameters()), default=model)
+    return next(name for name, module in model.named_modules() if module is decoder), decoder
+
+
+_OF_ANY_MODULE = frozenset(vars(torch.nn.Module()))
+
+
 class _Replay(torch.nn.Module):
-    """Stands in for a decoder: what comes in as `inputs_embeds` goes out as its last hidden state."""
+    """Stands in for a decoder: what comes in as `inputs_embeds` goes out as its last hidden state.
+
+    It keeps what else a model asks of its decoder (a multiplier of the logits, in Falcon-H1), but no weights.
+    """
 
     class _Output:
         def __init__(self, hidden: torch.Tensor) -> None:
@@ -117,6 +137,10 @@ class _Replay(torch.nn.Module):
         def __getattr__(self, name: str) -> None:  # no caches, attentions, router logits
             return None
 
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.__dict__ |= {name: value for name, value in vars(decoder).items() if name not in _OF_ANY_MODULE}
+
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
         return self._Output(inputs_embeds)
 
@@ -127,7 +151,20 @@ def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = No
     It is the model's own forward, so scaled or soft-capped logits (Gemma, Cohere, Granite) come out right. Each token
     is a sequence of its own there. `heads` as for `trace_of`.
     """
-    modules = torch.nn.ModuleDict({name: m for name, m in model.named_children() if name != model.base_model_prefix})
+    doors.check("compare", model)
+    name, decoder = decoder_of(model)
+    *parents, last = name.split(".")
+    # A chain of shallow copies down to the decoder's place; what stands beside it at each level is the head.
+    copies = [copy.copy(model)]
+    for parent in parents:
+        copies.append(copy.copy(copies[-1]._modules[parent]))
+    beside = {
+        f"{level} {child}": module
+        for level, (owner, way) in enumerate(zip(copies, [*parents, last], strict=True))
+        for child, module in owner._modules.items()
+        if child != way and module is not None
+    }
+    modules = torch.nn.ModuleDict(beside)
     if heads is not None:
         same = (kept for kept in heads if all(map(torch.equal, kept.parameters(), modules.parameters())))
         kept = next(same, None)
@@ -135,12 +172,15 @@ def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = No
             kept = copy.deepcopy(modules)
             heads.append(kept)
         modules = kept
-    doors.check("compare", model)
-    head = copy.copy(model)
-    head._modules = {**modules, model.base_model_prefix: _Replay()}
+    for level, (owner, way) in enumerate(zip(copies, [*parents, last], strict=True)):
+        inner = copies[level + 1] if level < len(parents) else _Replay(decoder)
+        owner._modules = {
+            child: inner if child == way else modules[f"{level} {child}"] if module is not None else None
+            for child, module in owner._modules.items()
+        }
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
-        return head(inputs_embeds=hidden[:, None], use_cache=False).logits[:, 0].float()
+        return copies[0](inputs_embeds=hidden[:, None], use_cache=False).logits[:, 0].float()
 
     return logits
 

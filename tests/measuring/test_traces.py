@@ -1,0 +1,86 @@
+"""Hidden states and head of any architecture, put together again, are the model: `compare` measures through them."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers as tf
+from transformers import AutoModelForCausalLM
+
+from dera_merge.measuring.traces import Text, decoder_of, trace_of
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+WHOLE = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "intermediate_size")}
+FAMILIES = {  # a config, and where its decoder is
+    "llama": (lambda: tf.LlamaConfig(**SMALL), "model"),
+    "gpt2": (lambda: tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), "transformer"),
+    "a soft cap": (lambda: tf.Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=5.0), "model"),
+    "scaled logits": (lambda: tf.GraniteConfig(**SMALL, logits_scaling=3.0), "model"),
+    "a multiplier that the decoder keeps": (
+        lambda: tf.FalconH1Config(
+            **SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16,
+            lm_head_multiplier=0.7,
+        ),
+        "model",
+    ),
+    "a decoder within the base model": (lambda: tf.OPTConfig(**WHOLE, ffn_dim=48, word_embed_proj_dim=32), "model.decoder"),
+    "that projects": (lambda: tf.OPTConfig(**WHOLE, ffn_dim=48, word_embed_proj_dim=16), "model.decoder"),
+    "of an encoder-decoder's kind": (
+        lambda: tf.BartConfig(
+            vocab_size=64, d_model=32, decoder_ffn_dim=48, decoder_layers=2, decoder_attention_heads=4,
+            max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False,
+        ),
+        "model.decoder",
+    ),
+    "a model that is its own decoder": (
+        lambda: tf.Llama4TextConfig(
+            **SMALL, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, num_experts_per_tok=1
+        ),
+        "model",
+    ),
+}  # fmt: skip
+TEXTS = [Text(0, [5, 9, 12, 33, 7, 8], 2), Text(1, [4, 9, 3, 3], 1)]
+
+
+def build(family) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(FAMILIES[family][0]()).float().eval()
+
+
+@torch.no_grad()
+def whole(model) -> torch.Tensor:
+    """The logits that predict the completions, a text at a time."""
+    return torch.cat([model(torch.tensor([text.ids])).logits[0, text.start - 1 : -1] for text in TEXTS])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trace_and_its_head_give_the_models_own_logits(family):
+    model = build(family)
+    expected = whole(model)
+    assert decoder_of(model)[0] == FAMILIES[family][1]
+    trace = trace_of(model, TEXTS)
+    torch.testing.assert_close(trace.head(trace.hidden), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kept_head_survives_a_change_of_the_model_and_holds_none_of_its_decoder(family):
+    model = build(family)
+    expected = whole(model)
+    trace = trace_of(model, TEXTS, [])
+    for parameter in model.parameters():
+        parameter.zero_()
+    torch.testing.assert_close(trace.head(trace.hidden), expected, rtol=1e-5, atol=1e-5)
+    layer = weakref.ref(
+        next(module for module in decoder_of(model)[1].modules() if isinstance(module, torch.nn.ModuleList))
+    )
+    del model, parameter
+    gc.collect()
+    assert layer() is None, "the head holds the decoder's layers alive"
