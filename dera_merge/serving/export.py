@@ -187,6 +187,7 @@ def _config(pair: Pair, stage: Path, lam: float) -> dict[str, Any]:
 
     home = next(stage / name for name in ("base", "ref") if (stage / name).is_dir())
     text = AutoConfig.from_pretrained(home, trust_remote_code=pair.trust.code)
+    text.name_or_path = ""  # else the temporary directory of this export
     text.vocab_size = min(load_config(side.base)["vocab_size"] for side in pair.sides)  # the rows that both have
     names = {name: name for name in ("ref", "aligned", "base") if (stage / name).is_dir()}
     config = DeraConfig(text, lam=lam, pair=names, architectures=["DeraForCausalLM"], dtype=text.dtype)

@@ -48,6 +48,7 @@ def test_an_exported_directory_can_be_moved(llama, lora, tmp_path):
     base = llama(0, torch.float32)
     adapter = lora(base)
     ModelPair.from_pretrained(base, adapter).export_exact(tmp_path / "out", 0.5)
+    assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text().partition('"exported"')[0]
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").rename(tmp_path / "elsewhere" / "exact")
     model = DeraForCausalLM.from_pretrained(tmp_path / "elsewhere" / "exact")
