@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import DeraError, warn
 from .side import Side
+from .trust import NOTHING, Trust
 
 # Keys that give the weights their meaning without changing a shape.
 _SAME_MEANING = (
@@ -26,21 +27,43 @@ _MAY_DIFFER = re.compile(
 )
 
 
-def check_configs(ref: Side, aligned: Side) -> None:
-    """Warn where two configs differ in what may matter. Raises DeraError where they are of different models."""
+def check_configs(ref: Side, aligned: Side, trust: Trust = NOTHING) -> None:
+    """Warn where two configs differ in what may matter. Raises DeraError where they are of different models.
+
+    Releases of transformers write different keys for one model, and spell some otherwise. So what two files say is
+    compared first, which takes no time, and where that differs, what transformers makes of them.
+    """
     in_ref, in_aligned = (_with_one_rope(side.config) for side in (ref, aligned))
+    if _differing(in_ref, in_aligned):
+        built = [_as_built(side, trust) for side in (ref, aligned)]
+        if built[0] is not None and built[1] is not None:
+            in_ref, in_aligned = built
     for key in ("architectures", "model_type", *_SAME_MEANING):
         if in_ref.get(key) != in_aligned.get(key):
             raise DeraError(
                 f"the two are different models: {key} is {in_ref.get(key)!r} in {ref.base.name} "
                 f"and {in_aligned.get(key)!r} in {aligned.base.name}"
             )
-    keys = sorted(in_ref.keys() | in_aligned.keys())
-    differing = [key for key in keys if in_ref.get(key) != in_aligned.get(key) and not _MAY_DIFFER.fullmatch(key)]
-    if differing:
+    if differing := _differing(in_ref, in_aligned):
         key = differing[0]
         warn(f"config.json differs in {', '.join(differing)} ({key}: {in_ref.get(key)!r} in REF, "
              f"{in_aligned.get(key)!r} in ALIGNED); a merged checkpoint takes REF's")  # fmt: skip
+
+
+def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """The keys in which two configs differ and that may change what a model computes."""
+    keys = sorted(first.keys() | second.keys())
+    return [key for key in keys if first.get(key) != second.get(key) and not _MAY_DIFFER.fullmatch(key)]
+
+
+def _as_built(side: Side, trust: Trust) -> dict[str, Any] | None:
+    """A config with all that transformers fills in; None where it does not know the model."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(side.base.folder, trust_remote_code=trust.code).to_dict()
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError):
+        return None
 
 
 def _with_one_rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from ..errors import DeraError
+from ..errors import DeraError, warn
 from ..files.buffers import Buffers, as_bytes
 from ..files.checkpoint import REAL, TensorInfo, slices
 from .architecture import Architecture, empty_model
@@ -62,6 +62,8 @@ class Names:
     def differs(self, name: str, number: int) -> bool:
         """Whether the number-th aligned model (from 1 on) may have other weights there than the reference."""
         ref, aligned = self.ref, self.weights[number]
+        if name not in aligned.keys:  # of no use to a model, and on REF's side only
+            return False
         changed = name in ref.pieces or name in aligned.pieces or ref.info(name) is not aligned.info(name)
         return changed and not self.is_opaque(name)
 
@@ -101,7 +103,7 @@ def match(
         for side, base in zip(aligned, bases[1:], strict=True)
     ]
     for side, matched in zip(aligned, matches, strict=True):
-        for name in matched[0].keys:
+        for name in matched[1].keys:
             _check_tensor(name, (ref, side), matched[:2], quantised)
     first = matches[0][0]
     for side, (ref_weights, _, _) in zip(aligned[1:], matches[1:], strict=True):
@@ -172,14 +174,27 @@ class _Matching:
             names = {name: None for name in names if name not in ties}
             pieces = [{name: found for name, found in own.items() if name not in ties} for own in pieces]
         keys: tuple[dict[str, str], dict[str, str]] = ({}, {})
+        unused: list[str] = []
         for name in names:
             homes = [self.home(number, name) for number in (0, 1)]
             for side, other, key in zip(self.sides, reversed(self.sides), homes, strict=True):
-                if key is None:
+                if key is None and self.is_built(name):
                     raise DeraError(f"{side.base.name} has no tensor {name}, which {other.base.name} has")
-            keys[0][name], keys[1][name] = homes
+            if None in homes:  # no model has it: REF's stays as it is, ALIGNED's is left out
+                unused.append(name)
+            if homes[0] is not None:
+                keys[0][name] = homes[0]
+            if homes[0] is not None and homes[1] is not None:
+                keys[1][name] = homes[1]
+        if unused:
+            which = unused[0] if len(unused) == 1 else f"{unused[0]} and {len(unused) - 1} more tensors"
+            warn(f"only one side has {which}, which no model that transformers builds uses; REF's stay as they are")
         ref, aligned = (Weights(*parts) for parts in zip(self.bases, keys, pieces, strict=True))
         return ref, aligned, bool(parted)
+
+    def is_built(self, name: str) -> bool:
+        """Whether the model in memory has a tensor of this name, which a file may lack the prefix of."""
+        return self.architecture.stored_name(name, self.architecture.shapes) is not None
 
     def stored(self, number: int) -> dict[str, TensorInfo]:
         return self.sides[number].checkpoint.tensors

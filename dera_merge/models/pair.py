@@ -86,7 +86,7 @@ class Pair:
         sides = open_sides(sources[0], sources[1:], home, trust)
         quantised = base_quantization_of(sides, base_quantization)
         for side in sides[1:]:
-            check_configs(sides[0], side)
+            check_configs(sides[0], side, trust)
             tokenizer.check_tokenizers(sides[0], side, trust)
         return cls(sides, quantised, trust)
 

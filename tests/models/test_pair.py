@@ -246,3 +246,56 @@ def test_hub_ids_that_cannot_be_had_are_one_line():
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_paths_that_do_not_exist(name):
     assert refusal(name, name) == f"there is no directory {name}"
+
+
+# Good pairs that look different: what transformers makes of two files is what counts
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda c: c.pop("head_dim"), id="no head_dim"),
+        pytest.param(lambda c: c.pop("attention_bias"), id="no attention_bias"),
+        pytest.param(lambda c: c.update(rope_scaling=None, rope_theta=10000.0) or c.pop("rope_parameters"), id="rope of 4.x"),
+        pytest.param(lambda c: c.update(torch_dtype=c.pop("dtype")), id="torch_dtype"),
+        pytest.param(lambda c: c.update(sliding_window=None), id="a key that is null"),
+    ],
+)
+def test_a_key_that_another_release_leaves_out_or_spells_otherwise_is_no_difference(llama, tmp_path, side, change):
+    folders = [llama(0), llama(1, near=0)]
+    copied = tmp_path / "copied"
+    shutil.copytree(folders[side], copied)
+    edit(copied, "config.json", change)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        pair = ModelPair.from_pretrained(*(copied if number == side else folder for number, folder in enumerate(folders)))
+    said = [str(w.message) for w in seen if issubclass(w.category, DeraWarning) and "sliding_window" not in str(w.message)]
+    assert said == []
+    pair.merge(tmp_path / "out", [0.5])
+    plain = ModelPair.from_pretrained(*folders)
+    plain.merge(tmp_path / "plain", [0.5])
+    assert all((t == weights(tmp_path / "plain")[n]).all() for n, t in weights(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "mtp.layers.0.weight"])
+def test_a_tensor_that_no_model_uses_may_be_on_one_side_and_refs_bits_stay(llama, tmp_path, side, name):
+    folders = [llama(0, torch.float32), llama(1, torch.float32, near=0)]
+    copied, extra = tmp_path / "copied", torch.arange(4.0)
+    shutil.copytree(folders[side], copied)
+    edit_tensors(copied, lambda tensors: tensors.update({name: extra}))
+    pair = ModelPair.from_pretrained(*(copied if number == side else folder for number, folder in enumerate(folders)))
+    with pytest.warns(DeraWarning, match=f"only one side has {name}, which no model that transformers builds uses"):
+        pair.merge(tmp_path / "out", [0.5])
+    merged = weights(tmp_path / "out")
+    if side == 0:
+        assert torch.equal(merged.pop(name), extra)
+    both = [weights(folder) for folder in folders]
+    assert merged.keys() == both[0].keys()
+    assert all(torch.allclose(t, (both[0][n] + both[1][n]) / 2, atol=1e-7) for n, t in merged.items())
+    live = pair.merged(0.0)
+    live.set_lam(0.5)
+    ids = torch.tensor([[5, 9, 33]])
+    file = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(live(ids).logits, file(ids).logits)
