@@ -11,7 +11,7 @@ import torch
 from ..errors import DeraError
 from ..files.atomic import load_json
 from ..models.adapter import Adapter
-from ..models.architecture import Architecture
+from ..models.architecture import LOADING, Architecture
 from ..models.pair import Pair
 from ..models.side import Side
 from ..models.trust import NOTHING, Trust
@@ -74,10 +74,11 @@ def load_model(
     if quantised and "device_map" not in kwargs:
         kwargs["device_map"] = {"": device}  # quantised weights are made where they stay
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=None if trust.pickle else True, trust_remote_code=trust.code,
-            output_loading_info=True, **kwargs,
-        )  # fmt: skip
+        with LOADING:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=None if trust.pickle else True, trust_remote_code=trust.code,
+                output_loading_info=True, **kwargs,
+            )  # fmt: skip
     except (ValueError, OSError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         raise DeraError(f"transformers cannot load {folder}: {error}") from error
     if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):

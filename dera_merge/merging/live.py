@@ -15,6 +15,7 @@ from ..files.buffers import Buffers
 from ..files.checkpoint import slices
 from ..files.ordered import in_order
 from ..lambdas import Lam
+from ..models.architecture import LOADING
 from ..models.pair import Pair
 from .path import Curve, opened
 from .storage import Storage
@@ -42,9 +43,11 @@ class _Dial:
         if self.pair.names.unties:
             config.tie_word_embeddings = False
         state = dict(self.weights(lam))
-        model, report = self.pair.architecture.model_class.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
+        model_class = self.pair.architecture.model_class
+        with LOADING:
+            model, report = model_class.from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
         if missing := sorted(report["missing_keys"]):
             raise DeraError(f"{self.pair.ref.base.name} lacks tensor {missing[0]}; transformers would make it up")
         return model

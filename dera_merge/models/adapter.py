@@ -24,7 +24,7 @@ from ..errors import DeraError
 from ..files.atomic import load_json
 from ..files.checkpoint import Checkpoint, slices
 from . import doors
-from .architecture import Architecture
+from .architecture import LOADING, Architecture
 from .pieces import LowRank, PeftModules, Piece, Replacement, ThroughPeft
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ class Adapter:
         stored = self.checkpoint.tensors.keys()  # before PEFT reads: pickles need permission
         self._check_patterns(name for name, _ in model.named_modules())
         try:
-            adapted = PeftModel.from_pretrained(model, self.folder, torch_device=str(device))
+            with LOADING:
+                adapted = PeftModel.from_pretrained(model, self.folder, torch_device=str(device))
         except (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
             raise DeraError(f"PEFT cannot load {self.folder}: {error}") from error
         if adapted.active_peft_config.is_prompt_learning:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,11 @@ from .trust import NOTHING, Trust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# transformers changes settings of the whole process while it makes a model: of two threads that load at a time one gets
+# tensors without memory, or a head that is not tied.
+LOADING = RLock()
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def empty_model(folder: Path, trust: Trust = NOTHING) -> PreTrainedModel:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.code)
-        with torch.device("meta"):
+        with LOADING, torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.code)
     except (ValueError, OSError, KeyError, AttributeError, TypeError, ImportError) as error:
         raise DeraError(f"transformers cannot build the model that {folder}/config.json describes: {error}") from error

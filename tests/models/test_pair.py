@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -299,3 +300,21 @@ def test_a_tensor_that_no_model_uses_may_be_on_one_side_and_refs_bits_stay(llama
     ids = torch.tensor([[5, 9, 33]])
     file = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(live(ids).logits, file(ids).logits)
+
+
+def test_pairs_can_be_opened_and_loaded_in_several_threads(llama, lora):
+    """transformers' loading cannot (its heads come out untied, its tensors without memory), so ours waits its turn."""
+    base = llama(0, tie_word_embeddings=True)
+    adapter = lora(base, target_modules=["q_proj"])
+    pair, ids = ModelPair.from_pretrained(base, adapter), torch.tensor([[5, 9, 33]])
+    expected = pair.exact(0.5)(ids).logits
+
+    def load(number: int) -> torch.Tensor:
+        opened = pair if number % 2 else ModelPair.from_pretrained(base, adapter)
+        return (opened.exact(0.5) if number < 6 else opened.merged(0.5))(ids).logits
+
+    with ThreadPoolExecutor(8) as threads:
+        logits = list(threads.map(load, range(8)))
+    for each in logits[:6]:
+        assert torch.equal(each, expected)
+    assert torch.equal(*logits[6:])
