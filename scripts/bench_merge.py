@@ -106,7 +106,8 @@ MERGE = """
 import json, resource, sys, time
 options = json.loads(sys.argv[1])
 import huggingface_hub, torch, dera_merge.merging.merge
-from dera_merge import ModelPair, kernels
+from dera_merge import ModelPair
+from dera_merge.merging import kernels
 if kernels.available():  # loads what numba has compiled
     for dtype in (torch.bfloat16, torch.float32):
         for noise in (None, torch.zeros(1, dtype=torch.int32)):

@@ -39,17 +39,17 @@ def load_sides(
     Raises:
         DeraError: transformers or PEFT cannot load one of them.
     """
-    bases: dict[tuple[Path, torch.device], PreTrainedModel] = {}
-    requantises = pair.requantises and kwargs.get("quantization_config") is None
+    bases: dict[tuple[Path, torch.device, bool], PreTrainedModel] = {}
 
     def load(number: int, side: Side) -> PreTrainedModel:
         folder, device = side.base.folder, devices[number > 0]
-        if (folder, device) not in bases:
+        requantise = pair.is_requantised(side) and kwargs.get("quantization_config") is None
+        if (folder, device, requantise) not in bases:
             model = load_model(folder, dtype, device, pair.trust, **kwargs)
-            if requantises:
+            if requantise:
                 _put(pair.names.weights[number].stored, model, pair.architecture)
-            bases[folder, device] = model
-        base = bases[folder, device]
+            bases[folder, device, requantise] = model
+        base = bases[folder, device, requantise]
         return _with_adapter(base, side.adapter, device) if side.adapter else base
 
     ref, *aligned = (load(number, side) for number, side in enumerate(pair.sides))

@@ -57,7 +57,7 @@ class Laboratory:
         self.tell: Progress = tell or unheard
         self.process, self.processes = launched()
         self.engine: Sampler | None = None
-        self._turned: dict[str, tuple[Lam, Any]] = {}  # models whose λ turns in place, each at its λ
+        self._turned: dict[str, tuple[Lam | None, Any]] = {}  # models whose λ turns in place, each at its λ
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of `items`: of n processes, each takes every n-th."""
@@ -80,6 +80,7 @@ class Laboratory:
             how = {"path": self.path, **how}
             model = live(self.pair, lam, device=self.compute.device, compute_dtype=self.compute.dtype, **how)
         elif at != lam:
+            self._turned[what] = (None, model)  # at no λ, should this break off half-way
             model.set_lam(lam)
         self._turned[what] = (lam, model)
         return model

@@ -76,8 +76,7 @@ class Report:
         if not all(isinstance(row, dict) and "verdict" in row for row in data["results"]):
             raise DeraError(f"{file} was written by an older version, without verdicts; compare again")
         kept = ("ref", "aligned", "results", "settings", "prediction", "texts", "command")
-        for row in (*data["results"], *data.get("texts", ())):
-            row["lambda"] = lambdas.loaded(row["lambda"])
+        data = read(data)
         return cls(**{key: data[key] for key in kept if key in data}, gated=data.get("gate"))
 
     def at(self, lam: Lam) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """θ(λ): the curve through the reference and the aligned model, one slice of one tensor at a time.
 
 This is the whole of the merge: `Slice.read` brings both sides of a few rows into memory, `Slice.at` is the formula and
-the one place where a value is rounded.
+the one place where a weight of θ(λ) is rounded.
 """
 
 from __future__ import annotations

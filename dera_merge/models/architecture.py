@@ -67,6 +67,11 @@ class Architecture:
                 return candidate
         return None
 
+    def owns(self, owner: str, name: str) -> bool:
+        """Whether `name` shares the tensor `owner`, each with or without the base model's prefix."""
+        shared = self.owner(name)
+        return shared is not None and shared.removeprefix(self.prefix) == owner.removeprefix(self.prefix)
+
     def owner(self, name: str) -> str | None:
         """The tensor that `name` is tied to by the config, or None."""
         return self.tied.get(name) or self.tied.get(f"{self.prefix}{name}")

@@ -90,13 +90,15 @@ def match(
         DeraError: they do not correspond, or are quantised.
     """
     ref, *aligned = sides
-    stored: dict[int, Stored] = {}
+    stored: dict[tuple[int, bool], Stored] = {}
     for side in sides:
-        if id(side.checkpoint) not in stored:
-            stored[id(side.checkpoint)] = Stored(
-                side.checkpoint, _requantised(side, architecture(), base_quantization) if base_quantization else None
-            )
-    bases = [stored[id(side.checkpoint)] for side in sides]
+        quantise = base_quantization is not None and is_requantised(side, ref)
+        if (id(side.checkpoint), quantise) not in stored:
+            requantised = _requantised(side, architecture(), base_quantization) if quantise else None
+            stored[id(side.checkpoint), quantise] = Stored(side.checkpoint, requantised)
+    bases = [
+        stored[id(side.checkpoint), base_quantization is not None and is_requantised(side, ref)] for side in sides
+    ]
     quantised = _quantised_modules(ref)
     matches = [
         _match_two((ref, side), (bases[0], base), architecture, trust)
@@ -113,6 +115,14 @@ def match(
     tensors = {name: first.info(name) for name in first.keys}
     unties = any(unties for _, _, unties in matches)
     return Names(tensors, (first, *(weights for _, weights, _ in matches)), unties, quantised)
+
+
+def is_requantised(side: Side, ref: Side) -> bool:
+    """Whether a side's base is to be what its adapter was trained on: of adapters, and of REF, which Δ is added to.
+
+    An aligned model that is a full checkpoint is what it is.
+    """
+    return side is ref or side.adapter is not None
 
 
 def layer_kind(name: str) -> str:
@@ -169,9 +179,9 @@ class _Matching:
             if not all(self.stay_one(number, name, owner, pieces[number]) for number in (0, 1))
         ]  # fmt: skip
         if parted:  # a config says of all ties at once that they are none, so that each end needs a tensor of its own
-            names |= dict.fromkeys(ties)
-        else:
-            names = {name: None for name in names if name not in ties}
+            names |= dict.fromkeys([*ties, *ties.values()])
+        else:  # one tensor for both ends, by the owner's name, whichever of the two a file has
+            names = dict.fromkeys(ties.get(name, name) for name in names)
             pieces = [{name: found for name, found in own.items() if name not in ties} for own in pieces]
         keys: tuple[dict[str, str], dict[str, str]] = ({}, {})
         unused: list[str] = []
@@ -200,10 +210,12 @@ class _Matching:
         return self.sides[number].checkpoint.tensors
 
     def home(self, number: int, name: str) -> str | None:
-        """The stored tensor that is `name` on a side: its own, or the one that it is tied to."""
-        stored, owner = self.stored(number), self.architectures[number].owner(name)
-        stored_name = self.architecture.stored_name
-        return stored_name(name, stored) or (stored_name(owner, stored) if owner else None)
+        """The stored tensor that is `name` on a side: its own, or one that it is tied to."""
+        stored, architecture = self.stored(number), self.architectures[number]
+        tied = [architecture.owner(name)]
+        tied += [other for other in architecture.tied if architecture.owns(name, other)]
+        candidates = (self.architecture.stored_name(end, stored) for end in (name, *tied) if end)
+        return next((key for key in candidates if key is not None), None)
 
     def output_name(self, name: str) -> str:
         """The name of a tensor in θ(λ): as REF stores it."""
@@ -250,7 +262,7 @@ class _Matching:
         Only the values say so: an adapter may change one end, or both by what is the same or is not.
         """
         keys = [self.home(number, end) for end in (name, owner)]
-        if None in keys:  # `match` says what is missing
+        if None in keys:  # both are, for each is the other's home; `match` says what is missing
             return True
         changes = [pieces.get(end, ()) for end in (name, owner)]
         if not any(changes) and keys[0] == keys[1]:
@@ -270,6 +282,8 @@ class _Matching:
             self.bases[number].rows(key, start, stop, rows, buffers)
             for piece in pieces:
                 piece.apply(rows, start, stop)
+            if dtype == torch.float32:
+                rows.add_(0.0)  # -0 and +0 are one value
             digest.update(as_bytes(rows))
         return digest.digest()
 

@@ -20,7 +20,7 @@ from ..files.checkpoint import TensorInfo
 from . import tokenizer
 from .architecture import Architecture
 from .checks import base_quantization_of, check_configs
-from .names import Names, match
+from .names import Names, is_requantised, match
 from .side import Side, open_sides
 from .source import CONTEXT, Source
 from .trust import NOTHING, Trust
@@ -119,8 +119,12 @@ class Pair:
 
     @property
     def requantises(self) -> bool:
-        """Whether bases are quantised to 4 bits and back, as their adapters knew them in training."""
+        """Whether adapters' bases, and REF, are taken as in training: in 4 bits and back."""
         return self.base_quantization not in (None, "none")
+
+    def is_requantised(self, side: Side) -> bool:
+        """Whether that is so of a side: not of an aligned model that is a full checkpoint."""
+        return self.requantises and is_requantised(side, self.ref)
 
     def only_pair(self, what: str) -> None:
         """Raise DeraError where there are several aligned models; `what` begins the message: `--engine is`, say."""
@@ -133,10 +137,13 @@ class Pair:
         """Check λ that a program gives, a number or a vector each, and return them as this pair takes them.
 
         Raises:
-            ValueError: not finite, a vector of another length than there are aligned models, or two with one name.
+            ValueError: not finite, a vector of another length than there are aligned models, given twice, or two with
+                one name.
         """
         values = [lambdas.known(lam, self.models) for lam in lams]
         lambdas.check_names(values)
+        if twice := [lam for lam in values if values.count(lam) > 1]:
+            raise ValueError(f"λ {lambdas.name(twice[0])} is given twice")
         return values
 
     def ends(self) -> list[lambdas.Lam]:
@@ -235,7 +242,8 @@ class Pair:
             "ref": self.ref.source.pinned,
             "aligned": aligned[0] if len(aligned) == 1 else aligned,
         }
-        if homes and homes.keys() != {self.ref.source.folder}:  # else an adapter beside its base
+        # Left out for an adapter beside its base, and where each adapter stands on the base that it names itself.
+        if len(homes) == 1 and homes.keys() != {self.ref.source.folder}:
             opened["base"] = next(iter(homes.values())).pinned
         if self.base_quantization:
             opened["base_quantization"] = self.base_quantization

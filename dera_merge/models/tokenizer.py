@@ -51,7 +51,7 @@ def check_tokenizers(ref: Side, aligned: Side, trust: Trust) -> None:
     if len(set(folders)) < 2:
         return
     ref_folder, aligned_folder = folders
-    if not any(_same_file(ref_folder / name, aligned_folder / name) for name in VOCABULARY_FILES):
+    if not _same_vocabulary(ref_folder, aligned_folder):
         _check_vocabularies(*(load_tokenizer(folder, ref.base.folder, trust).get_vocab() for folder in folders))
     if _chat_template(ref_folder) != _chat_template(aligned_folder):
         warn("the chat templates differ; ALIGNED's is used for both")
@@ -75,6 +75,13 @@ def _chat_template(folder: Path) -> str | None:
         if (folder / name).is_file() and (template := load_json(folder / name).get("chat_template")):
             return str(template)
     return None
+
+
+def _same_vocabulary(first: Path, second: Path) -> bool:
+    """Whether two folders have the same files of a vocabulary; tokenizer.json, where there is one, is what is read."""
+    names = [name for name in VOCABULARY_FILES if (first / name).is_file() or (second / name).is_file()]
+    names = names[:1] if names[:1] == ["tokenizer.json"] else names
+    return all(_same_file(first / name, second / name) for name in names)
 
 
 def _same_file(first: Path, second: Path) -> bool:

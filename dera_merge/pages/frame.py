@@ -10,10 +10,14 @@ from typing import Any
 
 from ..errors import DeraWarning
 from ..lambdas import Vector, is_end, loaded, name
+from ..statistics.verdict import VERDICTS
 
 FLOOR = 1e-7  # nats: below this a logarithmic axis shows rounding noise only
 INK = "#010203"  # stands for the colour of the page's text
 SHADES = (0.001, 1.0)  # nats: kl of a token that is shaded least and most
+
+
+_OF_LAMBDAS = ("anchors", "failed", *VERDICTS)  # lists of λ
 
 
 def read(value: Any, key: str = "") -> Any:
@@ -23,7 +27,7 @@ def read(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
         return {name: read(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [read(inner, "lambda" if key == "anchors" else "") for inner in value]
+        return [read(inner, "lambda" if key in _OF_LAMBDAS else "") for inner in value]
     return value
 
 

@@ -123,8 +123,8 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except LocalTokenNotFoundError as error:
         raise DeraError(f"{NO_TOKEN}, or set HF_TOKEN") from error
     except (*HfHubHTTPError.__bases__, RuntimeError, ValueError) as error:  # the HTTP library's too, whichever it is
-        if not _came_from_the_hub(error):
-            raise  # a fault of ours is none of the Hub's
+        if not _came_from_the_hub(error) or getattr(error, "filename", None):
+            raise  # a fault of ours is none of the Hub's, nor is a file here that cannot be read
         raise DeraError(explained(cause_of(error), repo_id)) from error
 
 

@@ -86,7 +86,7 @@ def export_exact(
     folder = Path(out).expanduser()
     _check(folder, pair, overwrite)
     once = held_once(pair) and not merge_adapter
-    whole = [side for side in pair.sides if pair.requantises or (side.adapter and not once)]
+    whole = [side for side in pair.sides if pair.is_requantised(side) or (side.adapter and not once)]
     places = _places(pair, whole)
     try:
         parent = folder.absolute().parent

@@ -91,6 +91,9 @@ def load_reward(spec: str, device: Any = "cpu") -> Reward:
         return Reward(spec, _command(rest))
     if kind == "model" and rest:
         return Reward(spec, _classifier(rest, device))
+    if not all(spec.partition(":")):
+        known = "module:function (dera_merge.demo:reward, say), command:…, model:…, length or lexicon"
+        raise DeraError(f"{spec!r} is no reward; give {known}")
     return Reward(spec, _called(function(spec)))
 
 
@@ -102,8 +105,7 @@ def function(spec: str) -> Callable[..., float]:
     """
     module, _, name = spec.partition(":")
     if not module or not name:
-        known = "module:function (dera_merge.demo:reward, say), command:…, model:…, length or lexicon"
-        raise DeraError(f"{spec!r} is no reward; give {known}")
+        raise DeraError(f"{spec!r} is no function; give module:function, dera_merge.demo:reward, say")
     sys.path.insert(0, "")  # as python -m does
     try:
         loaded = getattr(importlib.import_module(module), name)

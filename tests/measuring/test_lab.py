@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, DeraWarning, ModelPair, Report, compare
 from dera_merge.measuring.attribution import attribute
+from dera_merge.measuring.laboratory import Compute, Laboratory
 from dera_merge.measuring.traces import Text
 from dera_merge.measuring.yardstick import quantise
 from dera_merge.pages.fidelity import draw_kl
@@ -583,3 +584,22 @@ def test_a_checkpoint_merged_along_a_path_is_measured_as_it_lies(llama, lora, tm
     assert there["kl_rounding"] is None
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert merged.num_parameters() > 0
+
+
+def test_a_model_whose_turn_broke_off_is_turned_anew(pair, monkeypatch):
+    """What is half at one λ and half at another must not be taken for either."""
+    laboratory = Laboratory(pair, Compute())
+    before = {name: tensor.clone() for name, tensor in laboratory.merged(0.5).state_dict().items()}
+    model = laboratory.merged(0.5)
+
+    def broken(lam):
+        next(model.parameters()).data.zero_()
+        raise KeyboardInterrupt
+
+    turn = model.set_lam
+    monkeypatch.setattr(model, "set_lam", broken)
+    with pytest.raises(KeyboardInterrupt):
+        laboratory.merged(1.5)
+    monkeypatch.setattr(model, "set_lam", turn)
+    after = laboratory.merged(0.5).state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

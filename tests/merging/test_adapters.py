@@ -193,6 +193,26 @@ def test_the_base_of_a_qlora_adapter_is_what_transformers_dequantises(llama, lor
     torch.testing.assert_close(logits(exact.aligned), logits(merged), rtol=1e-4, atol=1e-4)
 
 
+def test_a_full_checkpoint_beside_qlora_adapters_stays_what_it_is(llama, lora, tmp_path):
+    """REF is dequant(base), for the adapter's Δ adds to that; a dense aligned model was in no 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    base, dense = (llama(seed, torch.float32, hidden_size=64, intermediate_size=128) for seed in (0, 1))
+    adapter = lora(base)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["quantization_config"] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    pair = ModelPair.from_pretrained(base, [adapter, dense])
+    assert pair.base_quantization == "nf4"
+    ref, own = pair.merge(tmp_path / "out", [[0, 0], [0, 1]], dtype="float32")
+    assert all(torch.equal(tensor, weights(dense)[name]) for name, tensor in weights(own).items())
+    changed = [name for name, tensor in weights(ref).items() if not torch.equal(tensor, weights(base)[name])]
+    assert changed
+    assert all(name.endswith("proj.weight") for name in changed)
+    exact = pair.exact()
+    torch.testing.assert_close(logits(exact.others[0]), logits(AutoModelForCausalLM.from_pretrained(dense)))
+    torch.testing.assert_close(logits(exact.ref), logits(AutoModelForCausalLM.from_pretrained(ref)), rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_says_what_base_it_was_trained_on(llama, lora, tmp_path):
     pytest.importorskip("bitsandbytes")
     base = llama(0, hidden_size=64, intermediate_size=128)

@@ -11,7 +11,7 @@ from builders import tokenizer, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dera_merge import DeraError, DeraWarning, ModelPair
+from dera_merge import DeraError, DeraForCausalLM, DeraWarning, ModelPair
 
 pytestmark = pytest.mark.core
 
@@ -318,3 +318,35 @@ def test_pairs_can_be_opened_and_loaded_in_several_threads(llama, lora):
     for each in logits[:6]:
         assert torch.equal(each, expected)
     assert torch.equal(*logits[6:])
+
+
+def test_a_vocabulary_that_differs_is_seen_beside_an_equal_stale_file(llama, tmp_path):
+    folders = []
+    for number, seed in enumerate((0, 1)):
+        folders.append(tmp_path / str(number))
+        shutil.copytree(llama(seed), folders[-1])
+        (folders[-1] / "vocab.txt").write_text("w2\nw3\n")
+
+    def swap(data):
+        vocabulary = data["model"]["vocab"]
+        vocabulary["w5"], vocabulary["w6"] = vocabulary["w6"], vocabulary["w5"]
+
+    edit(folders[1], "tokenizer.json", swap)
+    assert "the tokenizers disagree" in refusal(*folders)
+
+
+@pytest.mark.parametrize("lams", [[0.5, 0.5], [0, -0.0]])
+def test_a_lambda_that_is_given_twice_is_refused_before_anything_is_written(llama, tmp_path, lams):
+    with pytest.raises(ValueError, match="is given twice"):
+        ModelPair.from_pretrained(llama(0), llama(1, near=0)).merge(tmp_path / "out", lams)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_of_adapters_on_two_bases_is_opened_again_as_it_was(llama, lora, tmp_path):
+    bases = llama(0, torch.float32), llama(1, torch.float32, near=0)
+    adapters = [lora(base, seed) for seed, base in enumerate(bases)]
+    exact = ModelPair.from_pretrained(*adapters).exact(0.5)
+    exact.save_pretrained(tmp_path / "mixture")
+    ids = torch.tensor([[5, 9, 33]])
+    again = DeraForCausalLM.from_pretrained(tmp_path / "mixture")
+    torch.testing.assert_close(again(ids).logits, exact(ids).logits, rtol=0, atol=0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dera_merge import ModelPair
@@ -97,3 +98,27 @@ def test_whatever_is_done_to_the_ends_of_a_tie_the_merge_is_pefts_own_forward(ba
     (folder,) = pair.merge(tmp_path / "out", [1.0], dtype="float32")
     for model in (load(folder), pair.merged(1.0), pair.exact(1.0)):
         torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stored", [(True, True), (True, False), (False, True)])
+def test_a_head_that_is_stored_in_the_place_of_tied_embeddings_is_both(bases, tmp_path, stored):
+    """transformers loads such a file and ties the two; a merge must not come out with neither."""
+    folders = []
+    for number, only_head in enumerate(stored):
+        torch.manual_seed(number)
+        model = AutoModelForCausalLM.from_config(FAMILIES["llama"][0]()).float()
+        folders.append(tmp_path / str(number))
+        model.save_pretrained(folders[-1])
+        if only_head:
+            tensors = load_file(folders[-1] / "model.safetensors")
+            tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+            save_file(tensors, folders[-1] / "model.safetensors", metadata={"format": "pt"})
+    ref, aligned = (dict(load(folder).named_parameters()) for folder in folders)
+    pair = ModelPair.from_pretrained(*folders)
+    (folder,) = pair.merge(tmp_path / "out", [0.25], dtype="float32")
+    for model in (load(folder), pair.merged(0.25)):
+        merged = dict(model.named_parameters())
+        assert merged.keys() == ref.keys()
+        for name, parameter in merged.items():
+            torch.testing.assert_close(parameter, 0.75 * ref[name] + 0.25 * aligned[name], rtol=0, atol=1e-6)

@@ -16,7 +16,7 @@ from hub_server import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dera_merge import DeraError, ModelPair, demo, push_to_hub
+from dera_merge import DeraError, ModelPair, compare, demo, push_to_hub
 from dera_merge.publishing import card
 
 TOKEN = "hf_this_is_a_secret"
@@ -370,6 +370,18 @@ def test_a_report_goes_with_its_weights_only(hub, environment, merged, tmp_path)
     said = command(environment, "inspect", "me/same").stdout
     assert row["verdict"] in said
     assert "kl " in said
+
+
+def test_a_vector_of_lambda_that_failed_the_gate_is_refused_from_disk_too(tmp_path):
+    pair = ModelPair.from_pretrained(demo.REF, [demo.ALIGNED_LORA, demo.ALIGNED_BRIEF])
+    (folder,) = pair.merge(tmp_path / "out", [(0.5, 0.25)])
+    prompts = [prompt | {"completion": "A lovely film."} for prompt in demo.prompts()[:2]]
+    report = compare(pair, [(0.5, 0.25)], prompts, approx=folder, extras=())
+    assert not report.gate(max_kl=1e-9, min_top1=None)["passed"]
+    report.save(tmp_path / "report")
+    for source in (report, tmp_path / "report"):
+        with pytest.raises(DeraError, match="failed the gate"):
+            push_to_hub(folder, "me/model", report=source, dry_run=True)
 
 
 def test_parents_on_the_hub_give_licence_language_and_base_model(hub, environment, tmp_path):
