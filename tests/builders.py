@@ -10,6 +10,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from dera_merge import Curve
+from dera_merge.calibrating.layers import bendable
+from dera_merge.merging.path import Part
+from dera_merge.models.fingerprint import fingerprint
+
 VOCAB = 64
 LAMS = (-0.5, 0.0, 0.3, 1.0, 2.0, 5.0)
 
@@ -60,3 +65,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def random_path(pair, rank=3, seed=0, size=0.05):
+    """A curved path of a pair with random parts in every layer that can be bent."""
+    torch.manual_seed(seed)
+    parts = {}
+    for name in bendable(pair).values():
+        rows, columns = pair.tensors[name].shape
+        low_rank = size * torch.randn(rows, rank), torch.randn(rank, columns), torch.randn(rank, 2)
+        parts[name] = Part(0.5 * torch.randn(2), *low_rank)
+    return Curve((0.0, 2.0), fingerprint(pair), parts)

@@ -1,8 +1,7 @@
 """Sampling with noise that belongs to the prompt, not to the batch.
 
-The maximum of log-probabilities plus independent Gumbel noise is an exact sample (Gumbel, 1954). With the noise drawn
-from (seed, prompt, position), a prompt's text does not depend on what else is in its batch, and two models that decode
-with the same noise are coupled: they part only where their distributions do.
+A prompt's text does not depend on what else is in its batch, and two models that decode with the same noise are
+coupled: they part only where their distributions do.
 """
 
 from __future__ import annotations
@@ -12,37 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from ..lambdas import Lam
+from .noise import GumbelNoise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH = 32  # prompts decoded together
-
-
-class GumbelNoise(LogitsProcessor):
-    """Adds Gumbel noise to the scores, so that greedy decoding samples at temperature 1.
-
-    Args:
-        streams: one integer per row of the batch; rows with the same stream get the same noise.
-        seed: of all streams.
-        vocab_size: rows of the vocabulary that may be sampled, and get noise; default all. Models that are to be
-            coupled must have the same number of them.
-    """
-
-    def __init__(self, streams: Sequence[int], seed: int = 0, vocab_size: int | None = None) -> None:
-        self._vocab_size = vocab_size
-        self._generators = [torch.Generator().manual_seed(seed * 1_000_003 + stream) for stream in streams]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (rows, vocabulary) with noise; the next call gets fresh noise."""
-        count = self._vocab_size or scores.shape[1]
-        uniform = torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in self._generators])
-        noisy = torch.full_like(scores, -torch.inf)
-        noisy[:, :count] = scores[:, :count] - torch.log(-torch.log(uniform)).to(scores)
-        return noisy
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from builders import VOCAB, weights
+from builders import VOCAB, random_path, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -21,16 +21,6 @@ from dera_merge.merging.path import Part
 from dera_merge.models.fingerprint import fingerprint
 
 PROMPTS = [{"prompt": f"w{n} w{n + 1} w{n + 2}"} for n in range(3, 50)]
-
-
-def random_path(pair, rank=3, seed=0, size=0.05):
-    torch.manual_seed(seed)
-    parts = {}
-    for name in bendable(pair).values():
-        rows, columns = pair.tensors[name].shape
-        low_rank = size * torch.randn(rows, rank), torch.randn(rank, columns), torch.randn(rank, 2)
-        parts[name] = Part(0.5 * torch.randn(2), *low_rank)
-    return Curve((0.0, 2.0), fingerprint(pair), parts)
 
 
 def theta(pair, path, lam, ref, aligned):
