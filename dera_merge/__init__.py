@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .publishing.push import push_to_hub
     from .texts.rewards import Reward, load_reward
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "ModelPair": "api",
