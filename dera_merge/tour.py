@@ -16,6 +16,7 @@ from .texts.sampling import sample
 
 LAMS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
 SHOWN = [0.0, 0.5, 1.0, 2.0]
+PROMPT = 2  # whose texts are shown: short ones, which say what λ does
 TOKENS = 64
 
 
@@ -56,7 +57,7 @@ def run(out: str | os.PathLike[str], progress: Progress | None = None) -> dict[s
         for name, answers in texts.items():
             rewards[name].append(sum(map(demo.reward, answers)) / len(answers))
         if lam in SHOWN:
-            samples.append({"lambda": lam, "exact": texts["exact"][0], "merged": texts["merged"][0]})
+            samples.append({"lambda": lam, "exact": texts["exact"][PROMPT], "merged": texts["merged"][PROMPT]})
         if progress:
             progress("sampling for the reward", number, len(LAMS))
     plot = plot_fidelity(
@@ -66,7 +67,7 @@ def run(out: str | os.PathLike[str], progress: Progress | None = None) -> dict[s
     plain = AutoModelForCausalLM.from_pretrained(checkpoint)  # an ordinary checkpoint, nothing of ours needed
     assert plain.num_parameters() > 0
     return {
-        "prompt": prompts[0]["messages"][-1]["content"],
+        "prompt": prompts[PROMPT]["messages"][-1]["content"],
         "samples": samples,
         "results": report.results,
         "reward_exact": rewards["exact"],
