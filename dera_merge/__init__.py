@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .measuring.report import Report
     from .merging.path import Curve
     from .publishing.push import push_to_hub
+    from .texts import prompts
     from .texts.rewards import Reward, load_reward
 
 __version__ = "0.2.0"
@@ -52,14 +53,17 @@ _HOMES = {
 __all__ = [
     "Curve", "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair",
     "PlausibilityMask",
-    "Report", "Reward", "Speculation", "Sweep", "calibrate", "compare", "load_reward", "push_to_hub", "sweep",
+    "Report", "Reward", "Speculation", "Sweep", "calibrate", "compare", "load_reward", "prompts", "push_to_hub",
+    "sweep",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for only then: merging needs no transformers model, and `--help` needs no torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "prompts":  # a module
+        return import_module(".texts.prompts", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -62,7 +62,7 @@ def calibrate(
         pair: the two models.
         lams: the path is learned for λ from the smallest to the largest of these, both at least 0.
         prompts: what to learn on; default: prompts that the reference writes itself (a chat model continues an open
-            user's turn).
+            user's turn). What is too long is left out.
         kind: `"curve"`: a gain and a low-rank curve for each layer; `"gains"`: the gains alone.
         rank: of the curve.
         texts: how many to sample from exact DeRa, in all.
@@ -104,9 +104,10 @@ def calibrate(
     if student is None:
         raise DeraError("this pair cannot have a λ for each row of a batch (experts, say), so that no path is learned")
 
-    entries = prompt_files.encode(prompts, pair.tokenizer) if prompts is not None else None
-    if entries is None:
-        entries = prompt_files.encode(own_prompts(pair, exact.ref, math.ceil(texts / len(spans)), tell), pair.tokenizer)
+    asked = prompts
+    if asked is None:
+        asked = prompt_files.encode(own_prompts(pair, exact.ref, math.ceil(texts / len(spans)), tell), pair.tokenizer)
+    entries = prompt_files.fitting(asked, pair.tokenizer, max_new_tokens, pair.context_length)
     ids = [prompt.ids for prompt in entries]
     dice = random.Random(seed)
     # Every prompt serves both sides of λ = 1, so that one that is held out is held out for both.
@@ -114,7 +115,6 @@ def calibrate(
     used = sorted({prompt for prompt, _ in tasks})
     if len(used) < 2:
         raise DeraError(f"{len(used)} prompts are too few to hold one out; give more")
-    prompt_files.check_lengths(entries, max_new_tokens, pair.context_length)
     unseen = set(dice.sample(used, max(1, round(HELD_OUT * len(used)))))
     drawn = [dice.uniform(*span) for _, span in tasks]
     lessons = sampled_lessons(pair, exact, ids, [prompt for prompt, _ in tasks], drawn, unseen, max_new_tokens, tell)

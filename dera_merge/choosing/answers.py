@@ -15,6 +15,7 @@ from .. import lambdas
 from ..errors import DeraError
 from ..files.atomic import json_bytes, write_atomically
 from ..lambdas import Lam, Vector
+from ..texts.forms import Turns
 from ..texts.prompts import Prompt
 from ..texts.rewards import Reward
 
@@ -116,11 +117,9 @@ def read_scored(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def plain(entry: str | dict[str, Any]) -> str:
+def plain(asked: str | Turns) -> str:
     """A prompt as a reward sees it: the text, or the last turn of a conversation."""
-    if isinstance(entry, str):
-        return entry
-    return entry["messages"][-1]["content"] if "messages" in entry else entry["prompt"]
+    return asked if isinstance(asked, str) else asked[-1]["content"]
 
 
 class Store:

@@ -127,7 +127,7 @@ class SweepLab(Laboratory):
         answers: list[Answer] = []
         counts: dict[tuple[Lam, int], int] = {}
         for number, entry in enumerate(scored, 1):
-            asked = entry["prompt"] if "prompt" in entry else plain(entry)
+            asked = entry["prompt"] if "prompt" in entry else plain(entry["messages"])
             prompt = asked if isinstance(asked, int) else places.get(asked)
             if prompt is None or not 0 <= prompt < len(self.prompts):
                 raise DeraError(

@@ -70,7 +70,7 @@ def sweep(
 
     Args:
         pair: the two models.
-        prompts: texts, `{"prompt": …}` or `{"messages": …}`.
+        prompts: texts or rows, as for `compare`, without completions. What is too long is left out.
         rewards: what texts are worth.
         lams: the λ of interest; with `reweight`, the curve spans them. Default: 0 to 2. With several aligned models a
             number for each, and those that are given are the grid; default: every combination from 0 to 1.
@@ -117,12 +117,11 @@ def sweep(
     weights = [1.0] * len(rewards) if weights is None else list(weights)
     if len(weights) != len(rewards) or not all(map(math.isfinite, weights)):
         raise DeraError(f"{len(weights)} weights for {len(rewards)} rewards")
-    encoded = prompt_files.encode(prompts, pair.tokenizer)
+    encoded = prompt_files.fitting(prompts, pair.tokenizer, max_new_tokens, pair.context_length)
     if any(prompt.completion is not None for prompt in encoded):
         raise DeraError("the prompts bring completions; texts that are scored already go with --from-scored")
     if len(encoded) < 2:
         raise DeraError("one prompt says nothing about others; give more")
-    prompt_files.check_lengths(encoded, max_new_tokens, pair.context_length)
     curve = opened(path, pair, lams)
     grid = sorted({*lams, *grid_between(lams)}) if reweight else sorted(lams)
     anchors = pair.known(anchors) if anchors is not None else first_anchors(pair, lams) if reweight else grid
@@ -136,7 +135,8 @@ def sweep(
     mark = {"pair": fingerprint(pair), "prompts": [prompt.ids for prompt in encoded]}
     mark |= {key: value for key, value in settings.items() if key not in ("anchors", "budget")}  # texts are the same
     store = Store(None if out is None else Path(out), mark, resume, writes=launched()[0] == 0)
-    asked = Asked(encoded, [plain(entry) for entry in prompts], list(rewards), samples, max_new_tokens, mode, reweight)
+    texts = [plain(prompt.asked) for prompt in encoded]
+    asked = Asked(encoded, texts, list(rewards), samples, max_new_tokens, mode, reweight)
     lab = SweepLab(pair, Compute(device, compute_dtype), curve, seed, progress, asked, store)
     curves = Curves(lab, weights)
 
@@ -162,7 +162,7 @@ def sweep(
     if pair.models == 1 and (beta := beta if beta is not None else recorded_beta(pair)) is not None:
         result.best |= {"beta": beta, "equivalent_beta": beta / lam if lam else None}
     if check and result.best["tells_apart"] and lam not in pair.ends():
-        few = prompts[: min(len(prompts), 16)]
+        few = encoded[:16]
         lab.tell("checking the merge", 0, 1)
         row = compare(
             pair, [lam], few, path=curve, max_new_tokens=max_new_tokens, seed=seed, device=device,

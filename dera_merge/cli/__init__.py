@@ -17,7 +17,7 @@ import typer
 
 from ..errors import DeraError, DeraWarning
 from . import calibrate, compare, demo, export, generate, inspection, merge, push, sweep
-from .show import note, one_line
+from .show import Notes, note, one_line
 
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer carry
 
@@ -44,6 +44,9 @@ def main() -> None:
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", DeraWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    log = logging.getLogger("dera_merge")
+    log.setLevel(logging.INFO)
+    log.addHandler(Notes())
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it would like to have
     try:
         code = app(standalone_mode=False) or 0

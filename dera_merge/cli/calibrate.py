@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import DeraError
-from .checks import choose_device
-from .options import ComputeDtype, Device, Given, Lambdas, Seed, with_models
+from .checks import choose_device, given_prompts
+from .options import ComputeDtype, Device, Given, Lambdas, Limit, MaybePrompts, Seed, with_models
 from .show import print_json, progress, say
 
 PathKind = Literal["curve", "gains"]
@@ -20,9 +20,8 @@ def run(
     given: Given,
     lam: Lambdas,
     output: Annotated[Path, typer.Option("-o", "--output", help="The path file to write (.safetensors).")],
-    prompts: Annotated[
-        Path | None, typer.Option(help="What to learn on; default: prompts that REF writes itself.")
-    ] = None,
+    prompts: MaybePrompts = None,
+    limit: Limit = None,
     kind: Annotated[
         PathKind, typer.Option(help="curve: gains and low-rank curves; gains: a number a layer.")
     ] = "curve",
@@ -47,11 +46,10 @@ def run(
     place = choose_device(device)
     _check_path_file(output, overwrite)
     from ..calibrating.calibrate import calibrate as learn
-    from ..texts.prompts import read
 
     with progress("calibrating") as tell:
         curve = learn(
-            pair, lams, None if prompts is None else read(prompts), kind=kind, rank=rank, texts=texts,
+            pair, lams, given_prompts(prompts, limit), kind=kind, rank=rank, texts=texts,
             max_new_tokens=max_new_tokens, passes=passes, learning_rate=learning_rate, seed=seed, device=place,
             compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, progress=tell,
         )  # fmt: skip

@@ -1,9 +1,11 @@
-"""What commands look at before long work begins: the device, and where results go."""
+"""What commands look at before long work begins: the device, the prompts, and where results go."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 from ..errors import DeraError
 from .show import one_line
@@ -35,6 +37,15 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise DeraError(f"device {name!r} cannot be used: {one_line(error)}") from error
     return device
+
+
+def given_prompts(source: str | None, limit: int | None) -> list[dict[str, Any]] | None:
+    """The prompts of `--prompts` and `--limit`; None where none are given. Raises DeraError or BadParameter."""
+    from ..texts.prompts import read
+
+    if source is None and limit is not None:
+        raise typer.BadParameter("counts the prompts of --prompts; give that too", param_hint="--limit")
+    return None if source is None else read(source, limit)
 
 
 def check_report_folder(folder: Path, pair: Pair) -> None:

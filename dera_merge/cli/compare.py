@@ -10,8 +10,21 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .checks import check_report_folder, choose_device
-from .options import ComputeDtype, Device, Dtype, Given, Lambdas, PathFile, Rounding, SampleEngine, Seed, with_models
+from .checks import check_report_folder, choose_device, given_prompts
+from .options import (
+    ComputeDtype,
+    Device,
+    Dtype,
+    Given,
+    Lambdas,
+    Limit,
+    MaybePrompts,
+    PathFile,
+    Rounding,
+    SampleEngine,
+    Seed,
+    with_models,
+)
 from .show import fidelity_table, out, print_json, progress, say
 
 Texts = Literal["exact", "merged"]
@@ -23,7 +36,8 @@ def run(
     given: Given,
     lam: Lambdas,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report.")],
-    prompts: Annotated[Path | None, typer.Option(help="JSON Lines or text lines; default: 32 general prompts.")] = None,
+    prompts: MaybePrompts = None,
+    limit: Limit = None,
     approx: Annotated[
         Path | None, typer.Option(help="A merged directory to measure, or the parent of lambda-*.")
     ] = None,
@@ -61,12 +75,11 @@ def run(
     check_report_folder(output, pair)
     from ..measuring.compare import compare as measured_compare
     from ..processes import launched
-    from ..texts.prompts import read
     from ..texts.rewards import function
 
     with progress("comparing") as tell:
         report = measured_compare(
-            pair, lams, None if prompts is None else read(prompts), approx=approx, path=path, dtype=dtype,
+            pair, lams, given_prompts(prompts, limit), approx=approx, path=path, dtype=dtype,
             rounding=rounding,
             texts=texts, samples=samples, max_new_tokens=max_new_tokens, extras=wanted, extra_prompts=extra_prompts,
             reward=function(reward) if reward else None, seed=seed, engine=engine, device=place,

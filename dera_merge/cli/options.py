@@ -42,6 +42,12 @@ TrustRemoteCode = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]
 PathFile = Annotated[Path | None, typer.Option("--path", help="A path that calibrate learned, instead of the line.")]
+_PROMPTS = "JSON (Lines), CSV, TSV, parquet or text lines; a directory; or a data set of the Hub, ID:SPLIT."
+Prompts = Annotated[str, typer.Option(metavar="FILE", help=_PROMPTS)]
+MaybePrompts = Annotated[
+    str | None, typer.Option(metavar="FILE", help=f"{_PROMPTS} Default: 32 general ones; calibrate: REF writes some.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read this many prompts at most.")]
 SampleEngine = Annotated[
     str | None, typer.Option("--engine", help="Sample by vLLM: the address of a server of export-exact's DIR, or vllm.")
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,13 @@ def say(text: object) -> None:
 def note(text: object) -> None:
     """A line on stderr."""
     err.print(text, markup=False, highlight=False)
+
+
+class Notes(logging.Handler):
+    """Shows what the package logs as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(one_line(record.getMessage()))
 
 
 def print_json(value: Any) -> None:

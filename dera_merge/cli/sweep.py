@@ -9,15 +9,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .checks import check_report_folder, choose_device
-from .options import ComputeDtype, Device, Given, Mode, PathFile, SampleEngine, Seed, with_models
+from .checks import check_report_folder, choose_device, given_prompts
+from .options import ComputeDtype, Device, Given, Limit, Mode, PathFile, Prompts, SampleEngine, Seed, with_models
 from .show import PLAIN, out, print_json, progress, say
 
 
 @with_models(several=True)
 def run(
     given: Given,
-    prompts: Annotated[Path, typer.Option(help="The validation set: JSON Lines or text lines.")],
+    prompts: Prompts,
     reward: Annotated[
         list[str], typer.Option(help="module:function, command:…, model:ID[#LABEL], length or lexicon; repeatable.")
     ],
@@ -47,6 +47,7 @@ def run(
     beta: Annotated[float | None, typer.Option(help="KL coefficient of ALIGNED's training, for β/λ.")] = None,
     path: PathFile = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
+    limit: Limit = None,
     seed: Seed = 0,
     engine: SampleEngine = None,
     device: Device = "auto",
@@ -74,14 +75,13 @@ def run(
     from ..choosing.answers import read_scored
     from ..choosing.sweep import sweep as choose
     from ..processes import launched
-    from ..texts.prompts import read
     from ..texts.rewards import load_reward
 
     rewards = [load_reward(spec, place) for spec in reward]
     scored = read_scored(from_scored) if from_scored else None
     with progress("sweeping") as tell:
         result = choose(
-            pair, read(prompts), rewards, lams, weights=shares, anchors=places, samples=samples,
+            pair, given_prompts(prompts, limit), rewards, lams, weights=shares, anchors=places, samples=samples,
             max_new_tokens=max_new_tokens, mode=mode, reweight=reweight, merged=merged, budget=budget, scored=scored,
             beta=beta, path=path, seed=seed, engine=engine, device=place, out=output, resume=resume, progress=tell,
             compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,

@@ -51,7 +51,7 @@ EXTRAS: tuple[Extra, ...] = ("floor", "ladder", "predict", "layers", "coupled")
 def compare(
     pair: Pair,
     lams: Sequence[float | Sequence[float]],
-    prompts: Sequence[str | dict[str, Any]] | None = None,
+    prompts: Sequence[str | dict[str, Any] | Prompt] | None = None,
     *,
     approx: str | os.PathLike[str] | None = None,
     path: str | os.PathLike[str] | Curve | None = None,
@@ -79,8 +79,9 @@ def compare(
     Args:
         pair: the two models.
         lams: the λ to measure; with several aligned models, a number for each.
-        prompts: texts, `{"prompt": …}` or `{"messages": …}`, all or none with a `"completion"` to score on; without
-            completions, texts are sampled at temperature 1 for each λ. Default: 32 general ones.
+        prompts: texts or rows (`{"prompt": …}`, `{"messages": …}` and what else `texts/forms.py` knows), all or none
+            with a `"completion"` to score on; without completions, texts are sampled at temperature 1 for each λ. What
+            is too long is left out. Default: 32 general ones.
         approx: a directory that `merge` wrote, or the parent of `lambda-*`, to measure instead of merging anew.
         path: a path that `calibrate` learned, or its file, to measure in the place of the straight line.
         dtype, rounding, seed: how the merged model is stored, as for `merge`. `seed` also drives sampling and
@@ -121,7 +122,9 @@ def compare(
     if approx is not None and path is not None:
         raise DeraError("--approx measures a directory, --path merges anew; give one of the two")
     tokenizer = pair.tokenizer
-    encoded = prompt_files.encode(prompt_files.default(tokenizer) if prompts is None else prompts, tokenizer)
+    if prompts is None:
+        prompts = prompt_files.encode(prompt_files.default(tokenizer), tokenizer)
+    encoded = prompt_files.fitting(prompts, tokenizer, max_new_tokens, pair.context_length, "coupled" in extras)
     given = [prompt.completion is not None for prompt in encoded]
     if any(given) and not all(given):
         raise DeraError(f"prompt {given.index(False) + 1} has no completion, others have; give all or none")
@@ -130,7 +133,6 @@ def compare(
     if engine and (all(given) or texts == "merged" or "coupled" in extras):
         raise DeraError("--engine samples exact DeRa's texts, with noise of its own; leave it out for given texts, for "
                         "--texts merged and for --with coupled")  # fmt: skip
-    _check_lengths(encoded, max_new_tokens, pair.context_length, "coupled" in extras)
     storage = Storage.of(pair.names, dtype, rounding, seed)
     rounds = any(kind != torch.float32 for kind, _ in storage.layout(pair.names).values())
     curve = opened(path, pair, lams)
@@ -254,15 +256,6 @@ def _compared(
     report.texts = shown_texts(whose, lams, texts_at, report.per_token, merged_texts, tokenizer, encoded)
     report.settings = {"resolution": resolution}
     return report
-
-
-def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, limit: int | None, sampled: bool) -> None:
-    """Raise DeraError where a prompt and its completion, given or sampled, are longer than a model takes."""
-    for number, prompt in enumerate(prompts, 1):
-        given = 0 if prompt.completion is None else len(prompt.completion)
-        count = len(prompt.ids) + max(given, max_new_tokens if sampled or prompt.completion is None else 0)
-        if limit and count > limit:
-            raise DeraError(f"prompt {number} and its completion have up to {count} tokens, the model takes {limit}")
 
 
 def _approximation(approx: str | os.PathLike[str], lam: Lam, pair: Pair) -> tuple[Path, dict[str, Any]]:

@@ -1,26 +1,54 @@
-"""Prompts: from a file, or the 32 general ones that ship with the package; and as token ids."""
+"""Prompts: from a file or data set, or the 32 general ones that ship with the package; and as token ids."""
 
 from __future__ import annotations
 
-import json
+import logging
+import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DeraError
+from .forms import Asked, Turns, asked
+from .tables import rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as token ids, and the completion to score on, where one is given."""
+    """A prompt as token ids, and the completion to score on, where one is given.
+
+    Attributes:
+        text: what was tokenized.
+        ids: its tokens.
+        completion: tokens of a given completion.
+        asked: what the row asks: the turns that went through the chat template, or the text.
+        given: the row as it came.
+    """
 
     text: str
     ids: list[int]
     completion: list[int] | None = None
+    asked: str | Turns = ""
+    given: str | dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The row's other columns, for rewards: answers to check against, say."""
+        row = self.given if isinstance(self.given, dict) else {}
+        return {name: value for name, value in row.items() if name not in ("prompt", "completion")}
+
+
+def columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The other columns of all rows, by name: a value a prompt, None where its row has none."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
 def built_in() -> list[dict[str, Any]]:
@@ -28,87 +56,120 @@ def built_in() -> list[dict[str, Any]]:
     return read(Path(__file__).with_name("prompts.jsonl"))
 
 
-def read(file: str | Path) -> list[dict[str, Any]]:
-    """Prompts from a file: text lines, or JSON Lines with `"messages"` or `"prompt"`, maybe a `"completion"`.
+def read(source: str | os.PathLike[str], limit: int | None = None) -> list[dict[str, Any]]:
+    """Prompts from a file or a data set, as they are published; see docs/prompts.md for the forms.
+
+    Args:
+        source: as for `tables.rows`: a file, a directory, or `ID:SPLIT` of the Hub.
+        limit: how many rows to read; default all.
+
+    Returns:
+        The rows, with all their columns; a line of text is `{"prompt": line}`.
 
     Raises:
-        DeraError: the file cannot be read, or a line is neither.
+        DeraError: the file cannot be read, or a row asks nothing.
     """
-    path = Path(file)
-    try:
-        # Not splitlines: U+2028 and its kind may stand inside a JSON text or a prompt.
-        lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeraError(f"prompts {file} cannot be read as UTF-8 text: {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl" and not line.lstrip().startswith("{"):
-            prompts.append({"prompt": line})
-            continue
+    entries = []
+    for where, row in rows(source, limit):
         try:
-            prompts.append(_checked(json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise DeraError(f"{file}, line {number}: {error}") from error
-    if not prompts:
-        raise DeraError(f"{file} holds no prompts")
-    return prompts
+            asked(row)
+        except ValueError as error:
+            raise DeraError(f"{source}, {where}: {error}") from error
+        entries.append(row)
+    if not entries:
+        raise DeraError(f"{source} holds no prompts")
+    return entries
 
 
-def _checked(entry: Any) -> dict[str, Any]:
-    """A line's prompt. Raises ValueError where it is none."""
-    if not isinstance(entry, dict) or ("messages" in entry) == ("prompt" in entry):
-        raise ValueError('expected an object with "messages" or with "prompt"')
-    if "prompt" in entry and not isinstance(entry["prompt"], str):
-        raise ValueError('"prompt" is not a text')
-    if "messages" in entry and not (
-        isinstance(entry["messages"], list)
-        and entry["messages"]
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in entry["messages"])
-    ):
-        raise ValueError('"messages" is not a list of {"role": …, "content": …}')
-    if not isinstance(entry.get("completion", ""), str):
-        raise ValueError('"completion" is not a text')
-    return entry
-
-
-def encode(prompts: Iterable[str | dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def encode(prompts: Iterable[str | dict[str, Any] | Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Prompts as token ids.
 
-    Messages go through the chat template with a generation prompt; a text is tokenized with the tokenizer's defaults; a
+    Turns go through the chat template with a generation prompt; a text is tokenized with the tokenizer's defaults; a
     completion by itself, without special tokens.
 
+    Args:
+        prompts: texts, or rows in one of the forms of `forms.py`; what is encoded already stays.
+
     Raises:
-        DeraError: messages without a chat template, a prompt or a completion of no tokens.
+        DeraError: a row asks nothing, turns without a chat template, a prompt or a completion of no tokens.
     """
-    encoded = []
-    for number, entry in enumerate(prompts, 1):
-        entry = {"prompt": entry} if isinstance(entry, str) else entry
-        if "messages" in entry:
-            if not tokenizer.chat_template:
-                raise DeraError('the tokenizer has no chat template; give prompts as text or {"prompt": …}')
-            try:
-                text = tokenizer.apply_chat_template(entry["messages"], tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # templates raise what they like
-                raise DeraError(f"the chat template refuses prompt {number}: {error}") from error
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            text = entry["prompt"]
-            ids = tokenizer(text)["input_ids"]
-        completion = entry.get("completion")
-        given = None if completion is None else tokenizer(completion, add_special_tokens=False)["input_ids"]
-        if not ids or given == []:
-            raise DeraError(f"prompt {number} has {'an empty completion' if ids else 'no tokens'}")
-        encoded.append(Prompt(text, ids, given))
-    return encoded
+    return [
+        entry if isinstance(entry, Prompt) else _encoded(number, entry, tokenizer)
+        for number, entry in enumerate(prompts, 1)
+    ]
 
 
-def check_lengths(prompts: Iterable[Prompt], max_new_tokens: int, limit: int | None) -> None:
-    """Raises DeraError where the longest prompt and a text of `max_new_tokens` are more than a model takes."""
-    longest = max(len(prompt.ids) for prompt in prompts) + max_new_tokens
-    if limit and longest > limit:
-        raise DeraError(f"a prompt and its text have up to {longest} tokens, the model takes {limit}")
+def _encoded(number: int, entry: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    try:
+        it = _asked(entry)
+    except ValueError as error:
+        raise DeraError(f"prompt {number}: {error}") from error
+    if it.turns is None or (it.text is not None and not tokenizer.chat_template):
+        text, ids, what = it.text, tokenizer(it.text)["input_ids"], it.text
+    elif not tokenizer.chat_template:
+        raise DeraError('the tokenizer has no chat template; give prompts as text or {"prompt": …}')
+    else:
+        try:
+            text = tokenizer.apply_chat_template(it.turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like
+            raise DeraError(f"the chat template refuses prompt {number}: {error}") from error
+        ids, what = tokenizer(text, add_special_tokens=False)["input_ids"], it.turns
+    given = None if it.completion is None else tokenizer(it.completion, add_special_tokens=False)["input_ids"]
+    if not ids or given == []:
+        raise DeraError(f"prompt {number} has {'an empty completion' if ids else 'no tokens'}")
+    return Prompt(text, ids, given, what, entry)
+
+
+def _asked(entry: str | dict[str, Any]) -> Asked:
+    return asked({"prompt": entry} if isinstance(entry, str) else entry)
+
+
+def fitting(
+    prompts: Iterable[str | dict[str, Any] | Prompt], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int,
+    limit: int | None, sampled: bool = False,
+) -> list[Prompt]:  # fmt: skip
+    """The prompts that a model takes together with their texts, as token ids.
+
+    One line of the log says what was understood and how many are too long; of prompts that are encoded already, and
+    fit, it says nothing.
+
+    Args:
+        prompts, tokenizer: as for `encode`.
+        max_new_tokens: length of a sampled text, in tokens.
+        limit: how many tokens a model takes; None knows no limit.
+        sampled: texts are sampled even where completions are given.
+
+    Raises:
+        DeraError: as for `encode`; or none is left.
+    """
+    prompts = list(prompts)
+    encoded = encode(prompts, tokenizer)
+
+    def size(prompt: Prompt) -> int:
+        given = prompt.completion
+        return len(prompt.ids) + max(len(given or ()), max_new_tokens if sampled or given is None else 0)
+
+    kept = [prompt for prompt in encoded if not limit or size(prompt) <= limit]
+    lost = len(encoded) - len(kept)
+    if not kept:
+        if not encoded:
+            raise DeraError("there are no prompts")
+        least = min(map(size, encoded))
+        raise DeraError(f"every prompt is too long: {least} tokens or more with its text, the model takes {limit}")
+    if lost or not all(isinstance(entry, Prompt) for entry in prompts):
+        log.log(logging.WARNING if lost else logging.INFO, "%s", _in_words(kept, lost, max_new_tokens, limit))
+    return kept
+
+
+def _in_words(prompts: Sequence[Prompt], lost: int, max_new_tokens: int, limit: int | None) -> str:
+    """512 prompts from `prompt`; 3 too long."""
+    forms = [_asked(prompt.given) for prompt in prompts]
+    counts = Counter(form.source for form in forms)
+    parts = [f"{source}" if len(counts) == 1 else f"{source} ({count})" for source, count in counts.items()]
+    words = f"{len(prompts)} prompts from {', '.join(parts)}"
+    if cut := sum(form.cut for form in forms):
+        words += f"; final answers left out of {'all' if cut == len(prompts) else cut}"
+    return words + (f"; {lost} too long for {limit} tokens with {max_new_tokens} new ones" if lost else "")
 
 
 def default(tokenizer: PreTrainedTokenizerBase) -> Sequence[str | dict[str, Any]]:
