@@ -35,6 +35,7 @@ class ModelPair(Pair):
         *,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | Sequence[str | torch.device] = "cpu",
+        as_configured: bool = False,
         **kwargs: Any,
     ) -> DeraForCausalLM:
         """Exact DeRa at λ as one transformers model: (1-λ)·h_ref + λ·h_aligned (Liu et al., 2024).
@@ -47,6 +48,9 @@ class ModelPair(Pair):
             dtype: compute dtype; default float32 on CPU and the checkpoint's dtype elsewhere.
             device: where the two models go; two devices put the reference on the first and the aligned model on the
                 second.
+            as_configured: let `generate` apply the warpers, penalties and beams of ALIGNED's generation_config.json.
+                Without it none applies that a call does not ask for, transformers' `top_k` of 50 included; the model's
+                `left_out` names them.
             kwargs: passed to transformers' `from_pretrained`: `quantization_config` loads both models quantised,
                 `device_map` spreads each over devices (`device` is then not used), `attn_implementation`, ….
 
@@ -55,7 +59,9 @@ class ModelPair(Pair):
         """
         from .decoding.exact import DeraForCausalLM
 
-        return DeraForCausalLM.from_pair(self, lam, dtype=dtype, device=device, **kwargs)
+        return DeraForCausalLM.from_pair(
+            self, lam, dtype=dtype, device=device, as_configured=as_configured, **kwargs
+        )
 
     def dial(self, lam: float | Sequence[float] | None = None, **kwargs: Any) -> DialForCausalLM:
         """θ_ref + λΔ of an adapter pair over one set of weights, with a λ for each sequence of a batch.
@@ -67,7 +73,7 @@ class ModelPair(Pair):
         Raises:
             DeraError: the two sides do not share their weights, or the model cannot be loaded.
         """
-        exact = self.exact(lam, **kwargs)
+        exact = self.exact(lam, as_configured=True, **kwargs)
         model = exact.dial()
         model.generation_config = exact.generation_config
         return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,7 +23,11 @@ def run(
         bool, typer.Option("--chat", help="Put the prompt through the chat template as a user's turn.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0, the default, is greedy.")] = None,
+    as_configured: Annotated[
+        bool,
+        typer.Option("--as-configured", help="Apply the model's generation_config.json. Not exact DeRa any more."),
+    ] = False,
     seed: Seed = 0,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, …; cuda:0,cuda:1 puts REF and ALIGNED on two.")
@@ -59,7 +63,8 @@ def run(
 
     kind = None if compute_dtype == "auto" else compute_dtype
     text = decode(
-        pair, value, prompt, mode=mode, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        pair, value, prompt, mode=mode, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature,
+        as_configured=as_configured, seed=seed,
         device=places if len(places) == 2 else places[0], compute_dtype=kind, load_in=load_in,
         plausibility=plausibility,
         path=path,
@@ -74,5 +79,14 @@ def run(
         notes.append(f"speculation: {text['acceptance_rate']:.0%} of {text['drafted']} drafted tokens kept, {gain}")
     if plausibility:
         notes.append(f"not exact DeRa: tokens below {plausibility:g} times the aligned model's best are masked")
+    if as_configured:
+        notes.append(f"not exact DeRa: decoded as the model's files say, {_named(text['applied']) or 'greedily'}")
+    if text["left_out"]:
+        notes.append(f"not applied: {_named(text['left_out'])} of generation_config.json; --as-configured applies them")
     for line in notes:
         note(line)
+
+
+def _named(settings: dict[str, Any]) -> str:
+    """Settings in words."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items())

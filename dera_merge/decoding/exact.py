@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import DeraError
 from ..models.pair import Pair
 from ..models.source import Source
 from ..models.trust import Trust
-from . import caches
+from . import caches, settings
 from .caches import PairCache, RowsCache
 from .config import DeraConfig
 from .dial import DialForCausalLM
@@ -49,6 +49,12 @@ class DeraForCausalLM(LambdaModel):
             their common rows. The models may be on different devices; the mixed logits are on the reference's.
         lam: the default λ: any finite number. 0 is the reference, 1 the aligned model. With several, a number for each.
         rows: all models over one set of weights, as `ModelPair.exact` makes of adapters: then one pass serves all.
+        as_configured: keep what the aligned model's generation config says of warpers, penalties and beams. Without it
+            only end and padding tokens, lengths and the like are taken over, so that `generate` gives exact DeRa's
+            texts unless its caller asks for something else.
+
+    Attributes:
+        left_out: what was not taken over, name → value.
 
     Example:
         >>> model = DeraForCausalLM(ref, aligned, lam=0.5)
@@ -68,10 +74,11 @@ class DeraForCausalLM(LambdaModel):
         aligned: PreTrainedModel | Sequence[PreTrainedModel],
         lam: float | Sequence[float] = 1.0,
         rows: PreTrainedModel | None = None,
+        as_configured: bool = False,
     ) -> None:
         aligned = [aligned] if isinstance(aligned, PreTrainedModel) else list(aligned)
         super().__init__(ref, lam, min(model.config.vocab_size for model in (ref, *aligned)), len(aligned))
-        self.generation_config = copy.deepcopy(aligned[0].generation_config)
+        self._configure(aligned[0].generation_config, as_configured)
         self.config.architectures = [type(self).__name__]  # what serving engines look for
         self.ref = ref
         self.aligned = aligned[0]
@@ -80,6 +87,11 @@ class DeraForCausalLM(LambdaModel):
         self._arguments = [caches.arguments_of(model) for model in self.sides]
         self._arguments_of_rows = frozenset() if rows is None else caches.arguments_of(rows)
         self.eval()
+
+    def _configure(self, config: GenerationConfig, as_configured: bool) -> None:
+        """Take over a generation config, as it is or what of it leaves the distribution alone."""
+        self.generation_config = copy.deepcopy(config) if as_configured else settings.plain(config)
+        self.left_out = {} if as_configured else settings.changes(config)
 
     @property
     def sides(self) -> tuple[PreTrainedModel, ...]:
@@ -314,7 +326,10 @@ class DeraForCausalLM(LambdaModel):
 
         config.pair = {key: relative(name) for key, name in config.pair.items()}
         config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        self.generation_config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        generation_config = copy.deepcopy(self.generation_config)
+        if not generation_config.do_sample and generation_config.top_k == 0:
+            generation_config.top_k = None  # transformers saves no config that is greedy and has one
+        generation_config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -341,6 +356,7 @@ class DeraForCausalLM(LambdaModel):
         *,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | Sequence[str | torch.device] = "cpu",
+        as_configured: bool = False,
         **kwargs: Any,
     ) -> DeraForCausalLM:
         """Load a pair's models as one mixture. An adapter and its base are held once, and decoded in one forward pass.
@@ -351,6 +367,7 @@ class DeraForCausalLM(LambdaModel):
                 `generate(..., lam=…)` overrides it per call or per sequence.
             dtype: compute dtype; default float32 on CPU and the checkpoint's dtype elsewhere.
             device: where the models go; two devices put the reference on the first and the aligned ones on the second.
+            as_configured: as for the class; the generation config is that of ALIGNED's directory, else REF's.
             kwargs: passed to transformers' `from_pretrained`: `quantization_config` loads all models quantised,
                 `device_map` spreads each over devices (`device` is then not used), `attn_implementation`, ….
 
@@ -368,10 +385,10 @@ class DeraForCausalLM(LambdaModel):
         if lam is None:
             lam = 1.0 if pair.models == 1 else [1 / pair.models] * pair.models
         ref, aligned, rows = load_sides(pair, dtype, devices, **kwargs)
-        model = cls(ref, aligned, lam=lam, rows=rows)
+        model = cls(ref, aligned, lam=lam, rows=rows, as_configured=as_configured)
         model.config.pair = pair.opened_as()
         if config := pair.generation_config():
-            model.generation_config = config
+            model._configure(config, as_configured)
         return model
 
 

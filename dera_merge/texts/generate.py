@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import LogitsProcessorList, set_seed
 
+from ..decoding import settings
 from ..decoding.exact import DeraForCausalLM
 from ..decoding.plausibility import PlausibilityMask
 from ..decoding.speculation import Speculation
@@ -16,6 +18,9 @@ from ..errors import DeraError
 from ..merging.live import live
 from ..models.pair import Pair
 from .prompts import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Mode = Literal["exact", "merged", "speculative"]
 LoadIn = Literal["4bit", "8bit"]
@@ -29,7 +34,8 @@ def decode(
     mode: Mode = "exact",
     chat: bool = False,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    temperature: float | None = None,
+    as_configured: bool = False,
     seed: int = 0,
     device: str | torch.device | Sequence[str | torch.device] = "cpu",
     compute_dtype: torch.dtype | str | None = None,
@@ -46,7 +52,9 @@ def decode(
         mode: `"exact"` runs both models, `"merged"` θ_ref + λΔ, `"speculative"` lets the merged model draft and both
             verify (Leviathan et al., 2023): the output is exact DeRa's.
         max_new_tokens: in tokens.
-        temperature: 0 is greedy.
+        temperature: 0, and None, is greedy; no warper applies beside it.
+        as_configured: apply what the model's generation_config.json says (`top_k`, `repetition_penalty`, …), and decode
+            its way where `temperature` is None. The output is then not said to be exact DeRa's.
         seed: of sampling.
         device: where to run; two devices put the reference on the first, the aligned model on the second.
         compute_dtype: in what to run; default float32 on CPU, else the checkpoint's dtype. A draft on a CPU is
@@ -58,8 +66,9 @@ def decode(
 
     Returns:
         `text` (special tokens left out), `token_ids` (the new ones), `prompt_tokens` (their count), `exact` (whether
-        the tokens are exact DeRa's); with speculation `acceptance_rate`, `tokens_per_verification`, `drafted`,
-        `verifications`.
+        the tokens are exact DeRa's), `applied` (settings that change the distribution, name → value), `left_out` (what
+        the model's generation config would have changed); with speculation `acceptance_rate`,
+        `tokens_per_verification`, `drafted`, `verifications`.
 
     Raises:
         DeraError: the pair cannot be run in this mode, or the prompt has no tokens.
@@ -90,7 +99,9 @@ def decode(
         model = live(pair, lam, device=main_device, compute_dtype=compute_dtype, path=path)
     else:
         loading = {"quantization_config": quantised(load_in)} if load_in else {}
-        model = DeraForCausalLM.from_pair(pair, lam, dtype=compute_dtype, device=device, **loading)
+        model = DeraForCausalLM.from_pair(
+            pair, lam, dtype=compute_dtype, device=device, as_configured=True, **loading
+        )
     speculation = Speculation()
     if mode == "speculative":
         if (
@@ -103,7 +114,7 @@ def decode(
         options |= {"assistant_model": draft, "speculation": speculation}
     if plausibility:
         options["logits_processor"] = LogitsProcessorList([PlausibilityMask(plausibility)])
-    options |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    applied, left_out = _configure(model, temperature, as_configured)
     ids = torch.tensor([encoded.ids], device=main_device)
     set_seed(seed)
     output = model.generate(
@@ -115,12 +126,34 @@ def decode(
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "token_ids": new,
         "prompt_tokens": len(encoded.ids),
-        "exact": mode != "merged" and not plausibility,
+        "exact": mode != "merged" and not plausibility and not as_configured,
+        "applied": applied,
+        "left_out": left_out,
     }
     if mode == "speculative":
         keys = ("acceptance_rate", "tokens_per_verification", "drafted", "verifications")
         result |= {key: getattr(speculation, key) for key in keys}
     return result
+
+
+def _configure(
+    model: PreTrainedModel, temperature: float | None, as_configured: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give a model the generation config of one call; what of it applies, and what its own config would have applied.
+
+    On the model, because `generate` fills what a call leaves open from there.
+    """
+    own = copy.deepcopy(model.generation_config)
+    if temperature is not None or not as_configured:
+        own.do_sample = bool(temperature)
+    config = copy.deepcopy(own) if as_configured else settings.plain(own)
+    if config.do_sample and config.top_k is None:
+        config.top_k = 50  # transformers' own, where nobody gives one
+    if temperature:
+        config.temperature = temperature
+    model.generation_config = config
+    applied = settings.applied(config)
+    return applied, {} if as_configured else {k: v for k, v in settings.applied(own).items() if k != "temperature"}
 
 
 def quantised(load_in: LoadIn) -> Any:
