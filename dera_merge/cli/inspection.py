@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from .options import Dtype, Given, MaybeAligned, with_models
-from .show import PLAIN, out, print_json, progress, say
+from .show import PLAIN, note, out, print_json, progress, say
 
 
 @with_models(aligned=MaybeAligned, base_quantization=True)
@@ -53,6 +53,8 @@ def run(
         say(ending)
         if delta["tensors"]:
             say(_kept_line(delta, merged or "a merge at λ=1"))
+        if delta["doubt"]:
+            note(f"warning: {delta['doubt']}")
     if failed:
         raise failed
 
@@ -73,6 +75,7 @@ def _delta_table(delta: dict[str, Any]) -> Table:
 def _kept_line(delta: dict[str, Any], where: str) -> str:
     """What a merge keeps of Δ, or loses."""
     rows = delta["tensors"]
+    noise = f"; the noise of rounding is {delta['total']['error']:.2g} times as large as Δ"
     if lost := delta["lost"]:
         first = lost[0]
         part = (
@@ -80,10 +83,10 @@ def _kept_line(delta: dict[str, Any], where: str) -> str:
             if first in rows
             else "changed, though the adapter leaves it"
         )
-        return f"LOST in {where}: {len(lost)} of {len(rows)} changed tensors; {first} {part}"
+        return f"LOST in {where}: {len(lost)} of {len(rows)} changed tensors; {first} {part}{noise}"
     worst = min(rows, key=lambda name: rows[name]["kept"])
     least = f"{worst} keeps least, {rows[worst]['kept']:.1%} of Δ"
-    return f"Nothing is lost in {where}: of {len(rows)} changed tensors {least}."
+    return f"Nothing is lost in {where}: of {len(rows)} changed tensors {least}{noise}."
 
 
 def _model_line(model: dict[str, Any]) -> str:

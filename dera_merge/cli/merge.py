@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..models.source import Source
 
 Format = Literal["full", "adapter"]
+QUIET = 0.01  # noise, in parts of ‖λΔ‖, that is not worth a word
 
 
 @with_models(several=True, base_quantization=True)
@@ -85,7 +86,8 @@ def run(
         elif entry["energy"] is not None:
             remark = f"  (adapter of rank {entry['rank']}, {entry['energy']:.1%} of ‖λΔ‖²)"
         elif entry["kept"] is not None:
-            remark = f"  ({entry['kept']:.1%} of λΔ kept by {entry['rounding']} rounding)"
+            noise = f", noise {entry['error']:.2g} × ‖λΔ‖" if entry["error"] >= QUIET else ""
+            remark = f"  ({entry['kept']:.1%} of λΔ kept by {entry['rounding']} rounding{noise})"
         say(f"λ={entry['lambda']:g}  {entry['path']}{remark}")
         for count, state in ((entry["saturated"], "saturated"), (entry["nonfinite"], "are NaN or infinite")):
             if count:
@@ -99,11 +101,12 @@ def _share(text: str | None) -> tuple[int, int] | None:
     """`i/n`, or what `torchrun`, `accelerate launch` or `srun` say of this process."""
     if text is None:
         for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-            if os.environ.get(rank, "").isdigit() and os.environ.get(size, "").isdigit() and int(os.environ[size]) > 1:
-                return int(os.environ[rank]) + 1, int(os.environ[size])
+            given = [os.environ.get(key, "") for key in (rank, size)]
+            if all(map(str.isdecimal, given)) and int(given[1]) > 1:
+                return int(given[0]) + 1, int(given[1])
         return None
     i, _, n = text.partition("/")
-    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise typer.BadParameter(f"{text!r} is not i/n with 1 ≤ i ≤ n", param_hint="--shard")
     return int(i), int(n)
 

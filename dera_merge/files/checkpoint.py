@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ import torch
 from ..errors import DeraError
 from .atomic import load_json
 from .buffers import as_bytes
+from .places import instead
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -35,6 +36,13 @@ REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # the dtyp
 MAX_HEADER = 100_000_000  # bytes; the same limit as the safetensors library
 CHUNK = 1 << 20  # elements of a tensor that are handed from thread to thread at a time
 SLICE = 1 << 19  # elements that are computed at a time: as many as stay in a core's cache
+_INSTEAD = {  # how files begin that are often found under this name
+    b"version ": "a pointer of Git LFS: git lfs pull fetches the file",
+    b"<": "a web page: fetch the file again",
+    b"PK\x03\x04": "a pickled file of torch: name it .bin and pass --allow-pickle",
+    b"GGUF": "a GGUF file, which is for llama.cpp: give the model that it was made of",
+}
+_SAMPLE = 4096  # bytes that are looked at in three places of a tensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,24 @@ def total_bytes(infos: Iterable[TensorInfo]) -> int:
     return sum(info.nbytes for info in infos)
 
 
+def sampled(info: TensorInfo) -> bytes:
+    """Some bytes of a stored tensor: 4 KiB each from the beginning, the middle and the end."""
+    found = b""
+    with info.file.open("rb") as stream:
+        for start in sorted({0, max(0, info.nbytes // 2 - _SAMPLE // 2), max(0, info.nbytes - _SAMPLE)}):
+            stream.seek(info.offset + start)
+            found += stream.read(min(_SAMPLE, info.nbytes - start))
+    return found
+
+
+def alike(one: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> bool:
+    """Whether two sets of tensors have the same names, dtypes, shapes, and the same bytes wherever `sampled` looks."""
+    return one.keys() == other.keys() and all(
+        (info.dtype, info.shape) == (other[name].dtype, other[name].shape) and sampled(info) == sampled(other[name])
+        for name, info in one.items()
+    )
+
+
 class Checkpoint:
     """The tensors of one directory, read slice by slice.
 
@@ -87,6 +113,9 @@ class Checkpoint:
         folder: a local directory.
         stem: `"model"` for a model's weights, `"adapter_model"` for a PEFT adapter's.
         allow_pickle: read `.bin` files (`torch.load(weights_only=True)`) where there is no safetensors file.
+
+    Attributes:
+        files: the weight files that it is read from.
 
     Raises:
         DeraError: there are no weights, or a file is not what it says it is.
@@ -97,12 +126,13 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self._pickled: dict[str, torch.Tensor] = {}
         self._open: dict[Path, BinaryIO] = {}
+        self._stems = (stem, "pytorch_model" if stem == "model" else stem)
         files = _shards(folder, f"{stem}.safetensors")
         if files:
             for file, expected in files.items():
                 header = read_header(file)
                 self._add(header, file, expected)
-        elif pickles := _shards(folder, f"{'pytorch_model' if stem == 'model' else stem}.bin"):
+        elif pickles := _shards(folder, f"{self._stems[1]}.bin"):
             if not allow_pickle:
                 raise DeraError(
                     f"{folder} has only pickled weights ({next(iter(pickles)).name}), which can run code when read; "
@@ -111,7 +141,25 @@ class Checkpoint:
             for file, expected in pickles.items():
                 self._add(self._unpickle(file), file, expected)
         else:
-            raise DeraError(f"{folder} holds no weights: neither {stem}.safetensors nor {stem}.safetensors.index.json")
+            missing = f"neither {stem}.safetensors nor {stem}.safetensors.index.json"
+            raise DeraError(f"{folder} holds no weights: {missing}{instead(folder)}")
+        self.files = tuple(files or pickles)
+
+    def unread(self) -> list[Path]:
+        """Weight files of the directory that are not read, since others come first or no index names them."""
+        safe, pickled = self._stems
+        beside = [*self.folder.glob(f"{safe}*.safetensors"), *self.folder.glob(f"{pickled}*.bin")]
+        return sorted(file for file in beside if file not in self.files)
+
+    def is_copy_of(self, other: Checkpoint) -> bool:
+        """Whether both hold the same tensors, bit for bit; it reads them whole only where samples do not differ."""
+        if self is other:
+            return True
+        return alike(self.tensors, other.tensors) and all(
+            torch.equal(self.read(name, *rows).view(torch.uint8), other.read(name, *rows).view(torch.uint8))
+            for name, info in self.tensors.items()
+            for rows in slices(info)
+        )
 
     def _add(self, tensors: dict[str, TensorInfo], file: Path, expected: set[str] | None) -> None:
         if expected is not None and (lost := expected - tensors.keys()):
@@ -167,13 +215,48 @@ def _read_at(file: BinaryIO, into: memoryview, position: int) -> int:
 
 
 def _shards(folder: Path, single: str) -> dict[Path, set[str] | None]:
-    """The weight files of a folder and what the index says each holds (None: there is no index)."""
-    if (folder / single).is_file():
-        return {folder / single: None}
+    """The weight files of a folder and what the index says each holds (None: there is no index).
+
+    Where there are both a single file and shards, transformers reads the single file.
+
+    Raises:
+        DeraError: the index is broken, or there are both and they are not the same weights.
+    """
     index = folder / f"{single}.index.json"
-    if not index.is_file():
-        return {}
-    weight_map = load_json(index).get("weight_map")
+    if (folder / single).is_file():
+        if index.is_file() and (shards := stale_shards(index)):
+            raise DeraError(
+                f"{folder} holds two sets of weights that differ: {single}, which transformers reads, and the "
+                f"{len(shards)} shards of {index.name}; remove the one that is stale"
+            )
+        return {folder / single: None}
+    return indexed(index) if index.is_file() else {}
+
+
+def stale_shards(index: Path) -> list[Path]:
+    """The shards of an index that are all there and hold other weights than the single file beside them."""
+    single = index.with_name(index.name.removesuffix(".index.json"))
+    try:
+        shards = list(indexed(index))
+    except DeraError:  # what is left of an index, or of its shards, misleads nobody: transformers does not read it
+        return []
+    if shards == [single]:
+        return []
+    if single.suffix != ".safetensors":
+        return shards
+    held = {name: info for shard in shards for name, info in read_header(shard).items()}
+    return [] if alike(held, read_header(single)) else shards
+
+
+def indexed(index: Path) -> dict[Path, set[str] | None]:
+    """The shards that an index names, and the tensors that it says each holds.
+
+    Raises:
+        DeraError: it is no index, points outside of its directory, or a shard is not there.
+    """
+    folder = index.parent
+    content = load_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise DeraError(f"{index} has no weight_map of tensor names to file names")
     shards: dict[Path, set[str] | None] = {}
@@ -198,6 +281,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(8)
+        if odd := next((what for start, what in _INSTEAD.items() if head.startswith(start)), None):
+            raise DeraError(f"{file} is not a safetensors file, but {odd}")
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else None
         if length is None or length > min(MAX_HEADER, size - 8):
             raise DeraError(f"{file} is not a safetensors file: its header does not fit in it ({size} bytes)")

@@ -13,6 +13,7 @@ from ..files.buffers import Buffers
 from ..files.checkpoint import REAL, Checkpoint, TensorInfo, slices, total_bytes
 from ..merging.recipe import FIGURES, PARTIAL, RECIPE, read_recipe
 from ..merging.storage import Storage
+from ..merging.tally import ENOUGH, NO_CHANGE, doubt
 from ..merging.theta import Slice, Sums
 from ..models.adapter import Adapter
 from ..models.names import layer_kind
@@ -21,7 +22,6 @@ from ..models.source import Source, load_config
 from ..models.trust import Trust
 from .report import Report
 
-ENOUGH = 0.9  # share of Δ that must be kept; with less a tensor counts as lost
 # Where a moved weight lands, in ulps of the output dtype at θ_ref.
 STEPS = ("unchanged", "<½", "½-1½", ">1½")
 _MANTISSA = {
@@ -93,9 +93,10 @@ def inspect_pair(
 
     Returns:
         `problem`: what stops a merge, or None. `layers`: kind → `relative` = ‖Δ‖/‖θ_ref‖, `weights`, and the share of
-        weights in each of `STEPS`; `total`: the same for all of them. `tensors`: for each one with Δ ≠ 0, `kept` =
-        ⟨stored-θ_ref, Δ⟩/‖Δ‖² and `error` = ‖stored-θ_aligned‖/‖Δ‖ of `merged`, or of what `merge` would store at λ=1;
-        `lost`: those of which less than `ENOUGH` is kept or that `merged` lacks.
+        weights in each of `STEPS`; `total`: the same for all of them, and what is `kept` and the `error`. `tensors`:
+        for each one with Δ ≠ 0, `kept` = ⟨stored-θ_ref, Δ⟩/‖Δ‖² and `error` = ‖stored-θ_aligned‖/‖Δ‖ of `merged`, or of
+        what `merge` would store at λ=1; `lost`: those of which less than `ENOUGH` is kept or that `merged` lacks.
+        `doubt`: what `merge` would say of its output, or None.
 
     Raises:
         DeraError: `merged` cannot be read or is another architecture.
@@ -103,7 +104,7 @@ def inspect_pair(
     try:
         names = pair.names
     except DeraError as error:
-        return {"problem": str(error), "layers": {}, "total": None, "tensors": {}, "lost": []}
+        return {"problem": str(error), "layers": {}, "total": None, "tensors": {}, "lost": [], "doubt": None}
     checkpoint = None
     if merged is not None:
         source = Source.locate(merged, trust=pair.trust)
@@ -133,16 +134,25 @@ def inspect_pair(
         shares = {step: n / count for step, n in zip(STEPS, steps, strict=True)} if count else {}
         return {"relative": (delta / ref) ** 0.5 if ref else None, "weights": int(count), "steps": shares}
 
-    changed = {
-        name: {"kept": row.cross / row.square, "error": (row.error / row.square) ** 0.5}
-        for name, row in kept.items() if row.square
-    }  # fmt: skip
+    def survival(row: Sums) -> dict[str, float]:
+        return {"kept": row.cross / row.square, "error": (row.error / row.square) ** 0.5}
+
+    changed = {name: survival(row) for name, row in kept.items() if row.square}
     lost = [name for name, row in changed.items() if row["kept"] < ENOUGH]
     lost += [name for name, row in kept.items() if not row.square and row.error]  # changed where nothing should be
     layers = {kind: figures(row) for kind, row in sorted(sums.items())}
     problem = "ALIGNED's tokenizer has tokens that REF has no embedding for; only λ=1" if pair.new_tokens else None
-    total = figures(sum(sums.values(), torch.zeros(3 + len(STEPS))))
-    return {"problem": problem, "layers": layers, "total": total, "tensors": changed, "lost": lost}
+    total, together = figures(sum(sums.values(), torch.zeros(3 + len(STEPS)))), Sums()
+    for row in kept.values():
+        if row.weights:
+            together.add(row)
+    said = None
+    if together.square:
+        total |= survival(together)
+        said = None if merged is not None else doubt(total["kept"], total["error"], storage.rounding, 1.0)
+    elif not pair.new_tokens:
+        problem = NO_CHANGE
+    return {"problem": problem, "layers": layers, "total": total, "tensors": changed, "lost": lost, "doubt": said}
 
 
 def _stored_as(pair: Pair, checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | None:

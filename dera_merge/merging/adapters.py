@@ -23,6 +23,7 @@ from ..files.buffers import Buffers
 from ..files.checkpoint import slices
 from ..files.shards import ShardWriter, file_order
 from ..lambdas import Lam, numbers
+from ..lambdas import name as name_of
 from ..models.names import Names
 from ..models.pair import Pair
 from ..models.pieces import LowRank, Replacement
@@ -298,6 +299,7 @@ def _write(
     lams = [output.lam for output in outputs]
     writers = [ShardWriter(output.folder / FILE, layout) for output in outputs]
     figures: list[Energies] = [{} for _ in outputs]
+    alive = {lam for lam in lams if whole or not any(numbers(lam))}  # λ that are not rounded away whole
     latest: tuple[str, list[Factors]] = ("", [])  # a module's two factors come one after the other
     try:
         for number, key in enumerate(file_order(layout), 1):
@@ -308,16 +310,20 @@ def _write(
                 module = owner[key]
                 if latest[0] != module.a:
                     latest = (module.a, module.factors(lams))
-                for writer, figure, factors in zip(writers, figures, latest[1], strict=True):
+                for lam, writer, figure, factors in zip(lams, writers, figures, latest[1], strict=True):
                     padded = torch.zeros(shape)
                     factor = factors.right if key == module.a else factors.left
                     padded[: factor.shape[0], : factor.shape[1]] = factor
-                    writer.write(
-                        round_to(padded, dtype, noise_for(storage.rounding, dtype, storage.seed, key, 0, shape))
-                    )
+                    noise = noise_for(storage.rounding, dtype, storage.seed, key, 0, shape)
+                    stored = round_to(padded, dtype, noise)
+                    writer.write(stored)
+                    if key == module.b and stored.any():
+                        alive.add(lam)
                     figure[module.a.rpartition(".lora_")[0]] = factors.kept, factors.total
             if progress:
                 progress(number, len(layout))
+        if lost := [lam for lam in lams if lam not in alive]:
+            raise DeraError(f"at λ={name_of(lost[0])} nothing of λΔ survives rounding; --dtype float32 keeps it")
         for output, writer in zip(outputs, writers, strict=True):
             output.shard_done(FILE, writer.close(), Tally())
     finally:

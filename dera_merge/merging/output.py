@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import lambdas
-from ..errors import DeraError
+from ..errors import DeraError, warn
 from ..files.atomic import fsync_folder, json_bytes, load_json, sha256_of, write_atomically
 from ..files.checkpoint import DTYPE_NAMES
 from ..models.pair import Pair
 from ..models.source import TOKENIZER_FILES
 from .recipe import CONFIGS, PARTIAL, RECIPE, verify
 from .storage import Layout, total_bytes
-from .tally import Tally
+from .tally import Tally, doubt
 
 LOCK = "dera_merge.finishing"
 
@@ -196,9 +196,12 @@ class Output:
         tally = Tally()
         for file in self.shards:
             tally.merge(self.done[file])
-        if tally.is_reference():
-            raise DeraError(f"at λ={self.lam:g} nothing of Δ survives rounding; --dtype float32 keeps it")
-        record = {**self.recipe, "lambda": self.lam, "statistics": statistics or tally.summary(), "files": files}
+        if reason := tally.why_reference(self.lam):
+            raise DeraError(reason)
+        kept = tally.summary()
+        if said := doubt(kept["kept"], kept["error"], self.recipe["rounding"], self.lam):
+            warn(said)
+        record = {**self.recipe, "lambda": self.lam, "statistics": statistics or kept, "files": files}
         write_atomically(self.folder / RECIPE, json_bytes(record))
         fsync_folder(self.folder)
         write_atomically(self.folder / config_name, content)

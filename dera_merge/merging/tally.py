@@ -6,8 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..lambdas import Lam, name, numbers
 from ..models.names import layer_kind
+from .rounding import Rounding
 from .theta import Sums
+
+ENOUGH = 0.9  # share of λΔ that must be kept; with less a tensor counts as lost
+# ‖error‖/‖λΔ‖ above which the noise is said. Errors are independent of each other and changes are not, so that as much
+# noise as λΔ does little; but at 3.9 a merge of the demo pair is no closer to exact DeRa than the reference is.
+LOUD = 3.0
+NO_CHANGE = "Δ = 0: the two have the same weights, and every λ is the reference; give the model that was trained"
 
 
 @dataclass
@@ -32,9 +40,13 @@ class Tally:
             self.lost.append(name)
         return name not in self.lost
 
-    def is_reference(self) -> bool:
-        """Whether λΔ is not zero, and every stored weight is the reference's all the same."""
-        return any(sums.square for sums in self.kinds.values()) and not any(sums.moved for sums in self.kinds.values())
+    def why_reference(self, lam: Lam) -> str | None:
+        """Why every stored weight is the reference's, though λ asks for another model; None where it is as asked."""
+        if not any(numbers(lam)) or not self.kinds or any(sums.moved for sums in self.kinds.values()):
+            return None
+        if any(sums.square for sums in self.kinds.values()):
+            return f"at λ={name(lam)} nothing of Δ survives rounding; --dtype float32 keeps it"
+        return NO_CHANGE
 
     def merge(self, record: dict[str, Any]) -> None:
         """Add another tally, as its `record`."""
@@ -60,3 +72,22 @@ class Tally:
             total.add(self.kinds[kind])
         per_kind = {kind: figures(sums) for kind, sums in sorted(self.kinds.items())}
         return figures(total) | {"lost": self.lost, "per_kind": per_kind}
+
+
+def doubt(kept: float | None, error: float | None, rounding: Rounding, lam: Lam) -> str | None:
+    """What to know of an output that is little of what λ asks for, or much else; None where it is as asked.
+
+    Args:
+        kept, error: as in `Tally.summary`.
+        rounding: how the output was rounded.
+        lam: its λ.
+    """
+    if kept is None or error is None:
+        return None
+    if kept < ENOUGH:
+        remedy = "" if rounding == "stochastic" else ", --rounding stochastic keeps it on average, with noise"
+        return f"at λ={name(lam)} {rounding} rounding keeps {kept:.1%} of λΔ; --dtype float32 keeps it{remedy}"
+    if error > LOUD:
+        return (f"at λ={name(lam)} the noise of {rounding} rounding is {error:.3g} times as large as λΔ; "
+                "--dtype float32 has none, compare measures what it does")  # fmt: skip
+    return None

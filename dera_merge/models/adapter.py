@@ -25,6 +25,7 @@ from ..files.atomic import load_json
 from ..files.checkpoint import Checkpoint, slices
 from . import doors
 from .architecture import LOADING, Architecture
+from .damage import COPY, PREFIX, missing_modules, same_place
 from .pieces import LowRank, PeftModules, Piece, Replacement, ThroughPeft
 
 if TYPE_CHECKING:
@@ -41,12 +42,13 @@ _THROUGH_PEFT = frozenset(
 _MORE_THAN_LOW_RANK = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
 # Values of `init_lora_weights` with which the base was not changed when the adapter was made.
 _HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
-_PREFIX = "base_model.model."
+_KINDS: dict[str, Any] = {  # of settings that are looked at
+    "base_model_name_or_path": str, "r": int, "target_modules": list | str, "exclude_modules": list | str,
+    "modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict, "peft_version": str,
+}  # fmt: skip
 _SUFFIX = re.compile(
     r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|base_layer\.weight|weight|bias)$"
 )
-# The base's embeddings, stored beside the adapter by `save_embedding_layers`.
-_COPY = re.compile(r"(\.base_layer|embed_tokens|lm_head|wte|embed_in|embed_out)\.weight$")
 # Matches patterns in a process of its own, because Python's re cannot be stopped.
 _TRY = "import json, re, sys; ps, ns = json.load(sys.stdin); [re.match(p, n) for p in ps for n in ns]"
 _PATIENCE = 10  # seconds
@@ -70,8 +72,11 @@ class Adapter:
 
     def __post_init__(self) -> None:
         self.config = load_json(self.folder / "adapter_config.json")
-        if not isinstance(self.config, dict) or "peft_type" not in self.config:
+        if not isinstance(self.config, dict) or not isinstance(self.config.get("peft_type"), str):
             raise DeraError(f"{self.folder}/adapter_config.json names no peft_type; is this a PEFT adapter?")
+        for key, kind in _KINDS.items():
+            if not isinstance(value := self.config.get(key), kind | None):
+                raise DeraError(f"{self.folder}/adapter_config.json: {key} is {value!r}, which PEFT does not take")
         self.unmergeable = self._why_unmergeable()
 
     @cached_property
@@ -83,6 +88,12 @@ class Adapter:
     def base_name(self) -> str | None:
         """The base that its config names."""
         return self.config.get("base_model_name_or_path")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its config says of what it computes."""
+        irrelevant = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+        return {key: value for key, value in self.config.items() if key not in irrelevant}
 
     @property
     def trained_on(self) -> str | None:
@@ -107,7 +118,7 @@ class Adapter:
     @property
     def brings_base_tensors(self) -> bool:
         """Whether it brings the base's embeddings (`save_embedding_layers`), which PEFT writes into the base."""
-        return any(_COPY.search(key) for key in self.checkpoint.tensors)
+        return any(COPY.search(key) for key in self.checkpoint.tensors)
 
     @property
     def is_plain(self) -> bool:
@@ -169,7 +180,7 @@ class Adapter:
         if adapted.active_peft_config.is_prompt_learning:
             raise DeraError(f"{self.folder} is a {self.config['peft_type']} adapter, which has no weights to mix")
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-        copies = {key for key in stored if _COPY.search(key)} & adapted.state_dict().keys()
+        copies = {key for key in stored if COPY.search(key)} & adapted.state_dict().keys()
         if odd := sorted(expected ^ (stored - copies)):
             problem = "lacks" if odd[0] in expected else "has a key that the base has no place for:"
             raise DeraError(f"{self.folder} {problem} {odd[0]}; PEFT would silently use the base there")
@@ -204,12 +215,15 @@ class Adapter:
             modules: dict[str, dict[str, str]] = {}
             for key in self.checkpoint.tensors:
                 suffix = _SUFFIX.search(key)
-                if not key.startswith(_PREFIX) or not suffix:
+                if not key.startswith(PREFIX) or not suffix:
                     raise DeraError(f"{self.folder}: key {key!r} is none that a LoRA adapter has")
-                modules.setdefault(key[len(_PREFIX) : suffix.start()], {})[suffix.group(1)] = key
+                modules.setdefault(key[len(PREFIX) : suffix.start()], {})[suffix.group(1)] = key
             for module, keys in modules.items():
                 for name, piece in self._pieces(module, keys, architecture):
                     pieces.setdefault(name, []).append(piece)
+            if lacking := missing_modules(self.config, modules.keys(), architecture.linear, architecture.shapes):
+                raise DeraError(f"{self.folder} lacks tensors of {len(lacking)} modules that its config names "
+                                f"({lacking[0]}), which would stay the base's; save it again")  # fmt: skip
         else:
             adapted = PeftModules(self.folder, lambda model: self.load_onto(model, "cpu"), read_base, build())
             for module, parameter in adapted.parameters():
@@ -222,7 +236,7 @@ class Adapter:
         pieces: list[tuple[str, Piece]] = []
         for copied in ("base_layer.weight", "weight"):  # first: the sum is on top of it
             trained = copied == "weight" and self._saved_whole(module, "weight")
-            if copied in keys and not trained and _COPY.search(keys[copied]):
+            if copied in keys and not trained and COPY.search(keys[copied]):
                 self._fits(weight, self.checkpoint.tensors[keys[copied]].shape, architecture)
                 pieces.append((weight, Replacement(self.checkpoint, keys.pop(copied))))
         for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
@@ -250,6 +264,8 @@ class Adapter:
             )
         (rank, into), (out, _) = shape_a, shape_b
         stated = self._pattern("rank_pattern", module, self.config.get("r"))
+        if rank < 1:
+            raise DeraError(f"{self.folder}: {module} has rank 0, so it changes nothing; save the adapter again")
         if rank != stated:
             raise DeraError(f"{self.folder}: {module} has rank {rank}, but adapter_config.json says {stated}")
         alpha = self._pattern("alpha_pattern", module, self.config.get("lora_alpha"))
@@ -263,9 +279,9 @@ class Adapter:
     def _fits(self, name: str, shape: tuple[int, ...], architecture: Architecture) -> None:
         """Raise DeraError where the base has no parameter of this name and shape."""
         if name not in architecture.shapes:
-            raise DeraError(
-                f"{self.folder} changes {name}, which the base model does not have; is it for another base?"
-            )
+            twin = same_place(name, architecture.shapes)
+            why = f"the base's is {twin}, so rename the adapter's keys" if twin else "is it for another base?"
+            raise DeraError(f"{self.folder} changes {name}, which the base model does not have; {why}")
         if shape != architecture.shapes[name]:
             raise DeraError(
                 f"{self.folder} does not fit the base: {name} is {list(architecture.shapes[name])} there, "

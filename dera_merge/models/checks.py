@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DeraError, warn
+from .damage import check_adapter, check_full
 from .side import Side
 from .trust import NOTHING, Trust
 
@@ -48,6 +49,29 @@ def check_configs(ref: Side, aligned: Side, trust: Trust = NOTHING) -> None:
         key = differing[0]
         warn(f"config.json differs in {', '.join(differing)} ({key}: {in_ref.get(key)!r} in REF, "
              f"{in_aligned.get(key)!r} in ALIGNED); a merged checkpoint takes REF's")  # fmt: skip
+
+
+def check_files(side: Side) -> None:
+    """Warn of what an adapter asks for and nobody does. Raises DeraError where a side was not saved as it should be."""
+    check_full(side.base.name, side.checkpoint)
+    if side.adapter:
+        check_adapter(side.source.name, side.adapter.config, side.adapter.checkpoint)
+
+
+def check_apart(ref: Side, aligned: Side) -> None:
+    """Raise DeraError where both sides are one model: Δ = 0, and every λ would be the reference."""
+    if bool(ref.adapter) != bool(aligned.adapter):
+        return
+    if ref.adapter and aligned.adapter:
+        same = ref.adapter.settings == aligned.adapter.settings
+        same = same and ref.adapter.checkpoint.is_copy_of(aligned.adapter.checkpoint)
+    else:
+        same = True
+    if same and ref.checkpoint.is_copy_of(aligned.checkpoint):
+        unread = aligned.checkpoints[-1].unread()
+        beside = f" ({unread[0].name} beside them is not read)" if unread else ""
+        raise DeraError(f"{ref.source.name} and {aligned.source.name} have the same weights{beside}: Δ = 0, and every "
+                        "λ is the reference; give the model that was trained")  # fmt: skip
 
 
 def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

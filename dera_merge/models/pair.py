@@ -19,7 +19,7 @@ from ..errors import DeraError
 from ..files.checkpoint import TensorInfo
 from . import tokenizer
 from .architecture import Architecture
-from .checks import base_quantization_of, check_configs
+from .checks import base_quantization_of, check_apart, check_configs, check_files
 from .names import Names, is_requantised, match
 from .side import Side, open_sides
 from .source import CONTEXT, Source
@@ -85,8 +85,11 @@ class Pair:
         home = None if base is None else Source.locate(base, trust=trust)
         sides = open_sides(sources[0], sources[1:], home, trust)
         quantised = base_quantization_of(sides, base_quantization)
+        for side in sides:
+            check_files(side)
         for side in sides[1:]:
             check_configs(sides[0], side, trust)
+            check_apart(sides[0], side)
             tokenizer.check_tokenizers(sides[0], side, trust)
         return cls(sides, quantised, trust)
 
@@ -226,8 +229,10 @@ class Pair:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the vocabulary that all models have."""
-        return min(side.config["vocab_size"] for side in self.sides if side.config.get("vocab_size"))
+        """Rows of the vocabulary that all models have. Raises DeraError where no config says how many."""
+        if sizes := [side.config["vocab_size"] for side in self.sides if side.config.get("vocab_size")]:
+            return min(sizes)
+        raise DeraError(f"{self.ref.base.name}/config.json states no vocab_size; add it: the rows of its embeddings")
 
     @property
     def context_length(self) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import DeraError, warn
 from ..files.checkpoint import Checkpoint
 from .adapter import Adapter
+from .damage import leave_out_value_head
 from .kinds import check_kind
 from .source import Source, load_config
 from .trust import Trust
@@ -65,11 +66,13 @@ def open_sides(ref: Source, aligned: Iterable[Source], base: Source | None, trus
         adapter, home = None, source
         if source.is_adapter:
             adapter = Adapter(source.folder, trust.pickle)
+            if (source.folder / "config.json").is_file() and any(source.folder.glob("model*.safetensors")):
+                warn(f"{source.name} holds an adapter and a full model; the adapter is read, as transformers does")
             home = base or (_same_base(adapter, beside) if beside else _named_base(adapter, source, trust))
         config = load_config(home)
         check_kind(home, config)
         if home.folder not in opened:
-            opened[home.folder] = Checkpoint(home.folder, allow_pickle=trust.pickle)
+            opened[home.folder] = leave_out_value_head(Checkpoint(home.folder, allow_pickle=trust.pickle))
         return Side(source, home, adapter, opened[home.folder], config)
 
     if base and base.is_adapter:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import DeraError
 from ..files.atomic import load_json
+from ..files.places import instead
 from .trust import NOTHING, Trust
 
 TOKENIZER_FILES = (
@@ -78,7 +79,7 @@ class Source:
             return True
         if (self.folder / "config.json").is_file():
             return False
-        raise DeraError(f"{self.name} holds neither config.json nor adapter_config.json; is it a model directory?")
+        raise DeraError(f"{self.name} holds neither config.json nor adapter_config.json{instead(self.folder)}")
 
     def has_tokenizer(self) -> bool:
         return any((self.folder / name).is_file() for name in VOCABULARY_FILES)

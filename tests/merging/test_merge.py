@@ -74,7 +74,7 @@ def test_special_values_survive_both_ends(tmp_path, llama):
     for name, value in (("ref", -0.0), ("aligned", 0.0)):
         shutil.copytree(source, tmp_path / name)
         tensors = weights(source)
-        tensors["model.norm.weight"][:2] = torch.tensor([value, float("inf")])
+        tensors["model.norm.weight"][:3] = torch.tensor([value, float("inf"), 1 + value if name == "ref" else 2])
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     pair = ModelPair.from_pretrained(tmp_path / "ref", tmp_path / "aligned")
     zero, half = pair.merge(tmp_path / "out", [0, 0.5])

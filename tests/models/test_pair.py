@@ -126,8 +126,8 @@ def test_a_base_of_another_name_warns_and_ref_is_the_base(llama, lora):
 
 def test_an_adapter_names_its_base_relative_to_itself(llama, lora, tmp_path):
     shutil.copytree(llama(0), tmp_path / "base")
-    for name in ("one", "two"):
-        shutil.copytree(lora(llama(0), seed=len(name)), tmp_path / name)
+    for seed, name in enumerate(("one", "two")):
+        shutil.copytree(lora(llama(0), seed=seed), tmp_path / name)
         edit(tmp_path / name, "adapter_config.json", lambda c: c.update(base_model_name_or_path="../base"))
     pair = ModelPair.from_pretrained(tmp_path / "one", tmp_path / "two")
     assert pair.shared_base
