@@ -132,8 +132,8 @@ def _serve_lines(base: Source | None, lams: list[Any], folders: list[Path]) -> s
     rank = serving_rank(folders[0])
     if rank is None:
         return "The rank is above what vLLM serves (512); --rank cuts it"
-    revision = ["--revision", base.revision] if base.revision else []
-    model = base.name.partition("@")[0] if base.revision else base.name
+    model, commit = base.address
+    revision = ["--revision", commit] if commit else []
     words = ["vllm", "serve", model, *revision, "--enable-lora", "--max-lora-rank", rank, "--max-loras", len(lams)]
     modules = [f"lambda-{lam:g}={folder}" for lam, folder in zip(lams, folders, strict=True)]
     return shlex.join(map(str, [*words, "--lora-modules", *modules]))

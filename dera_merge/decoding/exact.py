@@ -384,10 +384,11 @@ class DeraForCausalLM(LambdaModel):
             dtype = torch.float32 if devices[0].type == devices[1].type == "cpu" else "auto"
         if lam is None:
             lam = 1.0 if pair.models == 1 else [1 / pair.models] * pair.models
+        config = pair.generation_config()
         ref, aligned, rows = load_sides(pair, dtype, devices, **kwargs)
         model = cls(ref, aligned, lam=lam, rows=rows, as_configured=as_configured)
         model.config.pair = pair.opened_as()
-        if config := pair.generation_config():
+        if config:
             model._configure(config, as_configured)
         return model
 

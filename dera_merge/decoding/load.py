@@ -45,7 +45,8 @@ def load_sides(
         folder, device = side.base.folder, devices[number > 0]
         requantise = pair.is_requantised(side) and kwargs.get("quantization_config") is None
         if (folder, device, requantise) not in bases:
-            model = load_model(folder, dtype, device, pair.trust, **kwargs)
+            config = side.built_config(pair.trust.code)
+            model = load_model(folder, dtype, device, pair.trust, **{"config": config, **kwargs})
             if requantise:
                 _put(pair.names.weights[number].stored, model, pair.architecture)
             bases[folder, device, requantise] = model
@@ -70,7 +71,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    quantised = kwargs.get("quantization_config") or load_json(folder / "config.json").get("quantization_config")
+    stored = vars(kwargs["config"]) if "config" in kwargs else load_json(folder / "config.json")
+    quantised = kwargs.get("quantization_config") or stored.get("quantization_config")
     if quantised and "device_map" not in kwargs:
         kwargs["device_map"] = {"": device}  # quantised weights are made where they stay
     try:

@@ -27,8 +27,8 @@ from ..lambdas import name as name_of
 from ..models.names import Names
 from ..models.pair import Pair
 from ..models.pieces import LowRank, Replacement
-from ..models.source import TOKENIZER_FILES
 from ..progress import Count
+from .companions import tokenizer_files
 from .output import Output, open_outputs, writing
 from .path import Curve, opened
 from .recipe import describe_pair
@@ -139,11 +139,11 @@ def merge_adapters(
     }  # fmt: skip
     outputs = open_outputs(pair, out, lams, recipe, {FILE: layout}, resume=resume, overwrite=overwrite)
     config = _config(pair, modules, width)
+    beside = _companions(pair)
     with writing(outputs, overwrite=overwrite) as pending:
         if pending:
             figures = _write(pair.names, pending, modules, whole, layout, storage, curve, progress)
             left_out = {"left_out": _left_out(pair)} if extract_rank else {}
-            beside = _companions(pair)
             for output, figure in zip(pending, figures, strict=True):
                 statistics = _energy(figure) | left_out if rank or extract_rank else {"energy": 1.0}
                 output.finish("adapter_config.json", config, beside, statistics)
@@ -358,10 +358,12 @@ def _config(pair: Pair, modules: list[Module], width: int) -> dict[str, Any]:
     saved = sorted({module for adapter in adapters for module in adapter.config.get("modules_to_save") or ()})
     biases = {adapter.config.get("bias", "none") for adapter in adapters} - {"none"}
     paths = [module.a.removeprefix("base_model.model.").rpartition(".lora_")[0] for module in modules]
+    base, revision = pair.ref.base.address
     config = LoraConfig(
         r=width, lora_alpha=width, target_modules=_targets(paths, pair) or None, modules_to_save=saved or None,
         bias=biases.pop() if len(biases) == 1 else "none", task_type="CAUSAL_LM", inference_mode=True,
-        base_model_name_or_path=pair.ref.base.name, fan_in_fan_out=not pair.architecture.transposed.isdisjoint(paths),
+        base_model_name_or_path=base, revision=revision,
+        fan_in_fan_out=not pair.architecture.transposed.isdisjoint(paths),
     )  # fmt: skip
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
 
@@ -373,11 +375,11 @@ def _targets(paths: list[str], pair: Pair) -> list[str]:
     return sorted(ends if {name for name in modules if name.rpartition(".")[2] in ends} == set(paths) else paths)
 
 
-def _companions(pair: Pair) -> list[Path]:
+def _companions(pair: Pair) -> dict[str, bytes]:
     """Tokenizer and chat template, where an adapter brings them."""
     sides = (*pair.sides[1:], pair.ref)
     folders = [side.source.folder for side in sides if side.adapter and side.source.has_tokenizer()]
-    return [path for name in TOKENIZER_FILES for folder in folders[:1] if (path := folder / name).is_file()]
+    return tokenizer_files(folders[0]) if folders else {}
 
 
 def serving_rank(folder: Path) -> int | None:

@@ -37,9 +37,7 @@ class _Dial:
 
     def build(self, lam: Lam, dtype: torch.dtype | str) -> PreTrainedModel:
         """A new model at λ, by transformers' own loading, which knows about tied, renamed and fused tensors."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.pair.ref.base.folder, trust_remote_code=self.pair.trust.code)
+        config = self.pair.ref.built_config(self.pair.trust.code)
         if self.pair.names.unties:
             config.tie_word_embeddings = False
         state = dict(self.weights(lam))

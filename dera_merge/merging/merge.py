@@ -10,19 +10,18 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..errors import DeraError, warn
+from ..errors import DeraError
 from ..files.buffers import Buffers
 from ..files.checkpoint import slices
 from ..files.ordered import in_order
 from ..files.shards import ShardWriter, file_order
 from ..models.names import Names
 from ..models.pair import Pair
-from ..models.source import TOKENIZER_FILES
 from ..progress import Count
+from .companions import companions, config_of, generation_file
 from .output import Output, open_outputs, writing
 from .path import Curve, opened
 from .recipe import describe_pair
@@ -94,15 +93,17 @@ def merge(
     }  # fmt: skip
     together = shard is not None
     outputs = open_outputs(pair, out, lams, recipe, shards, resume=resume, overwrite=overwrite, together=together)
+    endings = [pair.ending(lam, say=not output.complete) for lam, output in zip(lams, outputs, strict=True)]
+    beside = companions(pair)
     with writing(outputs, overwrite=overwrite, together=together) as pending:
         for output in pending:
             output.look(share)
         if pending:
             _write_shards(source.names, pending, share, storage, curve, progress)
-        beside = companions(pair) if pending else []
-        for output in pending:
-            if output.all_done() and (not together or output.claim()):
-                output.finish("config.json", _config(source, storage), beside)
+        for output, end in zip(outputs, endings, strict=True):
+            if output in pending and output.all_done() and (not together or output.claim()):
+                config = config_of(source, end, storage.dtype)
+                output.finish("config.json", config, beside | generation_file(end))
     return [output.folder for output in outputs]
 
 
@@ -168,28 +169,3 @@ def _nothing_left(name: str, lam: float, rounding: Rounding) -> str:
     return (
         f"at λ={lam:g} nothing of the change of {name} survives rounding, the output would be the reference; {way_out}"
     )
-
-
-def _config(pair: Pair, storage: Storage) -> dict[str, Any]:
-    """The output's config.json: REF's, with the output's dtype and ties."""
-    config = dict(pair.ref.config)
-    config.pop("_name_or_path", None)
-    if storage.dtype is not None:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(storage.dtype).removeprefix("torch.")
-    if pair.names.unties:
-        config["tie_word_embeddings"] = False
-    return config
-
-
-def companions(pair: Pair) -> list[Path]:
-    """The files to copy beside the weights: generation config, tokenizer, and code where it is trusted."""
-    files: list[Path] = []
-    if pair.generation_folder:
-        files.append(pair.generation_folder / "generation_config.json")
-    try:
-        files += [path for name in TOKENIZER_FILES if (path := pair.tokenizer_folder / name).is_file()]
-    except DeraError:
-        warn("neither side brings a tokenizer; the output has none")
-    if pair.trust.code:
-        files += sorted(pair.ref.base.folder.glob("*.py"))
-    return files

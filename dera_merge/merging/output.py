@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..errors import DeraError, warn
 from ..files.atomic import fsync_folder, json_bytes, load_json, sha256_of, write_atomically
 from ..files.checkpoint import DTYPE_NAMES
 from ..models.pair import Pair
-from ..models.source import TOKENIZER_FILES
+from ..models.source import GENERATION, TOKENIZER_FILES
 from .recipe import CONFIGS, PARTIAL, RECIPE, verify
 from .storage import Layout, total_bytes
 from .tally import Tally, doubt
@@ -107,7 +107,7 @@ class Output:
             LOCK,
             *CONFIGS,
             "model.safetensors.index.json",
-            "generation_config.json",
+            GENERATION,
             *TOKENIZER_FILES,
         }
         for record in (RECIPE, PARTIAL):
@@ -165,7 +165,7 @@ class Output:
         self,
         config_name: str,
         config: dict[str, Any],
-        companions: Sequence[Path],
+        companions: Mapping[str, bytes],
         statistics: dict[str, Any] | None = None,
     ) -> None:
         """Write everything but the weights; the config, which makes the directory a model, last.
@@ -173,7 +173,7 @@ class Output:
         Args:
             config_name: `config.json` or `adapter_config.json`.
             config: its content.
-            companions: files to copy beside the weights.
+            companions: what lies beside the weights: name → content.
             statistics: what `dera_merge.json` says of the weights; default: what became of λΔ.
 
         Raises:
@@ -189,8 +189,8 @@ class Output:
             size = sum(map(total_bytes, self.shards.values()))
             write("model.safetensors.index.json", json_bytes(
                 {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}))  # fmt: skip
-        for origin in companions:
-            write(origin.name, origin.read_bytes())
+        for name, companion in companions.items():
+            write(name, companion)
         content = json_bytes(config)
         files[config_name] = hashlib.sha256(content).hexdigest()
         tally = Tally()

@@ -20,6 +20,7 @@ from ..files.checkpoint import TensorInfo
 from . import tokenizer
 from .architecture import Architecture
 from .checks import base_quantization_of, check_apart, check_configs, check_files
+from .ends import Ending, Told, ending
 from .names import Names, is_requantised, match
 from .side import Side, open_sides
 from .source import CONTEXT, Source
@@ -212,20 +213,29 @@ class Pair:
         loaded = tokenizer.load_tokenizer(folder, self.ref.base.folder, self.trust)
         return max(loaded.get_vocab().values()) >= rows
 
-    @property
-    def generation_folder(self) -> Path | None:
-        """Where generation_config.json comes from: ALIGNED if it brings one, else REF."""
-        for source in (self.aligned.source, self.ref.source, self.ref.base):
-            if (source.folder / "generation_config.json").is_file():
-                return source.folder
-        return None
+    @cached_property
+    def _told(self) -> list[Told]:
+        return [Told(side) for side in self.sides]
+
+    def ending(self, lam: lambdas.Lam | None = None, say: bool = False) -> Ending:
+        """Generation config and end tokens at λ; arguments as for `ends.ending`."""
+        return ending(self._told, lam, say)
 
     def generation_config(self) -> GenerationConfig | None:
-        """transformers' own, of `generation_folder`; None where nobody brings one."""
+        """transformers' own, for a model of which λ is turned: it ends where any side does. None where nothing says so.
+
+        Raises:
+            DeraError: a generation config is none.
+        """
         from transformers import GenerationConfig
 
-        folder = self.generation_folder
-        return GenerationConfig.from_pretrained(folder) if folder else None
+        if not (settings := self.ending().generation):
+            return None
+        try:
+            return GenerationConfig.from_dict(settings)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DeraError(f"the generation config of {self.aligned.source.name} or {self.ref.source.name} "
+                            f"is none that transformers takes: {error}") from error  # fmt: skip
 
     @property
     def vocab_size(self) -> int:

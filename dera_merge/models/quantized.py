@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from threading import Lock
 from typing import Literal, get_args
 
 import torch
 
 from ..errors import DeraError
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import REAL, Checkpoint, TensorInfo
 
 BaseQuantisation = Literal["nf4", "nf4-double", "fp4", "fp4-double"]
+# What formats of quantised weights call the tensors that they add.
+_OF_QUANTISED = re.compile(
+    r"quant_(state|map)|absmax|\.(qweight|qzeros|scales|g_idx|SCB|codes|codebooks|W_q)$"
+    r"|_(scale|scale_inv|scales|packed|zero_point|blocks)$"
+)
+
+
+def holds_quantised(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether there is any sign of quantised weights among a checkpoint's tensors; else its config says so wrongly."""
+    return any(
+        _OF_QUANTISED.search(name) or (name.endswith("weight") and info.dtype not in REAL)
+        for name, info in tensors.items()
+    )
 
 
 class Requantised:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DeraError, warn
 from ..files.checkpoint import Checkpoint
 from .adapter import Adapter
 from .damage import leave_out_value_head
 from .kinds import check_kind
+from .quantized import holds_quantised
 from .source import Source, load_config
 from .trust import Trust
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +40,30 @@ class Side:
 
     @property
     def quantisation(self) -> str | None:
-        """How the checkpoint says that it is quantised: `fp8`, `gptq`, …"""
+        """How the checkpoint is quantised: `fp8`, `gptq`, …; None where no tensor is, whatever its config says."""
         settings = self.config.get("quantization_config")
-        if not settings:
+        if not settings or not holds_quantised(self.checkpoint.tensors):
             return None
         return str(settings.get("quant_method", "quantised") if isinstance(settings, dict) else settings)
+
+    def built_config(self, code: bool = False) -> PreTrainedConfig:
+        """transformers' config of the base, without settings of a quantisation that no tensor has.
+
+        Args:
+            code: let transformers run code that comes with the checkpoint.
+
+        Raises:
+            DeraError: transformers does not know the model.
+        """
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.base.folder, trust_remote_code=code)
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise DeraError(f"transformers cannot load {self.base.folder}: {error}") from error
+        if self.quantisation is None and hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return config
 
     @property
     def checkpoints(self) -> list[Checkpoint]:

@@ -17,6 +17,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+GENERATION = "generation_config.json"
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 CONTEXT = ("max_position_embeddings", "n_positions")  # config keys: how many tokens a model takes
 
@@ -71,6 +72,11 @@ class Source:
     def pinned(self) -> str:
         """The local folder, or the Hub id with the commit."""
         return f"{self.name.partition('@')[0]}@{self.revision}" if self.revision else str(self.folder)
+
+    @property
+    def address(self) -> tuple[str, str | None]:
+        """What other tools find it by from anywhere: the Hub id and the commit, or the local folder and None."""
+        return (self.name.partition("@")[0], self.revision) if self.revision else (str(self.folder), None)
 
     @property
     def is_adapter(self) -> bool:

@@ -15,7 +15,7 @@ from ..errors import DeraError, warn
 from ..files.atomic import json_bytes
 from ..measuring.report import Report
 from ..merging.recipe import CONFIGS, FIGURES, RECIPE, verify, weights_digest
-from ..models.source import TOKENIZER_FILES
+from ..models.source import GENERATION, TOKENIZER_FILES
 from ..pages.fidelity import plot_fidelity
 from ..progress import Progress
 from . import card
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 PLOT = "fidelity.png"
-_REPLACED = {*CONFIGS, "generation_config.json", *TOKENIZER_FILES, RECIPE, FIGURES, PLOT}
+_REPLACED = {*CONFIGS, GENERATION, *TOKENIZER_FILES, RECIPE, FIGURES, PLOT}
 _WEIGHTS = re.compile(
     r".*\.safetensors(\.index\.json)?|(pytorch_model|adapter_model).*\.bin(\.index\.json)?|tf_model\.h5|flax_model\.msgpack"
 )
@@ -142,6 +142,10 @@ def planned(
     for parent in {parent.name: parent for parent in parents if parent.role != "base"}.values():
         if not parent.on_hub:
             plan.notes.append(f"{parent.name} is a local model: the card names it in words, not as base_model")
+    adapters = [recipe for _, recipe in recipes.values() if recipe.get("format") == "adapter"]
+    if adapters and not (base := card.base_of(adapters[0])).on_hub:
+        plan.notes.append(f"the adapter names its base by a path of this machine; others need {base.name} too, and "
+                          "pass it to PEFT themselves")  # fmt: skip
     siblings = [(branch, lam) for branch, lam in branches if lam is not None and branch != "main"]
     figures = _figures(shown) if shown else {}
     for branch, lam in branches:

@@ -22,16 +22,17 @@ from typing import Any
 from ..decoding.config import DeraConfig
 from ..errors import DeraError
 from ..files.atomic import json_bytes, load_json
-from ..merging.merge import companions, merge
+from ..merging.companions import cleaned, companions, generation_file, tokenizer_files
+from ..merging.merge import merge
 from ..merging.output import check_clear_of_inputs, check_space
+from ..models.ends import generation_settings
 from ..models.pair import Pair
 from ..models.pieces import LowRank
 from ..models.side import Side
-from ..models.source import TOKENIZER_FILES, load_config
+from ..models.source import GENERATION, load_config
 from ..progress import Progress
 
 Places = dict[str, tuple[Path, list[Path]]]  # name in the directory → the folder where a model lies, its weight files
-_SMALL = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 def held_once(pair: Pair) -> bool:
@@ -85,6 +86,7 @@ def export_exact(
         raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; use ALIGNED alone (λ=1)")
     folder = Path(out).expanduser()
     _check(folder, pair, overwrite)
+    beside = companions(pair) | generation_file(pair.ending(say=True))
     once = held_once(pair) and not merge_adapter
     whole = [side for side in pair.sides if pair.is_requantised(side) or (side.adapter and not once)]
     places = _places(pair, whole)
@@ -93,7 +95,7 @@ def export_exact(
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=parent) as scratch:
             stage = Path(scratch) / "export"
-            sizes = _write(pair, stage, lam, places, whole, copy, progress)
+            sizes = _write(pair, stage, lam, places, whole, beside, copy, progress)
             _replace(stage, folder)
     except OSError as error:
         raise DeraError(f"{folder} cannot be written: {error.strerror or error}") from error
@@ -101,9 +103,10 @@ def export_exact(
 
 
 def _write(
-    pair: Pair, stage: Path, lam: float, places: Places, whole: list[Side], copy: bool, progress: Progress | None
-) -> dict[str, int]:
-    """Fill a new directory; bytes of weights by how they came there."""
+    pair: Pair, stage: Path, lam: float, places: Places, whole: list[Side], beside: dict[str, bytes], copy: bool,
+    progress: Progress | None,
+) -> dict[str, int]:  # fmt: skip
+    """Fill a new directory, `beside` in it beside the models; bytes of weights by how they came there."""
     stage.mkdir()
     files = [(file, stage / name / file.name) for name, (_, weights) in places.items() for file in weights]
     check_space(stage, sum(file.stat().st_size for file, _ in files) if copy else 0)
@@ -114,13 +117,15 @@ def _write(
         if progress:
             progress(file.name, done, len(files))
     for name, (source, _) in places.items():
-        _describe(source, stage / name, "../base" if "base" in places else "../ref", pair.trust.code)
+        quantised = (pair.aligned if name == "aligned" else pair.ref).quantisation is not None
+        base = "../base" if "base" in places else "../ref"
+        _describe(source, stage / name, base, pair.trust.code, quantised)
     for side in whole:
         name, end = ("ref", 0.0) if side is pair.ref else ("aligned", 1.0)
         merge(pair, stage / name, [end], rounding="nearest")
         sizes["copied"] += sum(file.stat().st_size for file in (stage / name).glob("*.safetensors"))
-    for file in companions(pair):
-        shutil.copyfile(file, stage / file.name)
+    for name, content in beside.items():
+        (stage / name).write_bytes(content)
     (stage / "config.json").write_bytes(json_bytes(_config(pair, stage, lam)))
     return sizes
 
@@ -170,12 +175,18 @@ def _put(file: Path, target: Path, copy: bool) -> bool:
     return False
 
 
-def _describe(folder: Path, target: Path, base: str, code: bool) -> None:
+def _describe(folder: Path, target: Path, base: str, code: bool, quantised: bool) -> None:
     """Copy the small files beside a model's weights; an adapter's config gets `base` as its base."""
-    names = [*_SMALL, *(file.name for pattern in ["*.index.json", *["*.py"] * code] for file in folder.glob(pattern))]
-    for name in names:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+    files = {file.name: file for pattern in ["*.index.json", *["*.py"] * code] for file in folder.glob(pattern)}
+    for file in files.values():
+        shutil.copyfile(file, target / file.name)
+    for name, content in tokenizer_files(folder, files).items():
+        (target / name).write_bytes(content)
+    if (settings := generation_settings(folder)) is not None:
+        (target / GENERATION).write_bytes(json_bytes(settings))
+    if (folder / "config.json").is_file():
+        config = cleaned(load_json(folder / "config.json"), files, quantised)
+        (target / "config.json").write_bytes(json_bytes(config))
     if (folder / "adapter_config.json").is_file():
         config = load_json(folder / "adapter_config.json") | {"base_model_name_or_path": base}
         (target / "adapter_config.json").write_bytes(json_bytes(config))

@@ -86,6 +86,7 @@ def test_token_ids_that_disagree(copied):
 def test_a_quantised_checkpoint(copied):
     ref, aligned = copied
     edit(aligned, "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"}))
+    edit_tensors(aligned, lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 8, dtype=torch.int32)}))
     assert "quantised (gptq)" in refusal(ref, aligned)
 
 
