@@ -115,9 +115,9 @@ def _set_lam(model: PreTrainedModel, lam: float | Sequence[float]) -> None:
     dial: _Dial = model._dera_dial
     (lam,) = dial.pair.known([lam])
     parameters = model.state_dict()  # shares memory with the model
-    places = {name: dial.pair.architecture.stored_name(name, parameters) for name in dial.pair.tensors}
-    if None not in places.values():
+    groups = dial.pair.architecture.layout(dial.pair.tensors).group_of
+    if all(name in groups and groups[name].is_renamed for name in dial.pair.tensors):
         for name, weight in dial.weights(lam):
-            parameters[places[name]].copy_(weight)
+            parameters[groups[name].targets[0]].copy_(weight)
     else:  # transformers stores some of these tensors under other names, or fused; it knows how
         model.load_state_dict(dial.build(lam, model.dtype).state_dict())

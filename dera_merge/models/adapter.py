@@ -26,7 +26,7 @@ from ..files.checkpoint import Checkpoint, slices
 from . import doors
 from .architecture import LOADING, Architecture
 from .damage import COPY, PREFIX, missing_modules, same_place
-from .pieces import LowRank, PeftModules, Piece, Replacement, ThroughPeft
+from .pieces import LowRank, PeftModules, Piece, Replacement
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -181,10 +181,22 @@ class Adapter:
             raise DeraError(f"{self.folder} is a {self.config['peft_type']} adapter, which has no weights to mix")
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
         copies = {key for key in stored if COPY.search(key)} & adapted.state_dict().keys()
+        if expected != stored - copies:
+            stored = self._as_peft_reads(adapted)
         if odd := sorted(expected ^ (stored - copies)):
             problem = "lacks" if odd[0] in expected else "has a key that the base has no place for:"
             raise DeraError(f"{self.folder} {problem} {odd[0]}; PEFT would silently use the base there")
         return adapted
+
+    def _as_peft_reads(self, adapted: PeftModel) -> set[str]:
+        """The names that PEFT makes of those in the file, which may be those of another release of transformers."""
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+        shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.checkpoint.tensors.items()}
+        try:
+            return set(convert_peft_adapter_state_dict_for_transformers(adapted, adapted.active_peft_config, shapes))
+        except (ValueError, RuntimeError):
+            return set(shapes)
 
     def bind(
         self, architecture: Architecture, read_base: Callable[[str], torch.Tensor], build: Callable[[], PreTrainedModel]
@@ -210,25 +222,30 @@ class Adapter:
         if not self.checkpoint.tensors:
             raise DeraError(f"{self.folder} holds no tensors; the adapter changes nothing")
         pieces: dict[str, list[Piece]] = {}
-        if self.is_plain:
+        modules = self._modules() if self.is_plain else {}
+        strange = [module for module in modules if f"{module}.weight" not in architecture.shapes]
+        if self.is_plain and not (strange and architecture.converts):
             self._check_patterns({name.rpartition(".")[0] for name in architecture.shapes})
-            modules: dict[str, dict[str, str]] = {}
-            for key in self.checkpoint.tensors:
-                suffix = _SUFFIX.search(key)
-                if not key.startswith(PREFIX) or not suffix:
-                    raise DeraError(f"{self.folder}: key {key!r} is none that a LoRA adapter has")
-                modules.setdefault(key[len(PREFIX) : suffix.start()], {})[suffix.group(1)] = key
             for module, keys in modules.items():
                 for name, piece in self._pieces(module, keys, architecture):
                     pieces.setdefault(name, []).append(piece)
             if lacking := missing_modules(self.config, modules.keys(), architecture.linear, architecture.shapes):
                 raise DeraError(f"{self.folder} lacks tensors of {len(lacking)} modules that its config names "
                                 f"({lacking[0]}), which would stay the base's; save it again")  # fmt: skip
-        else:
+        else:  # PEFT knows what it does to the base, and the names that transformers 4 had for modules
             adapted = PeftModules(self.folder, lambda model: self.load_onto(model, "cpu"), read_base, build())
-            for module, parameter in adapted.parameters():
-                pieces[f"{module}.{parameter}"] = [ThroughPeft(adapted, module, parameter)]
+            pieces |= {name: [piece] for name, piece in adapted.pieces()}
         return pieces
+
+    def _modules(self) -> dict[str, dict[str, str]]:
+        """The modules of a plain adapter: what follows their name in a key → the key."""
+        modules: dict[str, dict[str, str]] = {}
+        for key in self.checkpoint.tensors:
+            suffix = _SUFFIX.search(key)
+            if not key.startswith(PREFIX) or not suffix:
+                raise DeraError(f"{self.folder}: key {key!r} is none that a LoRA adapter has")
+            modules.setdefault(key[len(PREFIX) : suffix.start()], {})[suffix.group(1)] = key
+        return modules
 
     def _pieces(self, module: str, keys: dict[str, str], architecture: Architecture) -> list[tuple[str, Piece]]:
         """What is done to a module: (parameter name, piece). `keys`: what follows its name → the adapter's key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import DeraError
+from ..files.checkpoint import TensorInfo
 from . import doors
+from .layout import Layout
 from .trust import NOTHING, Trust
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ class Architecture:
         transposed: modules that store their weight as (in, out).
         linear: linear modules, the head left out.
         model_class: transformers' class.
+        model: the empty model.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -41,6 +45,7 @@ class Architecture:
     transposed: frozenset[str]
     linear: tuple[str, ...]
     model_class: type
+    model: PreTrainedModel
 
     @classmethod
     def of(cls, folder: Path, trust: Trust = NOTHING) -> Architecture:
@@ -58,7 +63,19 @@ class Architecture:
             frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
             tuple(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head),
             type(model),
+            model,
         )
+
+    def layout(self, tensors: Mapping[str, TensorInfo]) -> Layout:
+        """How a checkpoint's tensors become this model's."""
+        return Layout(self.model, self.shapes, tensors)
+
+    @property
+    def converts(self) -> bool:
+        """Whether transformers has names and shapes for files of this class that are not those in memory."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        return bool(get_model_conversion_mapping(self.model, add_legacy=False))
 
     def stored_name(self, name: str, stored: Any) -> str | None:
         """The name in `stored` of the tensor `name`, with or without the base model's prefix; None if there is none."""

@@ -82,7 +82,9 @@ _OUTPUT = "transformers.modeling_outputs:CausalLMOutputWithPast"
 _CACHE = "transformers.cache_utils:Cache"
 _WRAPPER = "peft.utils.other:AuxiliaryTrainingWrapper"
 _SAVED = "peft.utils.other:ModulesToSaveWrapper"
+_PARAMETER_LORA = "peft.tuners.lora:ParamWrapper"
 _LORA = "peft.tuners.lora:LoraLayer"
+_LOADING = "transformers.core_model_loading"
 _EMPTY = "tensors to fill that were made without memory"
 _PARAMETER = "vllm.model_executor.parameter:ModelWeightParameter"
 DOORS: tuple[Door, ...] = (
@@ -107,6 +109,16 @@ DOORS: tuple[Door, ...] = (
     Door("exact decoding", "transformers.cache_utils:DynamicLayer", "keys", "a draft's cache is made of the pair's",
          instance=True),
     Door("models", _MODEL, "all_tied_weights_keys", "which tensors an architecture shares", instance=True),
+    Door("models", "transformers.conversion_mapping", "get_model_conversion_mapping", "how files become memory",
+         ("model", "add_legacy")),
+    Door("models", _LOADING, "rename_source_key", "the name in memory of a tensor in the files"),
+    Door("models", _LOADING, "dot_natural_key", "the order in which experts are stacked"),
+    Door("models", _LOADING, "WeightRenaming", "tells names that change from tensors that do"),
+    Door("models", f"{_LOADING}:WeightConverter", "add_tensor", "what transformers makes of stored tensors"),
+    Door("models", f"{_LOADING}:WeightConverter", "convert", "what transformers makes of stored tensors",
+         ("model", "config")),
+    Door("models", f"{_LOADING}:WeightConverter", "source_patterns", "which tensors it takes"),
+    Door("models", f"{_LOADING}:WeightConverter", "target_patterns", "whether it makes one tensor or several"),
     Door("compare", "torch.nn:Module", "_modules", "a model with a stand-in for its decoder", instance=True),
     Door("adapters", "peft:PeftModel", "active_peft_config", "tells prompts, which have no weights, from adapters"),
     Door("adapters", "peft.tuners.tuners_utils", "BaseTunerLayer", "the modules that an adapter changes"),
@@ -118,6 +130,11 @@ DOORS: tuple[Door, ...] = (
     Door("adapters", "peft.utils.other:TrainableTokensWrapper", "token_adapter", "the base of trained tokens",
          instance=True),
     Door("adapters", "peft.tuners.lora", "ParamWrapper", "LoRA on a parameter, which is no linear layer"),
+    Door("adapters", _PARAMETER_LORA, "parameter_name", "which parameter it is", instance=True),
+    Door("adapters", _PARAMETER_LORA, "num_experts", "how many matrices the parameter is", instance=True),
+    Door("adapters", _PARAMETER_LORA, "get_param", "whether the parameter is one matrix or several"),
+    Door("adapters", "peft.utils.transformers_weight_conversion", "convert_peft_adapter_state_dict_for_transformers",
+         "adapters saved under transformers 4's names"),
     Door("adapters", _LORA, "lora_A", "the factors of a layer", instance=True),
     Door("adapters", _LORA, "lora_B", "the factors of a layer", instance=True),
     Door("adapters", _LORA, "scaling", "the scale of a layer", instance=True),

@@ -7,24 +7,21 @@ be.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from ..errors import DeraError, warn
-from ..files.buffers import Buffers, as_bytes
+from ..errors import DeraError
 from ..files.checkpoint import REAL, TensorInfo, slices
-from .architecture import Architecture, empty_model
-from .pieces import Piece, Replacement
+from .architecture import Architecture
+from .layout import Assembled
+from .matching import match_two
+from .pieces import Replacement
 from .quantized import Requantised
 from .side import Side
 from .trust import NOTHING, Trust
 from .weights import Stored, Weights
-
-Pieces = dict[str, list[Piece]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +98,7 @@ def match(
     ]
     quantised = _quantised_modules(ref)
     matches = [
-        _match_two((ref, side), (bases[0], base), architecture, trust)
+        match_two((ref, side), (bases[0], base), architecture, trust)
         for side, base in zip(aligned, bases[1:], strict=True)
     ]
     for side, matched in zip(aligned, matches, strict=True):
@@ -137,155 +134,12 @@ def _requantised(side: Side, architecture: Architecture, kind: str) -> Requantis
     """A side's linear layers as quantisation to `kind` and back leaves them."""
     if architecture.transposed:
         raise DeraError("--base-quantization does not know layers that store their weight transposed (Conv1D)")
-    stored = side.checkpoint.tensors
-    linear = {architecture.stored_name(f"{module}.weight", stored) for module in architecture.linear}
-    return Requantised(side.checkpoint, linear - {None}, kind)
-
-
-def _match_two(
-    sides: tuple[Side, Side], bases: tuple[Stored, Stored], architecture: Callable[[], Architecture], trust: Trust
-) -> tuple[Weights, Weights, bool]:
-    """The weights of a reference and of one aligned model, and whether a tie of REF's config is broken."""
-    for side, other in (sides, sides[::-1]):
-        if side.quantisation and not other.quantisation:
-            raise DeraError(f"{side.base.name} is quantised ({side.quantisation}) and {other.base.name} is not; "
-                            "θ_ref + λΔ needs dense weights, give those")  # fmt: skip
-    stored = [side.checkpoint.tensors for side in sides]
-    ties = [side.config.get("tie_word_embeddings") for side in sides]
-    ties_matter = ties[0] != ties[1] or (ties[0] and {"lm_head.weight", "embed_out.weight"} & stored[0].keys())
-    if stored[0].keys() == stored[1].keys() and not ties_matter and not any(side.adapter for side in sides):
-        keys = {name: name for name in stored[0]}
-        return Weights(bases[0], keys, {}), Weights(bases[1], keys, {}), False
-    return _Matching(sides, bases, architecture(), trust).match()
-
-
-class _Matching:
-    """Find each tensor on two sides where names differ, tensors are tied, or an adapter speaks in module names."""
-
-    def __init__(
-        self, sides: tuple[Side, Side], bases: tuple[Stored, Stored], architecture: Architecture, trust: Trust
-    ) -> None:
-        self.sides, self.bases, self.trust = sides, bases, trust
-        self.architecture = architecture
-        shared = sides[0].checkpoint.folder == sides[1].checkpoint.folder
-        self.architectures = architecture, architecture if shared else Architecture.of(sides[1].base.folder, trust)
-
-    def match(self) -> tuple[Weights, Weights, bool]:
-        pieces = [self.pieces(number) for number in (0, 1)]
-        names = dict.fromkeys([*self.stored(0), *map(self.output_name, self.stored(1))])
-        ties = {self.output_name(name): self.output_name(owner) for name, owner in self.architecture.tied.items()}
-        parted = [
-            name for name, owner in ties.items()
-            if not all(self.stay_one(number, name, owner, pieces[number]) for number in (0, 1))
-        ]  # fmt: skip
-        if parted:  # a config says of all ties at once that they are none, so that each end needs a tensor of its own
-            names |= dict.fromkeys([*ties, *ties.values()])
-        else:  # one tensor for both ends, by the owner's name, whichever of the two a file has
-            names = dict.fromkeys(ties.get(name, name) for name in names)
-            pieces = [{name: found for name, found in own.items() if name not in ties} for own in pieces]
-        keys: tuple[dict[str, str], dict[str, str]] = ({}, {})
-        unused: list[str] = []
-        for name in names:
-            homes = [self.home(number, name) for number in (0, 1)]
-            for side, other, key in zip(self.sides, reversed(self.sides), homes, strict=True):
-                if key is None and self.is_built(name):
-                    raise DeraError(f"{side.base.name} has no tensor {name}, which {other.base.name} has")
-            if None in homes:  # no model has it: REF's stays as it is, ALIGNED's is left out
-                unused.append(name)
-            if homes[0] is not None:
-                keys[0][name] = homes[0]
-            if homes[0] is not None and homes[1] is not None:
-                keys[1][name] = homes[1]
-        if unused:
-            which = unused[0] if len(unused) == 1 else f"{unused[0]} and {len(unused) - 1} more tensors"
-            warn(f"only one side has {which}, which no model that transformers builds uses; REF's stay as they are")
-        ref, aligned = (Weights(*parts) for parts in zip(self.bases, keys, pieces, strict=True))
-        return ref, aligned, bool(parted)
-
-    def is_built(self, name: str) -> bool:
-        """Whether the model in memory has a tensor of this name, which a file may lack the prefix of."""
-        return self.architecture.stored_name(name, self.architecture.shapes) is not None
-
-    def stored(self, number: int) -> dict[str, TensorInfo]:
-        return self.sides[number].checkpoint.tensors
-
-    def home(self, number: int, name: str) -> str | None:
-        """The stored tensor that is `name` on a side: its own, or one that it is tied to."""
-        stored, architecture = self.stored(number), self.architectures[number]
-        tied = [architecture.owner(name)]
-        tied += [other for other in architecture.tied if architecture.owns(name, other)]
-        candidates = (self.architecture.stored_name(end, stored) for end in (name, *tied) if end)
-        return next((key for key in candidates if key is not None), None)
-
-    def output_name(self, name: str) -> str:
-        """The name of a tensor in θ(λ): as REF stores it."""
-        return self.architecture.stored_name(name, self.stored(0)) or name
-
-    def adapted(self, number: int, name: str) -> str:
-        """The stored tensor that a side's adapter changes."""
-        side = self.sides[number]
-        for index, holder in ((0, self.sides[0]), (number, side)):
-            key = self.home(index, name)
-            if key is None:
-                form = "in packed, quantised form" if holder.quantisation else "under another name"
-                raise DeraError(
-                    f"{side.source.name} changes {name}, which {holder.base.name} stores {form} "
-                    "(transformers converts it on load); that is not merged, decode exactly"
-                )
-            if holder.checkpoint.tensors[key].dtype not in REAL:
-                kind = str(holder.checkpoint.tensors[key].dtype).removeprefix("torch.")
-                raise DeraError(
-                    f"{side.source.name} changes {name}, which {holder.base.name} stores quantised ({kind}); "
-                    "merge onto the dense base instead"
-                )
-        return key
-
-    def pieces(self, number: int) -> Pieces:
-        """What a side's adapter does, by the names of θ(λ)."""
-        side = self.sides[number]
-        if side.adapter is None:
-            return {}
-
-        def read_base(name: str) -> torch.Tensor:
-            return self.bases[number].whole(self.adapted(number, name))
-
-        build = partial(empty_model, side.base.folder, self.trust)
-        by_name = {}
-        for name, pieces in side.adapter.bind(self.architecture, read_base, build).items():
-            self.adapted(number, name)
-            by_name[self.output_name(name)] = pieces
-        return by_name
-
-    def stay_one(self, number: int, name: str, owner: str, pieces: Pieces) -> bool:
-        """Whether a tied tensor and its owner are still one on a side: stored as one, and changed alike if at all.
-
-        Only the values say so: an adapter may change one end, or both by what is the same or is not.
-        """
-        keys = [self.home(number, end) for end in (name, owner)]
-        if None in keys:  # both are, for each is the other's home; `match` says what is missing
-            return True
-        changes = [pieces.get(end, ()) for end in (name, owner)]
-        if not any(changes) and keys[0] == keys[1]:
-            return True
-        infos = [self.stored(number)[key] for key in keys]
-        if infos[0].shape != infos[1].shape or infos[0].dtype != infos[1].dtype:
-            return False
-        dtype = torch.float32 if any(changes) else infos[0].dtype
-        digests = {self.digest(number, key, change, dtype) for key, change in zip(keys, changes, strict=True)}
-        return len(digests) == 1
-
-    def digest(self, number: int, key: str, pieces: Sequence[Piece], dtype: torch.dtype) -> bytes:
-        """SHA-256 of a stored tensor with what an adapter does to it, in this dtype, a few rows at a time."""
-        info, buffers, digest = self.stored(number)[key], Buffers(), hashlib.sha256()
-        for start, stop in slices(info):
-            rows = buffers.take("rows", (stop - start, *info.row_shape), dtype)
-            self.bases[number].rows(key, start, stop, rows, buffers)
-            for piece in pieces:
-                piece.apply(rows, start, stop)
-            if dtype == torch.float32:
-                rows.add_(0.0)  # -0 and +0 are one value
-            digest.update(as_bytes(rows))
-        return digest.digest()
+    layout = architecture.layout(side.checkpoint.tensors)
+    keys = {key for module in architecture.linear if (key := layout.key(f"{module}.weight"))}
+    if odd := [key for key in keys if isinstance(key, Assembled)]:
+        problem = f"layers that are stored in other shapes ({odd[0].tensors[0]})"
+        raise DeraError(f"--base-quantization does not know {problem}")
+    return Requantised(side.checkpoint, keys, kind)
 
 
 # Checks of what was matched
@@ -311,9 +165,10 @@ def _check_tensor(
             f"{sides[1].base.name}; the two are not the same architecture"
         )
     if _is_opaque(name, ref, quantised_modules) or aligned.dtype not in REAL:
-        same = ref.dtype == aligned.dtype and ref.shape == aligned.shape
+        keys = [side.keys[name] for side in weights]
+        same = ref.dtype == aligned.dtype and ref.shape == aligned.shape and all(isinstance(key, str) for key in keys)
         for start, stop in slices(ref) if same and ref is not aligned else ():
-            rows = (side.stored.checkpoint.read(side.keys[name], start, stop) for side in weights)
+            rows = (side.stored.checkpoint.read(key, start, stop) for side, key in zip(weights, keys, strict=True))
             same = same and torch.equal(*rows)
         if not same:
             quantised = sides[0].quantisation or sides[1].quantisation

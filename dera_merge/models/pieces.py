@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,17 +15,27 @@ import torch
 from ..errors import DeraError
 from ..files.checkpoint import Checkpoint
 from . import doors
+from .layout import Runs
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 
+ALL = slice(None)
+
+
 class Piece(Protocol):
     """One thing that an adapter does to one tensor."""
 
-    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
-        """Put the change into the tensor's rows [start, stop), float32 or float64, in place."""
+    def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
+        """Put the change into the tensor's rows [start, stop), float32 or float64, in place.
+
+        Args:
+            rows: these rows, or `columns` of them.
+            start, stop: which.
+            columns: which part of each row.
+        """
         ...
 
 
@@ -42,13 +52,13 @@ class LowRank:
     scale: float
     transposed: bool
 
-    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
+    def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         right = _factor(self.adapter, self.b if self.transposed else self.a, rows.dtype)
         if self.transposed:
             left, right = _factor(self.adapter, self.a, rows.dtype)[:, start:stop].T, right.T
         else:
             left = self.adapter.read(self.b, start, stop).to(rows.dtype)
-        rows.addmm_(left, right, alpha=self.scale)
+        rows.addmm_(left, right[:, columns], alpha=self.scale)
 
 
 @lru_cache(maxsize=4)  # the slices of one tensor come one after another, and each needs the whole factor
@@ -63,8 +73,66 @@ class Replacement:
     adapter: Checkpoint
     key: str
 
-    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
-        rows.copy_(self.adapter.read(self.key, start, stop))
+    def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
+        whole = self.adapter.read(self.key, start, stop)
+        rows.copy_(whole[:, columns] if whole.ndim > 1 else whole)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankStack:
+    """scale·B·A of each matrix of a stack, experts' say: LoRA on a parameter (PEFT's `target_parameters`).
+
+    Attributes:
+        left: (matrices, rows, r), float32.
+        right: (matrices, r, columns), float32.
+        scale: of the sum.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+    def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
+        height = self.left.shape[1]
+        for number in range(start // height, -(-stop // height)):
+            first, last = max(start, number * height), min(stop, (number + 1) * height)
+            left = self.left[number, first - number * height : last - number * height].to(rows.dtype)
+            right = self.right[number, :, columns].to(rows.dtype)
+            rows[first - start : last - start].addmm_(left, right, alpha=self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """What is done to tensors in memory, to a stored one that becomes rows of them, or columns.
+
+    Attributes:
+        pieces: what is done to each tensor in memory.
+        runs: where the stored tensor's rows are in these.
+        height: None; or, where `runs` speak of the stored tensor's columns, the rows of one of its matrices.
+    """
+
+    pieces: tuple[Sequence[Piece], ...]
+    runs: Runs
+    height: int | None = None
+
+    def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
+        assert columns == ALL  # it is the outermost
+        if self.height is None:
+            return self._straight(rows, start, stop, ALL)
+        height, width = self.height, rows.shape[-1]
+        for block in range(start // height, -(-stop // height)):
+            first, last = max(start, block * height), min(stop, (block + 1) * height)
+            part = rows[first - start : last - start]
+            turned = part.T.contiguous()
+            columns = slice(first - block * height, last - block * height)
+            self._straight(turned, block * width, (block + 1) * width, columns)
+            part.copy_(turned.T)
+        return None
+
+    def _straight(self, rows: torch.Tensor, start: int, stop: int, columns: slice) -> None:
+        for first, last, which, row in self.runs.within(start, stop):
+            for piece in self.pieces[which] if which >= 0 else ():
+                piece.apply(rows[first - start : last - start], row, row + last - first, columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +143,10 @@ class ThroughPeft:
     module: str
     parameter: str
 
-    def apply(self, rows: torch.Tensor, start: int, stop: int) -> None:
+    def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         merged = self.modules.merged(self.module)[self.parameter]
-        rows.copy_(merged.reshape(-1, *rows.shape[1:])[start:stop])
+        lines = merged.reshape(-1, merged.shape[-1]) if merged.ndim > 1 else merged
+        rows.copy_(lines[start:stop, columns] if merged.ndim > 1 else lines[start:stop])
 
 
 class PeftModules:
@@ -111,11 +180,14 @@ class PeftModules:
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not inside:
                 self.modules[name] = module
 
-    def parameters(self) -> Iterator[tuple[str, str]]:
-        """(module, parameter) of everything that the adapter may change."""
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """What the adapter may change, by parameter name in memory, and what it does there."""
         for name, module in self.modules.items():
+            if stacks := _stacks(module):
+                yield from ((f"{name}.{parameter}", stack) for parameter, stack in stacks.items())
+                continue
             for parameter, _ in _base_of(module).named_parameters():
-                yield name, parameter
+                yield f"{name}.{parameter}", ThroughPeft(self, name, parameter)
 
     def merged(self, name: str) -> dict[str, torch.Tensor]:
         """The parameters of one module with the adapter in them, float32. Raises DeraError where PEFT cannot."""
@@ -141,6 +213,24 @@ class PeftModules:
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise DeraError(f"{self._folder}: PEFT cannot merge {name}: {error}; decode exactly") from error
         return {parameter: tensor.detach().float() for parameter, tensor in merged.named_parameters()}
+
+
+def _stacks(module: torch.nn.Module) -> dict[str, LowRankStack]:
+    """The sums on parameters of one module, which PEFT wraps once for each; none where it is wrapped otherwise."""
+    from peft.tuners.lora import ParamWrapper
+
+    stacks = {}
+    while isinstance(module, ParamWrapper):
+        doors.check("adapters", module)
+        ((adapter, first),) = module.lora_A.items()
+        a, b, count = first.weight.detach(), module.lora_B[adapter].weight.detach(), module.num_experts
+        left = b.reshape(len(b), -1, count).permute(2, 0, 1)  # (matrices, out, r): PEFT's order of the columns of B
+        right = a.reshape(count, -1, a.shape[-1])  # (matrices, r, in)
+        if getattr(module.get_base_layer(), "is_transposed", False) and module.get_param().ndim == 3:
+            left, right = right.mT, left.mT
+        stacks[module.parameter_name] = LowRankStack(left, right, module.scaling[adapter])
+        module = module.base_layer
+    return stacks
 
 
 def _base_of(module: Any) -> torch.nn.Module:

@@ -13,6 +13,7 @@ import torch
 
 from ..files.buffers import Buffers
 from ..files.checkpoint import Checkpoint, TensorInfo
+from .layout import Assembled, Key
 from .pieces import Piece
 from .quantized import Requantised
 
@@ -29,11 +30,18 @@ class Stored:
     checkpoint: Checkpoint
     requantised: Requantised | None = None
 
-    def is_requantised(self, key: str) -> bool:
-        return self.requantised is not None and key in self.requantised
+    def info(self, key: Key) -> TensorInfo:
+        """A tensor's shape and dtype, and where it lies."""
+        return key.info if isinstance(key, Assembled) else self.checkpoint.tensors[key]
 
-    def rows(self, key: str, start: int, stop: int, out: torch.Tensor, buffers: Buffers) -> None:
+    def is_requantised(self, key: Key) -> bool:
+        tensors = key.tensors if isinstance(key, Assembled) else (key,)
+        return self.requantised is not None and any(name in self.requantised for name in tensors)
+
+    def rows(self, key: Key, start: int, stop: int, out: torch.Tensor, buffers: Buffers) -> None:
         """Rows [start, stop) of a tensor into `out`, in the dtype of `out`."""
+        if isinstance(key, Assembled):
+            return self._assemble(key, start, stop, out, buffers)
         info = self.checkpoint.tensors[key]
         if self.requantised is not None and key in self.requantised:
             out.copy_(self.requantised.rows(key, start, stop))
@@ -41,10 +49,38 @@ class Stored:
             self.checkpoint.read(key, start, stop, out)
         else:
             out.copy_(self.checkpoint.read(key, start, stop, buffers.take("stored", tuple(out.shape), info.dtype)))
+        return None
 
-    def whole(self, key: str) -> torch.Tensor:
+    def _assemble(self, key: Assembled, start: int, stop: int, out: torch.Tensor, buffers: Buffers) -> None:
+        """Rows [start, stop) of a tensor that is stored in other shapes."""
+        if not key.transposed:
+            return self._lines(key, start, stop, out, buffers)
+        height, width = key.info.shape[-2:]
+        for block in range(start // height, -(-stop // height)):
+            whole = buffers.take("transposed", (width, height), out.dtype)
+            self._lines(key, block * width, (block + 1) * width, whole, buffers)
+            first, last = max(start, block * height), min(stop, (block + 1) * height)
+            out[first - start : last - start] = whole[:, first - block * height : last - block * height].T
+        return None
+
+    def _lines(self, key: Assembled, start: int, stop: int, out: torch.Tensor, buffers: Buffers) -> None:
+        """Lines [start, stop) of what `key.runs` numbers: rows, or columns."""
+        for first, last, which, line in key.runs.within(start, stop):
+            read = self._columns if key.columns[which] else self.rows
+            read(key.tensors[which], line, line + last - first, out[first - start : last - start], buffers)
+
+    def _columns(self, key: str, start: int, stop: int, out: torch.Tensor, buffers: Buffers) -> None:
+        """Columns [start, stop) of a stored tensor's matrices, numbered one after another, as the rows of `out`."""
+        height, width = self.info(key).shape[-2:]
+        for block in range(start // width, -(-stop // width)):
+            whole = buffers.take("columns", (height, width), out.dtype)
+            self.rows(key, block * height, (block + 1) * height, whole, buffers)
+            first, last = max(start, block * width), min(stop, (block + 1) * width)
+            out[first - start : last - start] = whole[:, first - block * width : last - block * width].T
+
+    def whole(self, key: Key) -> torch.Tensor:
         """A tensor in its own shape, float32."""
-        info = self.checkpoint.tensors[key]
+        info = self.info(key)
         out = torch.empty((info.rows, *info.row_shape), dtype=torch.float32)
         self.rows(key, 0, info.rows, out, Buffers())
         return out.view(info.shape)
@@ -56,17 +92,17 @@ class Weights:
 
     Attributes:
         stored: the base's tensors.
-        keys: name → the name that the base stores it under.
+        keys: name → the name that the base stores it under, or what it is put together from there.
         pieces: name → what the adapter does to it, in this order; names that it leaves alone are not there.
     """
 
     stored: Stored
-    keys: Mapping[str, str]
+    keys: Mapping[str, Key]
     pieces: Mapping[str, Sequence[Piece]]
 
     def info(self, name: str) -> TensorInfo:
         """Where the base's tensor lies, and its shape and dtype there."""
-        return self.stored.checkpoint.tensors[self.keys[name]]
+        return self.stored.info(self.keys[name])
 
     def base_rows(self, name: str, start: int, stop: int, out: torch.Tensor, buffers: Buffers) -> None:
         """Rows [start, stop) of the base's tensor, any adapter left out, into `out`, in its dtype."""

@@ -104,19 +104,6 @@ def test_lora_on_gpt2s_transposed_layers_equals_peft_with_and_without_the_prefix
         torch.testing.assert_close(merged[name], tensor, rtol=0, atol=2e-6)
 
 
-def test_lora_on_fused_experts_is_refused_by_name_and_on_attention_it_merges(tmp_path, lora):
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIGS["mixtral"]()).save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base")
-    adapter = lora(tmp_path / "base", target_modules=["q_proj", "v_proj"])
-    (folder,) = ModelPair.from_pretrained(tmp_path / "base", adapter).merge(tmp_path / "out", [0.5])
-    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
-    experts = lora(tmp_path / "base", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    with pytest.raises(DeraError, match="experts.* under another name"):
-        ModelPair.from_pretrained(tmp_path / "base", experts).merge(tmp_path / "out2", [0.5])
-    assert not (tmp_path / "out2").exists()
-
-
 def test_lora_on_experts_that_are_stored_fused_equals_pefts_forward(tmp_path):
     torch.manual_seed(0)
     config = tf.GptOssConfig(

@@ -45,7 +45,8 @@ def specimens() -> list[object]:
     base = tiny_llama(0)
     cache = DynamicCache(config=base.config)
     base(torch.tensor([[5, 6]]), use_cache=True, **{CACHE: cache})
-    found = [base, adapted, *adapted.modules(), cache, *cache.layers]
+    parameters = get_peft_model(tiny_llama(0), LoraConfig(target_modules=[], target_parameters=["q_proj.weight"]))
+    found = [base, adapted, *adapted.modules(), *parameters.modules(), cache, *cache.layers]
     if find_spec("vllm"):
         from vllm.config import CompilationConfig
         from vllm.model_executor import parameter

@@ -1,0 +1,128 @@
+"""Files whose tensors are not the model's: experts one by one, other names, other shapes, and tensors of no model.
+
+transformers writes the layout that a family's files have on the Hub, and with `save_original_format=False` that of
+memory. Oracles: a state dict interpolated in memory, and PEFT's own unmerged forward.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import save_tokenizer, weights
+from families import IDS, build
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dera_merge import ModelPair
+
+pytestmark = pytest.mark.core
+
+# Families whose files have other tensors than their model has, and where their experts are.
+CONVERTED = {
+    "mixtral": ["experts.gate_up_proj", "experts.down_proj"],
+    "qwen3_moe": ["experts.gate_up_proj", "experts.down_proj"],
+    "deepseek_v3": ["experts.gate_up_proj", "experts.down_proj"],
+    "glm4_moe": ["experts.gate_up_proj", "experts.down_proj"],
+    "nemotron_h": ["experts.up_proj", "experts.down_proj"],
+}
+FUSED = {
+    "gpt_oss": ["experts.gate_up_proj", "experts.down_proj"],
+    "llama4_text": ["experts.gate_up_proj", "experts.down_proj"],
+}
+ATTENTION = {"deepseek_v3": ["q_b_proj", "kv_b_proj"], "phi3": ["qkv_proj"]}
+
+
+def save(model, folder: Path, **how) -> Path:
+    model.save_pretrained(folder, **how)
+    save_tokenizer(folder)
+    return folder
+
+
+def load(folder: Path):
+    """transformers' own model of a folder, which must hold all of it."""
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(IDS, use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders by family and layout, made when first asked for."""
+    folders: dict[tuple[str, int, bool], Path] = {}
+
+    def make(family: str, seed: int, as_in_memory: bool = False) -> Path:
+        key = family, seed, as_in_memory
+        if key not in folders:
+            folder = tmp_path_factory.mktemp(family)
+            folders[key] = save(build(family, seed), folder, save_original_format=not as_in_memory)
+        return folders[key]
+
+    return make
+
+
+@pytest.mark.parametrize("family", CONVERTED)
+@pytest.mark.parametrize("ref_in_memory", [False, True])
+def test_two_layouts_of_one_model_merge_to_the_interpolation_of_what_transformers_loads(made, tmp_path, family, ref_in_memory):
+    folders = made(family, 0, ref_in_memory), made(family, 1, not ref_in_memory)
+    assert weights(folders[0]).keys() != weights(folders[1]).keys()
+    ref, aligned = (load(folder).state_dict() for folder in folders)
+    pair = ModelPair.from_pretrained(*folders)
+    ends = pair.merge(tmp_path / "out", [0.0, 0.5, 1.0])
+    assert weights(ends[0]).keys() == weights(folders[0]).keys()
+    zero, half, one = (load(folder).state_dict() for folder in ends)
+    for name, tensor in ref.items():
+        assert torch.equal(zero[name], tensor)
+        assert torch.equal(one[name], aligned[name])
+        expected = (tensor.double() + aligned[name].double()) / 2
+        torch.testing.assert_close(half[name].double(), expected, rtol=1e-6, atol=1e-7)
+    live = pair.merged(1.0)
+    live.set_lam(0.5)
+    for name, tensor in live.state_dict().items():
+        assert torch.equal(tensor, half[name])
+
+
+@pytest.mark.parametrize("family", [*CONVERTED, *FUSED])
+def test_lora_on_experts_and_attention_is_pefts_forward_in_the_file_and_live(made, tmp_path, family):
+    base = made(family, 0)
+    torch.manual_seed(5)
+    adapted = get_peft_model(load(base), LoraConfig(
+        r=2, lora_alpha=4, init_lora_weights=False, task_type="CAUSAL_LM",
+        target_modules=ATTENTION.get(family, ["q_proj", "v_proj"]), target_parameters=(CONVERTED | FUSED)[family],
+    ))  # fmt: skip
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert_is_pefts(base, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "deepseek_v3"])
+def test_dora_and_tokens_beside_it_are_pefts_forward_in_the_file_and_live(made, tmp_path, family):
+    base = made(family, 0)
+    torch.manual_seed(5)
+    adapted = get_peft_model(load(base), LoraConfig(
+        r=2, lora_alpha=4, init_lora_weights=False, task_type="CAUSAL_LM", use_dora=True,
+        target_modules=ATTENTION.get(family, ["q_proj", "v_proj"]), trainable_token_indices=[5, 9],
+    ))  # fmt: skip
+    for name, parameter in adapted.named_parameters():
+        if "magnitude" in name or "trainable_tokens" in name:
+            parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert_is_pefts(base, tmp_path / "adapter", tmp_path / "out")
+
+
+def assert_is_pefts(base: Path, adapter: Path, out: Path) -> None:
+    """The merge at λ=1 computes what PEFT's unmerged model computes, from the file and live."""
+    expected, plain = logits(PeftModel.from_pretrained(load(base), adapter)), logits(load(base))
+    assert (expected - plain).abs().max() > 0.01
+    pair = ModelPair.from_pretrained(base, adapter)
+    (folder,) = pair.merge(out, [1.0])
+    torch.testing.assert_close(logits(load(folder)), expected, rtol=1e-3, atol=1e-3)
+    live = pair.merged(0.3)
+    live.set_lam(1.0)
+    torch.testing.assert_close(logits(live), expected, rtol=1e-3, atol=1e-3)
+    assert weights(folder).keys() == weights(base).keys()
