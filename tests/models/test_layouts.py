@@ -13,6 +13,7 @@ import torch
 from builders import save_tokenizer, weights
 from families import IDS, build
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from dera_merge import ModelPair
@@ -115,8 +116,8 @@ def test_dora_and_tokens_beside_it_are_pefts_forward_in_the_file_and_live(made, 
     assert_is_pefts(base, tmp_path / "adapter", tmp_path / "out")
 
 
-def assert_is_pefts(base: Path, adapter: Path, out: Path) -> None:
-    """The merge at λ=1 computes what PEFT's unmerged model computes, from the file and live."""
+def assert_is_pefts(base: Path, adapter: Path, out: Path) -> Path:
+    """The merge at λ=1, which computes what PEFT's unmerged model computes, from the file and live."""
     expected, plain = logits(PeftModel.from_pretrained(load(base), adapter)), logits(load(base))
     assert (expected - plain).abs().max() > 0.01
     pair = ModelPair.from_pretrained(base, adapter)
@@ -126,3 +127,36 @@ def assert_is_pefts(base: Path, adapter: Path, out: Path) -> None:
     live.set_lam(1.0)
     torch.testing.assert_close(logits(live), expected, rtol=1e-3, atol=1e-3)
     assert weights(folder).keys() == weights(base).keys()
+    return folder
+
+
+# Linear layers of transformers 4, those of its experts and its router among them, which release 5 has as parameters.
+FORMER = {
+    "mixtral": ["w1", "w2", "w3", "gate", "q_proj"],
+    "qwen3_moe": ["gate_proj", "up_proj", "down_proj", "gate", "q_proj"],
+}
+
+
+@pytest.mark.parametrize("family", FORMER)
+def test_an_adapter_saved_under_transformers_4_adds_its_sum_to_each_experts_tensor(made, tmp_path, family):
+    base = made(family, 0)
+    stored = weights(base)
+    modules = [name.removesuffix(".weight") for name in stored if name.split(".")[-2] in FORMER[family]]
+    torch.manual_seed(3)
+    factors = {}
+    for module in modules:
+        out, into = stored[f"{module}.weight"].shape
+        factors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(2, into)
+        factors[f"base_model.model.{module}.lora_B.weight"] = 0.1 * torch.randn(out, 2)
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=FORMER[family], base_model_name_or_path=str(base))
+    config.save_pretrained(tmp_path / "adapter")
+    merged = weights(assert_is_pefts(base, tmp_path / "adapter", tmp_path / "out"))
+    for name, tensor in stored.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in factors:
+            change = 2 * factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"]
+            torch.testing.assert_close(merged[name], tensor + change, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(merged[name], tensor)
