@@ -42,7 +42,13 @@ SMALL: dict[str, Any] = {
     "sliding_window": 16, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8,
 }  # fmt: skip
 # What a family needs beside.
-EXTRA: dict[str, dict[str, Any]] = {"deepseek_v3": {"num_key_value_heads": 4}}
+EXTRA: dict[str, dict[str, Any]] = {
+    "longcat_flash": {"zero_expert_num": 1},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+}  # fmt: skip
 
 
 def families() -> list[str]:
@@ -56,6 +62,8 @@ def config_of(family: str, **changes: Any) -> PreTrainedConfig:
     known = set(default.to_dict()) | set(inspect.signature(type(default).__init__).parameters)
     known |= set(getattr(default, "attribute_map", {}))
     settings = {key: value for key, value in SMALL.items() if key in known}
+    if "kv_lora_rank" in known:  # keys and values of all heads are made of one latent vector
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     return AutoConfig.for_model(family, **{**settings, **EXTRA.get(family, {}), **changes})
 
 

@@ -16,12 +16,15 @@ from ..files.buffers import Buffers, as_bytes
 from ..files.checkpoint import REAL, TensorInfo, slices
 from .architecture import Architecture, empty_model
 from .layout import Key
-from .pieces import Piece, Spread
+from .pieces import Piece, Replacement, Spread
 from .side import Side
 from .trust import Trust
 from .weights import Stored, Weights
 
 Pieces = dict[str, list[Piece]]
+# Model types → linear layers whose weight the model's code reads itself, past the adapter's layer around them. PEFT's
+# own forward has nothing of an adapter's change there, so a merge would be another model.
+_READ_PAST = {"mamba": "dt_proj", "falcon_mamba": "dt_proj", "jamba": "dt_proj", "longcat_flash": "classifier"}
 
 
 def match_two(
@@ -182,9 +185,26 @@ class _Matching:
 
         build = partial(empty_model, side.base.folder, self.trust)
         pieces = side.adapter.bind(self.architecture, read_base, build)
-        for name in pieces:
+        for name, found in pieces.items():
             self.check_adapted(number, name)
+            self.check_read(number, name, found)
         return pieces
+
+    def check_read(self, number: int, name: str, pieces: Sequence[Piece]) -> None:
+        """Raise DeraError where an adapter changes a weight that the model reads without the adapter."""
+        side, kind = self.sides[number], self.architecture.model.config.model_type
+        if kind not in _READ_PAST or not name.endswith(f".{_READ_PAST[kind]}.weight"):
+            return
+        sums = [piece for piece in pieces if not isinstance(piece, Replacement)]
+        base = self.bases[number].whole(self.key(number, name))
+        changed = base.clone()
+        for piece in sums:
+            piece.apply(changed, 0, len(changed))
+        if not torch.allclose(changed, base, rtol=1e-5, atol=0):
+            raise DeraError(
+                f"{side.source.name} changes {name}, which transformers' {kind} reads past PEFT's layer: the adapted "
+                "model computes nothing of that change, and a merge would; decode exactly"
+            )
 
     def stay_one(self, number: int, name: str, owner: str, pieces: Pieces) -> bool:
         """Whether a tied tensor and its owner are still one on a side: stored as one, and changed alike if at all.

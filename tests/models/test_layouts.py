@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from dera_merge import ModelPair
+from dera_merge import DeraError, ModelPair
 
 pytestmark = pytest.mark.core
 
@@ -160,3 +160,22 @@ def test_an_adapter_saved_under_transformers_4_adds_its_sum_to_each_experts_tens
             torch.testing.assert_close(merged[name], tensor + change, rtol=1e-5, atol=1e-6)
         else:
             assert torch.equal(merged[name], tensor)
+
+
+@pytest.mark.parametrize(("family", "layer"), [("mamba", "dt_proj"), ("jamba", "dt_proj"), ("longcat_flash", "classifier")])
+def test_a_layer_that_the_model_reads_past_peft_is_refused_unless_nothing_was_learned_there(made, tmp_path, family, layer):
+    base = made(family, 0)
+    for learned in (True, False):
+        torch.manual_seed(5)
+        other = "in_proj" if layer == "dt_proj" else "down_proj"
+        adapted = get_peft_model(load(base), LoraConfig(r=2, init_lora_weights=False, target_modules=[other, layer]))
+        for name, parameter in adapted.named_parameters():
+            if f".{layer}.lora_B" in name and not learned:
+                parameter.data.zero_()
+        adapter = tmp_path / f"adapter-{learned}"
+        adapted.save_pretrained(adapter, save_embedding_layers=False)
+        if learned:
+            with pytest.raises(DeraError, match=f"{layer}.weight, which transformers' {family} reads past PEFT's layer"):
+                ModelPair.from_pretrained(base, adapter).merge(tmp_path / "refused", [1.0])
+        else:
+            assert_is_pefts(base, adapter, tmp_path / "out")
