@@ -181,21 +181,23 @@ class Adapter:
             raise DeraError(f"{self.folder} is a {self.config['peft_type']} adapter, which has no weights to mix")
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
         copies = {key for key in stored if COPY.search(key)} & adapted.state_dict().keys()
-        if expected != stored - copies:
-            stored = self._as_peft_reads(adapted)
-        if odd := sorted(expected ^ (stored - copies)):
-            problem = "lacks" if odd[0] in expected else "has a key that the base has no place for:"
+        if odd := sorted(expected ^ (self._as_peft_reads(adapted) - copies)):
+            problem = "has a key that the base has no place for:" if odd[0] not in expected else "lacks"
+            if odd[0] in stored:
+                problem = "is read by PEFT under names of another release of transformers, which loses"
             raise DeraError(f"{self.folder} {problem} {odd[0]}; PEFT would silently use the base there")
         return adapted
 
-    def _as_peft_reads(self, adapted: PeftModel) -> set[str]:
+    def _as_peft_reads(self, model: PeftModel | PreTrainedModel) -> set[str]:
         """The names that PEFT makes of those in the file, which may be those of another release of transformers."""
+        from peft import PeftConfig
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
         shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.checkpoint.tensors.items()}
         try:
-            return set(convert_peft_adapter_state_dict_for_transformers(adapted, adapted.active_peft_config, shapes))
-        except (ValueError, RuntimeError):
+            config = PeftConfig.from_pretrained(self.folder)
+            return set(convert_peft_adapter_state_dict_for_transformers(model, config, shapes))
+        except (ValueError, RuntimeError, TypeError):
             return set(shapes)
 
     def bind(
@@ -222,10 +224,9 @@ class Adapter:
         if not self.checkpoint.tensors:
             raise DeraError(f"{self.folder} holds no tensors; the adapter changes nothing")
         pieces: dict[str, list[Piece]] = {}
-        modules = self._modules() if self.is_plain else {}
-        strange = [module for module in modules if f"{module}.weight" not in architecture.shapes]
-        if self.is_plain and not (strange and architecture.converts):
+        if self.is_plain and self._as_peft_reads(architecture.model) == self.checkpoint.tensors.keys():
             self._check_patterns({name.rpartition(".")[0] for name in architecture.shapes})
+            modules = self._modules()
             for module, keys in modules.items():
                 for name, piece in self._pieces(module, keys, architecture):
                     pieces.setdefault(name, []).append(piece)

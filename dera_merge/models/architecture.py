@@ -70,13 +70,6 @@ class Architecture:
         """How a checkpoint's tensors become this model's."""
         return Layout(self.model, self.shapes, tensors)
 
-    @property
-    def converts(self) -> bool:
-        """Whether transformers has names and shapes for files of this class that are not those in memory."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        return bool(get_model_conversion_mapping(self.model, add_legacy=False))
-
     def stored_name(self, name: str, stored: Any) -> str | None:
         """The name in `stored` of the tensor `name`, with or without the base model's prefix; None if there is none."""
         for candidate in (name, f"{self.prefix}{name}", name.removeprefix(self.prefix)):
