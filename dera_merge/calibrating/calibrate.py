@@ -15,24 +15,30 @@ A share of the prompts is held out; of the line and the states on the way, the o
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import set_seed
 
 from ..decoding.exact import DeraForCausalLM
 from ..decoding.rows import in_rows
 from ..errors import DeraError
+from ..files.room import check_space
+from ..measuring.ledger import Ledger
 from ..merging.path import Curve
 from ..models.fingerprint import fingerprint
 from ..models.pair import Pair
 from ..progress import Progress, unheard
 from ..texts import prompts as prompt_files
 from .layers import bend, bendable, learned, measure
-from .lessons import own_prompts, sampled_lessons, some_of
+from .lessons import PROMPT_TOKENS, as_array, kept, own_prompts, sampled_lessons, some_of
 from .training import Teacher, Trainer
 
 Kind = Literal["curve", "gains"]
@@ -54,6 +60,9 @@ def calibrate(
     seed: int = 0,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str = torch.float32,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Curve:
     """Learn a path through the two models that follows exact DeRa, over the range of `lams` at once.
@@ -71,6 +80,9 @@ def calibrate(
         learning_rate: Adam's, at its peak, relative to the size that each parameter is expected to have.
         seed: of everything random.
         device, compute_dtype: where and in what the models run.
+        out: a file to write the path to; what is worked out on the way is kept in `<out>.unfinished` until then.
+        resume: go on with what an interrupted call with the same arguments left there.
+        overwrite: throw away what an earlier call left there.
         progress: called as work goes on.
 
     Returns:
@@ -78,7 +90,8 @@ def calibrate(
         which state is kept: mean kl of the straight line and of the path, in nats per token, on each side of λ = 1.
 
     Raises:
-        DeraError: the pair has no weight-space form, there is nothing to learn, or prompts are unusable.
+        DeraError: the pair has no weight-space form, there is nothing to learn, prompts are unusable, another run is at
+            work on `out`, or an earlier one left something there.
     """
     pair.only_pair("a path is learned")
     lams = pair.known(lams)
@@ -99,43 +112,74 @@ def calibrate(
     names = bendable(pair)
     if len({side.config.get("vocab_size") for side in pair.sides}) > 1:
         raise DeraError("the two vocabularies are padded differently; paths are learned for pairs of one size only")
+    length, tokenizer = pair.context_length, pair.tokenizer
+    given = None if prompts is None else prompt_files.fitting(prompts, tokenizer, max_new_tokens, length)
+    how = {
+        "kind": kind, "rank": rank if kind == "curve" else None, "texts": texts, "max_new_tokens": max_new_tokens,
+        "passes": passes, "learning_rate": learning_rate, "seed": seed,
+    }  # fmt: skip
+    mark = how | {
+        "pair": fingerprint(pair), "lams": [low, high], "compute": str(compute_dtype).removeprefix("torch."),
+        "prompts": None if given is None else [prompt.ids for prompt in given],
+    }  # fmt: skip
+    place = None if out is None else Path(f"{os.fspath(out)}.unfinished")
+    if resume and place is not None and Path(out).is_file() and not place.is_dir():
+        done = Curve.load(out)
+        same = {key: done.recipe.get(key) for key in how} == how
+        if not same or (done.fingerprint, done.span) != (fingerprint(pair), (low, high)):
+            raise DeraError(f"{out} is the path of another call; --overwrite replaces it, or give another --output")
+        return done
     exact = DeraForCausalLM.from_pair(pair, dtype=compute_dtype, device=device)
     student = exact.rows or in_rows(exact.ref, exact.ref, exact.aligned)
     if student is None:
         raise DeraError("this pair cannot have a λ for each row of a batch (experts, say), so that no path is learned")
 
-    asked = prompts
-    if asked is None:
-        asked = prompt_files.encode(own_prompts(pair, exact.ref, math.ceil(texts / len(spans)), tell), pair.tokenizer)
-    entries = prompt_files.fitting(asked, pair.tokenizer, max_new_tokens, pair.context_length)
-    ids = [prompt.ids for prompt in entries]
-    dice = random.Random(seed)
-    # Every prompt serves both sides of λ = 1, so that one that is held out is held out for both.
-    tasks = [(number // len(spans) % len(ids), spans[number % len(spans)]) for number in range(texts)]
-    used = sorted({prompt for prompt, _ in tasks})
-    if len(used) < 2:
-        raise DeraError(f"{len(used)} prompts are too few to hold one out; give more")
-    unseen = set(dice.sample(used, max(1, round(HELD_OUT * len(used)))))
-    drawn = [dice.uniform(*span) for _, span in tasks]
-    lessons = sampled_lessons(pair, exact, ids, [prompt for prompt, _ in tasks], drawn, unseen, max_new_tokens, tell)
-    order = [lesson for lesson in lessons if lesson.text.prompt not in unseen]
-    dice.shuffle(order)
-    held_out = [lesson for lesson in lessons if lesson.text.prompt in unseen]
-    teacher = Teacher.of(exact, [*order, *held_out])
-    student.requires_grad_(False)
-    layers = bend(student, names, rank if kind == "curve" else 0, device)
-    if kind == "curve":
-        tell("measuring the layers", 0, 1)
-        measure(student, layers, some_of(order, dice))
-        tell("measuring the layers", 1, 1)
-    trainer = Trainer(student, layers, teacher, len(order), learning_rate)
-    trainer.run(passes, dice, tell)
-    figures = trainer.keep_best()
-    parts = learned(pair, layers)
-    recipe = {
-        "ref": pair.ref.source.name, "aligned": pair.aligned.source.name, "kind": kind,
-        "rank": rank if kind == "curve" else None, "texts": texts, "max_new_tokens": max_new_tokens, "passes": passes,
-        "learning_rate": learning_rate, "seed": seed,
-        "prompts": "written by the reference" if prompts is None else len(ids), **figures,
-    }  # fmt: skip
-    return Curve((low, high), fingerprint(pair), parts, recipe)
+    if place is not None:
+        # Of a text, both models' states; of the layers, what is learned with its two moments and the best so far.
+        tokens = texts * (max_new_tokens + max((len(prompt.ids) for prompt in given or ()), default=PROMPT_TOKENS))
+        shapes = [pair.tensors[name].shape for name in names.values()]
+        numbers = sum(rank * sum(shape) for shape in shapes) if kind == "curve" else 0
+        check_space(place, 4 * (2 * tokens * exact.config.get_text_config().hidden_size + 6 * numbers))
+    with Ledger(place, mark, resume=resume, overwrite=overwrite) as ledger:
+        entries = given
+        if entries is None:
+
+            def write() -> dict[str, np.ndarray]:
+                return {"prompts": as_array(own_prompts(pair, exact.ref, math.ceil(texts / len(spans)), tell))}
+
+            written = json.loads(kept(ledger, "prompts", exact.ref.device, write)["prompts"].tobytes())
+            entries = prompt_files.fitting(prompt_files.encode(written, tokenizer), tokenizer, max_new_tokens, length)
+        ids = [prompt.ids for prompt in entries]
+        dice = random.Random(seed)
+        # Every prompt serves both sides of λ = 1, so that one that is held out is held out for both.
+        tasks = [(number // len(spans) % len(ids), spans[number % len(spans)]) for number in range(texts)]
+        used = sorted({prompt for prompt, _ in tasks})
+        if len(used) < 2:
+            raise DeraError(f"{len(used)} prompts are too few to hold one out; give more")
+        unseen = set(dice.sample(used, max(1, round(HELD_OUT * len(used)))))
+        drawn = [dice.uniform(*span) for _, span in tasks]
+        lessons = sampled_lessons(
+            pair, exact, ids, [prompt for prompt, _ in tasks], drawn, unseen, max_new_tokens, tell, ledger
+        )
+        order = [lesson for lesson in lessons if lesson.text.prompt not in unseen]
+        dice.shuffle(order)
+        held_out = [lesson for lesson in lessons if lesson.text.prompt in unseen]
+        teacher = Teacher.of(exact, [*order, *held_out])
+        student.requires_grad_(False)
+        layers = bend(student, names, rank if kind == "curve" else 0, device)
+        if kind == "curve":
+            tell("measuring the layers", 0, 1)
+            measure(student, layers, some_of(order, dice))
+            tell("measuring the layers", 1, 1)
+        trainer = Trainer(student, layers, teacher, len(order), learning_rate)
+        trainer.run(passes, dice, tell, ledger)
+        figures = trainer.keep_best()
+        recipe = {
+            "ref": pair.ref.source.name, "aligned": pair.aligned.source.name, **how,
+            "prompts": "written by the reference" if prompts is None else len(ids), **figures,
+        }  # fmt: skip
+        curve = Curve((low, high), fingerprint(pair), learned(pair, layers), recipe)
+        if out is not None:
+            curve.save(out)
+    ledger.close()
+    return curve

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..errors import DeraError
+from ..measuring.ledger import Ledger
 from ..measuring.traces import Text
 from ..models.pair import Pair
 from ..progress import Progress, unheard
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..decoding.exact import DeraForCausalLM
 
+Arrays = dict[str, np.ndarray]
 SAMPLED_TOGETHER = 48  # texts decoded in one batch
 MEASURED_TOKENS = 2048  # tokens of texts on which inputs of layers are measured
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # sampling without a warper
@@ -47,6 +51,24 @@ def some_of(lessons: Sequence[Lesson], dice: random.Random) -> list[Lesson]:
         picked.append(lesson)
         tokens += len(lesson.text.ids)
     return picked
+
+
+def kept(ledger: Ledger, key: str, device: torch.device, work: Callable[[], dict[str, np.ndarray]]) -> Arrays:
+    """The arrays of a step of the ledger, and torch's noise as it was after it: what follows is the same either way."""
+    sources = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
+    if device.type == "cuda":
+        sources["cuda"] = (
+            lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device)
+        )  # fmt: skip
+    arrays = ledger.step(key, lambda: work() | {f"noise-{name}": get().numpy() for name, (get, _) in sources.items()})
+    for name, (_, put) in sources.items():
+        put(torch.from_numpy(arrays[f"noise-{name}"]))
+    return arrays
+
+
+def as_array(value: Any) -> np.ndarray:
+    """A value of JSON as bytes, for a ledger."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def own_prompts(pair: Pair, ref: PreTrainedModel, count: int, tell: Progress = unheard) -> list[str | dict[str, Any]]:
@@ -82,7 +104,7 @@ def own_prompts(pair: Pair, ref: PreTrainedModel, count: int, tell: Progress = u
 
 def sampled_lessons(
     pair: Pair, exact: DeraForCausalLM, prompts: list[list[int]], chosen: list[int], lams: list[float],
-    unseen: set[int], max_new_tokens: int, tell: Progress,
+    unseen: set[int], max_new_tokens: int, tell: Progress, ledger: Ledger,
 ) -> list[Lesson]:  # fmt: skip
     """One text of exact DeRa for each chosen prompt, each at its own λ.
 
@@ -93,24 +115,43 @@ def sampled_lessons(
         prompts: token ids of each.
         chosen: the prompt of each text, an index of `prompts`.
         lams: λ of each text.
+        ledger: keeps each batch.
     """
     differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
     opening = max(1, next(differ, min(map(len, prompts))))
     lessons: list[Lesson] = []
     order = sorted(range(len(chosen)), key=lambda i: len(prompts[chosen[i]]))
-    for start in range(0, len(order), SAMPLED_TOGETHER):
-        batch = order[start : start + SAMPLED_TOGETHER]
-        rows = [prompts[chosen[i]] for i in batch]
+
+    def work() -> Arrays:
         with _recording(exact) as states:
             options = {"max_new_tokens": max_new_tokens, "lam": [lams[i] for i in batch], **PLAIN}
             drawn = decode_batch(exact, pair.tokenizer, rows, **options)
         width = max(map(len, rows))
-        for i, ids, new, ref, aligned in zip(batch, rows, drawn, *states(), strict=True):
-            first = len(ids) if chosen[i] in unseen else opening
-            text = Text(chosen[i], [*ids, *new], first)
-            begin = width - len(ids) + first - 1  # prompts are padded on the left
-            kept = slice(begin, begin + len(text.completion))
-            lessons.append(Lesson(text, lams[i], ref[kept].clone(), aligned[kept].clone()))
+        # Prompts are padded on the left; what predicts a token stands one before it.
+        spans = [
+            slice(width - len(ids) + first - 1, width + len(new) - 1)
+            for ids, new, first in zip(rows, drawn, firsts, strict=True)
+        ]
+        sides = {
+            side: torch.cat([hidden[row, span] for row, span in enumerate(spans)]).float().cpu().numpy()
+            for side, hidden in zip(("ref", "aligned"), states(), strict=True)
+        }
+        return {"new": np.concatenate(drawn), "lengths": np.array(list(map(len, drawn))), **sides}
+
+    for start in range(0, len(order), SAMPLED_TOGETHER):
+        batch = order[start : start + SAMPLED_TOGETHER]
+        rows = [prompts[chosen[i]] for i in batch]
+        firsts = [len(ids) if chosen[i] in unseen else opening for i, ids in zip(batch, rows, strict=True)]
+        arrays = kept(ledger, f"texts-{start}", exact.ref.device, work)
+        drawn = np.split(arrays["new"], np.cumsum(arrays["lengths"])[:-1])
+        texts = [
+            Text(chosen[i], [*ids, *new.tolist()], first)
+            for i, ids, new, first in zip(batch, rows, drawn, firsts, strict=True)
+        ]
+        sizes = [len(text.completion) for text in texts]
+        states = (torch.from_numpy(arrays[side]).to(exact.ref.device, exact.ref.dtype) for side in ("ref", "aligned"))
+        ref, aligned = (side.split(sizes) for side in states)
+        lessons += [Lesson(*row) for row in zip(texts, (lams[i] for i in batch), ref, aligned, strict=True)]
         tell("sampling from exact DeRa", len(lessons), len(order))
     return lessons
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..decoding.mix import mix, shares_of
 from ..decoding.rows import Strength
+from ..measuring.ledger import Ledger
 from ..measuring.traces import BATCH_TOKENS, Head, Trace, batches, head_of, padded, scored, trace_of
 from ..progress import Progress
 from .layers import Bent, read_states
-from .lessons import Lesson
+from .lessons import Arrays, Lesson, as_array
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from ..decoding.exact import DeraForCausalLM
 
 STEP_TOKENS = 128  # tokens of texts in one step of the optimiser: one or two texts
+LEARNING = "learning"  # the step of the ledger
+KEEP_SECONDS, KEEP_SHARE = 20, 0.02  # between two times that the state is kept, or more: what share of time it may take
 GAIN, PROFILE = 0.1, 0.5  # how large the numbers of gains and of profiles are expected to become
 _POWER = 1.5  # kl is weighted with |λ(1-λ)| to minus this, so that no part of the range drowns the others
 
@@ -135,9 +141,8 @@ class Trainer:
         texts = [self.teacher.lessons[i].text for i in lessons]
         return [[lessons[j] for j in batch] for batch in batches(texts, tokens)]
 
-    def run(self, passes: int, dice: random.Random, tell: Progress) -> None:
-        """Train, and look at the line and at a few states on the way."""
-        self.look("line")
+    def run(self, passes: int, dice: random.Random, tell: Progress, ledger: Ledger) -> None:
+        """Train, and look at the line and at a few states on the way; the ledger keeps how far it is."""
         steps: list[list[int]] = []
         for _ in range(passes):
             order = self.batches(self.trained, STEP_TOKENS)
@@ -145,23 +150,58 @@ class Trainer:
             steps += order
         warm = max(1, len(steps) // 20)
         optimiser = torch.optim.Adam([{"params": [p], "lr": self.learning_rate * size} for p, size in self.sizes])
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: min((step + 1) / warm, max(0.02, (len(steps) - step) / (len(steps) - warm + 1)))
-        )
         looks = {max(1, round(len(steps) * share)) for share in (0.6, 1.0)}
         for parameter in self.parameters:
             parameter.requires_grad_(True)
+        begun = self._recall(optimiser, ledger.recall(LEARNING)) if ledger.has(LEARNING) else 0
+        if not begun:
+            self.look("line")
+        due = time.monotonic() + KEEP_SECONDS
         with _no_denormals(), torch.enable_grad():
-            for number, chosen in enumerate(steps, 1):
+            for number, chosen in enumerate(steps[begun:], begun + 1):
+                share = min(number / warm, max(0.02, (len(steps) - number + 1) / (len(steps) - warm + 1)))
+                for group, (_, size) in zip(optimiser.param_groups, self.sizes, strict=True):
+                    group["lr"] = share * self.learning_rate * size
                 kl, lams = self.kl(chosen)
                 (kl * _weight(lams)).mean().backward()
                 torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
-                schedule.step()
                 if number in looks:
                     self.look(f"step {number}")
+                if time.monotonic() >= due:
+                    writing = time.monotonic()
+                    ledger.keep(LEARNING, self._state(optimiser, number))
+                    due = time.monotonic() + max(KEEP_SECONDS, (time.monotonic() - writing) / KEEP_SHARE)
                 tell("learning", number, len(steps))
+
+    def _state(self, optimiser: torch.optim.Adam, number: int) -> Arrays:
+        """Everything that step `number` left and that the next ones need."""
+        moments = [optimiser.state[parameter] for parameter in self.parameters]
+        lists = {
+            "value": self.parameters, "best": self.best, "mean": [moment["exp_avg"] for moment in moments],
+            "square": [moment["exp_avg_sq"] for moment in moments],
+        }  # fmt: skip
+        arrays = {f"{kind}-{i}": x.detach().cpu().numpy() for kind, list_ in lists.items() for i, x in enumerate(list_)}
+        return arrays | {"number": np.array(number), "seen": as_array([asdict(seen) for seen in self.seen])}
+
+    def _recall(self, optimiser: torch.optim.Adam, arrays: Arrays) -> int:
+        """Go back to a `_state`; returns its number."""
+        number = int(arrays["number"])
+
+        def tensors(kind: str) -> list[torch.Tensor]:
+            return [torch.from_numpy(arrays[f"{kind}-{i}"]).to(p.device) for i, p in enumerate(self.parameters)]
+
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, tensors("value"), strict=True):
+                parameter.copy_(value)
+        state = {
+            i: {"step": torch.tensor(float(number)), "exp_avg": mean, "exp_avg_sq": square}
+            for i, (mean, square) in enumerate(zip(tensors("mean"), tensors("square"), strict=True))
+        }
+        optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+        self.best, self.seen = tensors("best"), [_Seen(**seen) for seen in json.loads(arrays["seen"].tobytes())]
+        return number
 
 
 def _weight(lams: torch.Tensor) -> torch.Tensor:

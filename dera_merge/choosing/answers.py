@@ -122,6 +122,14 @@ def plain(asked: str | Turns) -> str:
     return asked if isinstance(asked, str) else asked[-1]["content"]
 
 
+def _json(line: str) -> Any:
+    """A line's value, None where it has none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 class Store:
     """Answers in memory and, line by line as they come, in `<folder>/texts.jsonl`.
 
@@ -129,30 +137,39 @@ class Store:
         folder: None keeps them in memory alone.
         settings: what two calls must have in common to share a file.
         resume: read what an earlier call left there.
+        overwrite: throw it away.
         writes: whether this process writes (the first of several).
 
     Raises:
-        DeraError: what lies there was made by another call.
+        DeraError: what lies there was made by another call, or it is not said what is to become of it.
     """
 
-    def __init__(self, folder: Path | None, settings: dict[str, Any], resume: bool, writes: bool) -> None:
+    def __init__(
+        self, folder: Path | None, settings: dict[str, Any], resume: bool, overwrite: bool, writes: bool
+    ) -> None:
         self.answers: list[Answer] = []
         self._file = None if folder is None else folder / TEXTS
         self._writes = writes  # the first of several processes does; all read what is there
         self._head: dict[str, str] | None = {
             "settings": hashlib.sha256(json_bytes(settings)).hexdigest()
         }  # None once the file has it
-        if self._file is not None and resume and self._file.is_file():
+        if self._file is not None and not overwrite and self._file.is_file():
             first, *lines = self._file.read_text(encoding="utf-8").split("\n")
-            if json.loads(first or "{}") != self._head:
-                raise DeraError(f"{self._file} was begun by another call or from other inputs; leave out --resume")
+            same = _json(first) == self._head
+            count = sum(bool(line) for line in lines)
+            if not same:
+                raise DeraError(f"{self._file} holds {count} texts of another call or from other inputs; give another "
+                                "--output, or --overwrite throws them away")  # fmt: skip
+            if not resume:
+                raise DeraError(f"{self._file} holds {count} texts of this very call; --resume goes on with them, "
+                                "--overwrite throws them away")  # fmt: skip
             whole = lines[:-1]  # what follows the last newline was cut off
             keys = ("prompt", "sample", "token_ids", "text", "rewards")
             try:
                 for row in map(json.loads, whole):
                     self.answers.append(Answer(row["mode"], lambdas.loaded(row["lambda"]), *(row[key] for key in keys)))
             except (ValueError, KeyError, AttributeError) as error:
-                raise DeraError(f"{self._file} is broken ({error}); leave out --resume") from error
+                raise DeraError(f"{self._file} is broken ({error}); --overwrite starts afresh") from error
             if writes:
                 write_atomically(self._file, "".join(f"{line}\n" for line in [first, *whole]).encode())
             self._head = None

@@ -143,6 +143,8 @@ class SweepLab(Laboratory):
             key = (self._place(entry["lambda"], number), prompt)
             counts[key] = counts.get(key, 0) + 1
             answers.append(Answer("exact", key[0], prompt, counts[key] - 1, ids, text, dict(known)))
+        there = {(a.lam, a.prompt, a.sample) for a in self.store.answers}
+        answers = [a for a in answers if (a.lam, a.prompt, a.sample) not in there]
         for reward in self.rewards:
             lacking = [a for a in answers if reward.name not in a.rewards]
             values = reward.score([(self.asked.plain[a.prompt], a.text) for a in lacking]) if lacking else []

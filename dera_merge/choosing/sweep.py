@@ -21,6 +21,7 @@ import torch
 
 from ..errors import DeraError
 from ..files.atomic import load_json
+from ..files.room import alone, check_space
 from ..measuring.compare import compare
 from ..measuring.laboratory import Compute
 from ..merging.path import Curve, opened
@@ -36,6 +37,9 @@ from .answers import Asked, Mode, Store, plain
 from .curves import Curves
 from .report import Sweep
 from .sampler import SweepLab
+
+PER_TEXT, PER_TOKEN = 200, 16  # bytes of texts.jsonl for a text and for a token of it
+PAGES = 4_000_000  # bytes of a report
 
 
 def sweep(
@@ -62,6 +66,7 @@ def sweep(
     compute_dtype: torch.dtype | str = torch.float32,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Sweep:
     """Find the λ that rewards on a validation set want.
@@ -96,13 +101,15 @@ def sweep(
         device, compute_dtype: where and in what the models run.
         out: a directory in which texts are kept as they come.
         resume: go on with what an interrupted call with the same arguments left there.
+        overwrite: throw away the texts that an earlier call left there.
         progress: called as work goes on.
 
     Returns:
         A `Sweep`. Intervals are 95 % (bootstrap over prompts).
 
     Raises:
-        DeraError: prompts, rewards or λ are unusable, or a reward fails on every text.
+        DeraError: prompts, rewards or λ are unusable, or a reward fails on every text; another run is at work in `out`,
+            or an earlier one left texts there.
     """
     if mode == "merged":
         if scored is not None or engine:
@@ -134,42 +141,46 @@ def sweep(
     }  # fmt: skip
     mark = {"pair": fingerprint(pair), "prompts": [prompt.ids for prompt in encoded]}
     mark |= {key: value for key, value in settings.items() if key not in ("anchors", "budget")}  # texts are the same
-    store = Store(None if out is None else Path(out), mark, resume, writes=launched()[0] == 0)
-    texts = [plain(prompt.asked) for prompt in encoded]
-    asked = Asked(encoded, texts, list(rewards), samples, max_new_tokens, mode, reweight)
-    lab = SweepLab(pair, Compute(device, compute_dtype), curve, seed, progress, asked, store)
-    curves = Curves(lab, weights)
+    folder, first_process = None if out is None else Path(out), launched()[0] == 0
+    most = budget or (len(anchors) + 3 * reweight) * len(encoded) * samples
+    if folder is not None:
+        check_space(folder, PAGES + 2 * most * (1 + merged) * (PER_TEXT + max_new_tokens * PER_TOKEN))
+    with alone(folder if first_process else None):
+        store = Store(folder, mark, resume, overwrite, writes=first_process)
+        texts = [plain(prompt.asked) for prompt in encoded]
+        asked = Asked(encoded, texts, list(rewards), samples, max_new_tokens, mode, reweight)
+        lab = SweepLab(pair, Compute(device, compute_dtype), curve, seed, progress, asked, store)
+        curves = Curves(lab, weights)
 
-    if scored is not None:
-        lab.take(scored)
-        anchors = sorted({answer.lam for answer in store.answers})
-        grid = sorted({*grid, *anchors})
-    else:
-        with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
-            lab.sample(lab.kind, anchors)
-            most = budget or (len(anchors) + 3 * reweight) * len(encoded) * samples
-            first = anchors
-            while (len(anchors) + 1) * len(encoded) * samples <= most:
-                wanted = curves.next_anchor(grid) if reweight else next_point(curves.means(), first, seed)
-                if wanted is None:
-                    break
-                anchors, grid = sorted([*anchors, wanted]), sorted({*grid, wanted})
-                lab.sample(lab.kind, [wanted])
-    if merged and scored is None and mode != "merged":
-        lab.sample("merged", [lam for lam in anchors if lam not in pair.ends()])
-    result = curves.result(grid if reweight else anchors, settings | {"anchors": anchors})
-    lam = result.best["lambda"]
-    if pair.models == 1 and (beta := beta if beta is not None else recorded_beta(pair)) is not None:
-        result.best |= {"beta": beta, "equivalent_beta": beta / lam if lam else None}
-    if check and result.best["tells_apart"] and lam not in pair.ends():
-        few = encoded[:16]
-        lab.tell("checking the merge", 0, 1)
-        row = compare(
-            pair, [lam], few, path=curve, max_new_tokens=max_new_tokens, seed=seed, device=device,
-            compute_dtype=compute_dtype,
-        ).at(lam)  # fmt: skip
-        result.faithful = {key: row[key] for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict", "why")}
-    return result
+        if scored is not None:
+            lab.take(scored)
+            anchors = sorted({answer.lam for answer in store.answers})
+            grid = sorted({*grid, *anchors})
+        else:
+            with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
+                lab.sample(lab.kind, anchors)
+                begun_with = anchors
+                while (len(anchors) + 1) * len(encoded) * samples <= most:
+                    wanted = curves.next_anchor(grid) if reweight else next_point(curves.means(), begun_with, seed)
+                    if wanted is None:
+                        break
+                    anchors, grid = sorted([*anchors, wanted]), sorted({*grid, wanted})
+                    lab.sample(lab.kind, [wanted])
+        if merged and scored is None and mode != "merged":
+            lab.sample("merged", [lam for lam in anchors if lam not in pair.ends()])
+        result = curves.result(grid if reweight else anchors, settings | {"anchors": anchors})
+        lam = result.best["lambda"]
+        if pair.models == 1 and (beta := beta if beta is not None else recorded_beta(pair)) is not None:
+            result.best |= {"beta": beta, "equivalent_beta": beta / lam if lam else None}
+        if check and result.best["tells_apart"] and lam not in pair.ends():
+            few = encoded[:16]
+            lab.tell("checking the merge", 0, 1)
+            row = compare(
+                pair, [lam], few, path=curve, max_new_tokens=max_new_tokens, seed=seed, device=device,
+                compute_dtype=compute_dtype,
+            ).at(lam)  # fmt: skip
+            result.faithful = {key: row[key] for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict", "why")}
+        return result
 
 
 def recorded_beta(pair: Pair) -> float | None:

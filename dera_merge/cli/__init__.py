@@ -2,11 +2,12 @@
 
 A module for each command; `options` declares what several of them take, `show` is what people see. Results go to
 stdout, everything else to stderr. Exit status: 0 done, 1 failure (one line says what and what to do), 2 usage, 3 a gate
-is not met, 130 interrupted.
+is not met, 130 interrupted (by Ctrl-C, SIGTERM or SIGHUP).
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -16,9 +17,11 @@ from typing import Any
 import typer
 
 from ..errors import DeraError, DeraWarning
-from . import calibrate, compare, demo, export, generate, inspection, merge, push, sweep
+from ..files.room import is_full
+from . import calibrate, compare, demo, endings, export, generate, inspection, merge, push, sweep
 from .show import Notes, note, one_line
 
+INTERRUPTED = 130
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer carry
 
 app = typer.Typer(
@@ -48,24 +51,46 @@ def main() -> None:
     log.setLevel(logging.INFO)
     log.addHandler(Notes())
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that it would like to have
+    endings.listen()
     try:
-        code = app(standalone_mode=False) or 0
+        code = _run()
+    except KeyboardInterrupt:  # while an error was being told
+        code = INTERRUPTED
+    endings.listen_no_more()
+    if code == INTERRUPTED:
+        go_on = _how_to_go_on()
+        note(f"interrupted; go on with: {go_on}" if go_on else "interrupted")
+    sys.exit(code)
+
+
+def _run() -> int:
+    """The exit status; what went wrong has been told."""
+    try:
+        return app(standalone_mode=False) or 0
     except typer.Exit as stop:
-        code = stop.exit_code
+        return stop.exit_code
     except UsageError as error:
         error.show(sys.stderr)
-        code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        return 2
+    except (KeyboardInterrupt, typer.Abort):  # typer makes an exit status of Ctrl-C
+        return INTERRUPTED
     except DeraError as error:
         note(f"error: {one_line(error)}")
-        code = 1
     except Exception as error:  # what no one foresaw is one line too; the environment variable shows where it came from
         if os.environ.get("DERA_MERGE_TRACEBACK"):
             raise
-        hint = "set DERA_MERGE_TRACEBACK=1 to see where"
-        note(f"error: {type(error).__name__}: {one_line(error)} ({hint})")
-        code = 1
-    if code == 130:  # typer makes it of Ctrl-C, and says nothing
-        note("interrupted")
-    sys.exit(code)
+        note(f"error: {_in_words(error)}")
+    return 1
+
+
+def _in_words(error: Exception) -> str:
+    """What is wrong, and what to do."""
+    if isinstance(error, OSError) and is_full(error):
+        then = f"go on with: {go_on}" if (go_on := _how_to_go_on()) else "try again"
+        return f"the disk is full: {one_line(error)}; make room, then {then}"
+    return f"{type(error).__name__}: {one_line(error)} (set DERA_MERGE_TRACEBACK=1 to see where)"
+
+
+def _how_to_go_on() -> str | None:
+    resumable = [name for name, module in COMMANDS.items() if "resume" in inspect.signature(module.run).parameters]
+    return endings.how_to_go_on(sys.argv[1:], resumable)

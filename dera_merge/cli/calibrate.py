@@ -9,7 +9,7 @@ import typer
 
 from ..errors import DeraError
 from .checks import choose_device, given_prompts
-from .options import ComputeDtype, Device, Given, Lambdas, Limit, MaybePrompts, Seed, with_models
+from .options import ComputeDtype, Device, Given, Lambdas, Limit, MaybePrompts, Resume, Seed, with_models
 from .show import print_json, progress, say
 
 PathKind = Literal["curve", "gains"]
@@ -30,7 +30,8 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of these texts.")] = 48,
     passes: Annotated[int, typer.Option(min=1, help="How often to go over them.")] = 3,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Relative to the size of what it changes.")] = 0.02,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a path file.")] = False,
+    resume: Resume = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a path file and what a run left.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
@@ -44,16 +45,16 @@ def run(
         raise typer.BadParameter("must be between 0 and 1", param_hint="--learning-rate")
     pair = given.open()
     place = choose_device(device)
-    _check_path_file(output, overwrite)
+    _check_path_file(output, overwrite or resume)
     from ..calibrating.calibrate import calibrate as learn
 
     with progress("calibrating") as tell:
         curve = learn(
             pair, lams, given_prompts(prompts, limit), kind=kind, rank=rank, texts=texts,
             max_new_tokens=max_new_tokens, passes=passes, learning_rate=learning_rate, seed=seed, device=place,
-            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, progress=tell,
+            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, progress=tell, out=output,
+            resume=resume, overwrite=overwrite,
         )  # fmt: skip
-    curve.save(output)
     if given.as_json:
         return print_json({**given.names, "path": str(output), **curve.describe(), **curve.recipe})
     for side, row in curve.recipe["held_out"].items():
@@ -64,13 +65,13 @@ def run(
     say(f"{output}  ({curve.kind}, λ from {curve.span[0]:g} to {curve.span[1]:g})")
 
 
-def _check_path_file(file: Path, overwrite: bool) -> None:
-    """Raise DeraError where a path file may not be written there."""
+def _check_path_file(file: Path, known: bool) -> None:
+    """Raise DeraError where a path file may not be written there; `known`: that there is one was foreseen."""
     if file.is_dir():
         raise DeraError(f"{file} is a directory; give a file for the path")
     if not file.exists():
         return
-    if not overwrite:
+    if not known:
         raise DeraError(f"{file} exists; --overwrite replaces it, or give another --output")
     from ..merging.path import Curve
 

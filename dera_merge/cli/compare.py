@@ -19,7 +19,9 @@ from .options import (
     Lambdas,
     Limit,
     MaybePrompts,
+    Overwrite,
     PathFile,
+    Resume,
     Rounding,
     SampleEngine,
     Seed,
@@ -52,7 +54,8 @@ def run(
     ] = "floor",
     extra_prompts: Annotated[int, typer.Option(min=1, help="How many prompts floor, ladder and layers look at.")] = 8,
     reward: Annotated[str | None, typer.Option(help="module:function, text → number; for --with coupled.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted comparison.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     seed: Seed = 0,
     max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 if kl is above this at any λ.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Gate: exit 3 if top1 is below this at any λ.")] = None,
@@ -84,7 +87,7 @@ def run(
             texts=texts, samples=samples, max_new_tokens=max_new_tokens, extras=wanted, extra_prompts=extra_prompts,
             reward=function(reward) if reward else None, seed=seed, engine=engine, device=place,
             progress=tell, compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, unfinished=output,
-            resume=resume,
+            resume=resume, overwrite=overwrite,
         )  # fmt: skip
     report.command = shlex.join(["dera-merge", *sys.argv[1:]])
     gate = report.gate(max_kl, min_top1) if max_kl is not None or min_top1 is not None else None

@@ -40,6 +40,8 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let transformers run code from checkpoints.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Throw away what an earlier run left.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]
 PathFile = Annotated[Path | None, typer.Option("--path", help="A path that calibrate learned, instead of the line.")]
 _PROMPTS = "JSON (Lines), CSV, TSV, parquet or text lines; a directory; or a data set of the Hub, ID:SPLIT."

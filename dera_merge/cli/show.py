@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from . import endings
+
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 LOG_SECONDS = 60  # between two lines of progress where there is no terminal for a bar
@@ -59,6 +61,7 @@ def progress(title: str) -> Iterator[Tell]:
 
         def tell(what: str | None, done: int, total: int) -> None:
             nonlocal logged
+            endings.check()
             bar.update(task, description=what or title, completed=done, total=total)
             if not err.is_terminal and time.monotonic() - logged >= LOG_SECONDS:
                 logged = time.monotonic()

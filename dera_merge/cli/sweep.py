@@ -10,7 +10,20 @@ import typer
 from rich.table import Table
 
 from .checks import check_report_folder, choose_device, given_prompts
-from .options import ComputeDtype, Device, Given, Limit, Mode, PathFile, Prompts, SampleEngine, Seed, with_models
+from .options import (
+    ComputeDtype,
+    Device,
+    Given,
+    Limit,
+    Mode,
+    Overwrite,
+    PathFile,
+    Prompts,
+    Resume,
+    SampleEngine,
+    Seed,
+    with_models,
+)
 from .show import PLAIN, out, print_json, progress, say
 
 
@@ -46,7 +59,8 @@ def run(
     ] = None,
     beta: Annotated[float | None, typer.Option(help="KL coefficient of ALIGNED's training, for β/λ.")] = None,
     path: PathFile = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     limit: Limit = None,
     seed: Seed = 0,
     engine: SampleEngine = None,
@@ -83,7 +97,8 @@ def run(
         result = choose(
             pair, given_prompts(prompts, limit), rewards, lams, weights=shares, anchors=places, samples=samples,
             max_new_tokens=max_new_tokens, mode=mode, reweight=reweight, merged=merged, budget=budget, scored=scored,
-            beta=beta, path=path, seed=seed, engine=engine, device=place, out=output, resume=resume, progress=tell,
+            beta=beta, path=path, seed=seed, engine=engine, device=place, out=output, resume=resume,
+            overwrite=overwrite, progress=tell,
             compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
         )  # fmt: skip
     if launched()[0]:  # another process writes and prints

@@ -30,10 +30,13 @@ def write_atomically(file: Path, content: bytes) -> str:
     """Write a small file so that it is either absent or whole, and return its SHA-256."""
     # Several processes may write the same file, so each has a temporary name of its own.
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
-    with open_new(temporary) as stream:
-        write_all(stream, memoryview(content))
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with open_new(temporary) as stream:
+            write_all(stream, memoryview(content))
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a disk that is full, or of an interruption
     return hashlib.sha256(content).hexdigest()
 
 

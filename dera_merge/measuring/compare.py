@@ -20,6 +20,7 @@ import torch
 
 from .. import lambdas
 from ..errors import DeraError, warn
+from ..files.room import check_space
 from ..lambdas import Lam, Vector
 from ..merging.path import Curve, opened
 from ..merging.recipe import verify, weights_digest
@@ -35,7 +36,7 @@ from ..statistics.verdict import bits_like, verdict
 from ..texts import prompts as prompt_files
 from ..texts.prompts import Prompt
 from .laboratory import Compute
-from .ledger import Ledger
+from .ledger import FOLDER, Ledger
 from .report import Report
 from .steps import ComparisonLab, Measured
 from .traces import Text
@@ -44,6 +45,8 @@ from .where import coupled_figures, for_each_token, shown_texts, where_it_lies
 if TYPE_CHECKING:
     from ..merging.rounding import Rounding
 
+PER_TOKEN = 250  # bytes that finished steps keep of a token
+PAGES = 4_000_000  # bytes of a report
 Extra = Literal["floor", "ladder", "predict", "layers", "coupled"]
 EXTRAS: tuple[Extra, ...] = ("floor", "ladder", "predict", "layers", "coupled")
 
@@ -69,6 +72,7 @@ def compare(
     compute_dtype: torch.dtype | str = torch.float32,
     unfinished: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Measure the merged model against exact DeRa at each λ.
@@ -99,9 +103,10 @@ def compare(
         reward: a text's reward, for `"coupled"`.
         engine: sample by vLLM: the address of a server of the pair's exact directory, or `"vllm"` to start one.
         device, compute_dtype: where and in what the models run.
-        unfinished: a directory in which to keep finished steps until all are done; with several processes nothing is
-            kept.
+        unfinished: a directory in which to keep finished steps until the report is saved; with several processes
+            nothing is kept.
         resume: go on with what an interrupted call with the same arguments left there.
+        overwrite: throw away what an earlier call left there.
         progress: called as work goes on.
 
     Returns:
@@ -110,7 +115,7 @@ def compare(
 
     Raises:
         DeraError: the pair cannot be merged or run, prompts are unusable, or `approx` or `path` is for another λ or
-            pair.
+            pair; another run is at work in `unfinished`, or an earlier one left something there.
     """
     lams = pair.known(lams)
     extras = tuple(extras)
@@ -139,23 +144,23 @@ def compare(
     approximations = {lam: _approximation(approx, lam, pair) for lam in lams} if approx is not None else {}
     process, processes = launched()
     ledger = Ledger(
-        None if unfinished is None or processes > 1 else Path(unfinished),
+        None if unfinished is None or processes > 1 else Path(unfinished) / FOLDER,
         {"pair": fingerprint(pair), "lams": lams, "prompts": [[p.ids, p.completion] for p in encoded],
          "approx": str(approx), "path": curve.sha256 if curve else None, "dtype": str(dtype),
          "rounding": storage.rounding,
          "texts": texts, "samples": samples, "tokens": max_new_tokens, "seed": seed, "compute": str(compute_dtype),
          "extra_prompts": extra_prompts, "engine": bool(engine)},
-        resume, writes=process == 0,
+        resume=resume, overwrite=overwrite, writes=process == 0,
     )  # fmt: skip
     measured = Measured(encoded, samples, max_new_tokens, storage, approximations)
     lab = ComparisonLab(pair, Compute(device, compute_dtype), curve, seed, progress, measured, rounds, ledger)
+    if unfinished is not None and process == 0:
+        count = sum(len(p.completion) if p.completion else samples * max_new_tokens * len(lams) for p in encoded)
+        check_space(Path(unfinished), PAGES + count * PER_TOKEN * (2 if "coupled" in extras else 1))
 
-    try:
-        with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
-            report = _compared(lab, lams, texts, extras, extra_prompts, reward)
-    except DeraError:  # an error leaves nothing behind; an interruption leaves its finished steps
-        ledger.close()
-        raise
+    with ledger, engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
+        report = _compared(lab, lams, texts, extras, extra_prompts, reward)
+    report.ledger = ledger
     rounding, merge_seed, followed = storage.rounding, seed, curve.describe() if curve else None
     for result in report.results:
         if result["lambda"] in approximations:
@@ -173,7 +178,6 @@ def compare(
         "approx": None if approx is None else os.fspath(approx), "path": followed,
         "extras": list(extras), "extra_prompts": min(extra_prompts, len(encoded)), "fingerprint": fingerprint(pair),
     }  # fmt: skip
-    ledger.close()
     return report
 
 

@@ -21,6 +21,7 @@ from ..pages.fidelity import html, markdown, plot_fidelity
 from ..pages.frame import read
 from ..statistics.intervals import finite
 from ..statistics.verdict import VERDICTS
+from .ledger import Ledger
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Report:
         gated: what `gate` returned, if it was asked.
         per_token: λ → measure → float64 array (tokens,), in nats where it is a divergence.
         prompt_of: λ → the prompt that each of these tokens belongs to.
+        ledger: the finished steps that it was made of, kept until it is saved.
     """
 
     ref: str
@@ -49,6 +51,7 @@ class Report:
     gated: dict[str, Any] | None = None
     per_token: dict[Lam, dict[str, np.ndarray]] = field(default_factory=dict)
     prompt_of: dict[Lam, np.ndarray] = field(default_factory=dict)
+    ledger: Ledger | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What `report.json` holds; never NaN or infinity."""
@@ -115,6 +118,8 @@ class Report:
         write_atomically(folder / "report.md", markdown(content).encode())
         write_atomically(folder / "report.html", html(content).encode())
         plot_fidelity(self.results, folder / "fidelity.png", prediction=self.prediction)
+        if self.ledger:
+            self.ledger.close()
         return folder
 
     def gate(self, max_kl: float | None, min_top1: float | None) -> dict[str, Any]:

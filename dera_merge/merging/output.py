@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from .. import lambdas
 from ..errors import DeraError, warn
 from ..files.atomic import fsync_folder, json_bytes, load_json, sha256_of, write_atomically
 from ..files.checkpoint import DTYPE_NAMES
+from ..files.room import check_space
 from ..models.pair import Pair
 from ..models.source import GENERATION, TOKENIZER_FILES
 from .recipe import CONFIGS, PARTIAL, RECIPE, verify
@@ -303,15 +303,6 @@ def _input_files(pair: Pair) -> list[tuple[str, int, int]]:
                 state = file.stat()
                 inputs.add((file.name, state.st_size, state.st_mtime_ns))
     return sorted(inputs)
-
-
-def check_space(root: Path, needed: int) -> None:
-    """Raises DeraError where fewer than `needed` bytes are free."""
-    place = root.resolve()
-    while not place.exists():
-        place = place.parent
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise DeraError(f"{root} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
 
 
 def check_clear_of_inputs(folder: Path, pair: Pair) -> None:

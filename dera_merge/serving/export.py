@@ -22,9 +22,10 @@ from typing import Any
 from ..decoding.config import DeraConfig
 from ..errors import DeraError
 from ..files.atomic import json_bytes, load_json
+from ..files.room import check_space
 from ..merging.companions import cleaned, companions, generation_file, tokenizer_files
 from ..merging.merge import merge
-from ..merging.output import check_clear_of_inputs, check_space
+from ..merging.output import check_clear_of_inputs
 from ..models.ends import generation_settings
 from ..models.pair import Pair
 from ..models.pieces import LowRank

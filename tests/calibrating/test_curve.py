@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from dera_merge import Curve, DeraError, ModelPair, calibrate, compare, demo
+from dera_merge.calibrating import training
 from dera_merge.calibrating.layers import RIDGE, SINKS, Evener, bend, bendable, learned, measure
 from dera_merge.calibrating.lessons import Lesson, sampled_lessons
 from dera_merge.decoding.rows import in_rows
+from dera_merge.measuring.ledger import Ledger
 from dera_merge.measuring.traces import Text
 from dera_merge.merging.path import Part
 from dera_merge.models.fingerprint import fingerprint
@@ -219,7 +221,7 @@ def test_what_is_kept_while_sampling_is_what_both_models_make_of_prompt_and_answ
     """From where prompts differ; of prompts that are held out, of the answer alone."""
     exact = pair.exact()
     prompts = [[5, 6, 7, 8], [5, 6, 9, 10, 11, 12], [5, 6, 13]]
-    lessons = sampled_lessons(pair, exact, prompts, [0, 1, 2], [0.3, 0.7, 1.5], {1}, 6, lambda *_: None)
+    lessons = sampled_lessons(pair, exact, prompts, [0, 1, 2], [0.3, 0.7, 1.5], {1}, 6, lambda *_: None, Ledger(None, {}))
     assert [lesson.lam for lesson in sorted(lessons, key=lambda lesson: lesson.text.prompt)] == [0.3, 0.7, 1.5]
     for lesson in lessons:
         prompt, text = prompts[lesson.text.prompt], lesson.text
@@ -324,6 +326,46 @@ def test_a_calibration_that_cannot_work_says_why(llama, lora, arguments, message
     options = {"texts": 4} if len(arguments) == 3 else {"texts": 20, "max_new_tokens": 2}
     with pytest.raises(DeraError, match=message):
         calibrate(pair, *arguments[:2], **options)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, None])
+def test_an_interrupted_calibration_goes_on_to_the_same_path_and_typed_again_throws_nothing_away(
+    llama, lora, prompts, tmp_path, monkeypatch
+):
+    """Stopped in every stage, again and again: each run gets a little further, and the bits are those of one run."""
+    base = llama(0)
+    pair = ModelPair.from_pretrained(base, lora(base))
+    how = {"texts": 96, "max_new_tokens": 6, "rank": 2, "passes": 1}
+    whole = calibrate(pair, [0.0, 2.0], prompts, **how)
+    monkeypatch.setattr(training, "KEEP_SECONDS", 0)
+    monkeypatch.setattr(training, "KEEP_SHARE", float("inf"))
+    out, stops = tmp_path / "deep" / "path.safetensors", [("sampling", 48), ("learning", 3), ("learning", 5)]
+    if prompts is None:
+        stops.insert(0, ("writing prompts", 48))
+    for number, (stage, at) in enumerate(stops):
+
+        def stop(what, done, total, stage=stage, at=at):
+            if what.startswith(stage) and done >= at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(pair, [0.0, 2.0], prompts, **how, out=out, resume=number > 0, progress=stop)
+    with pytest.raises(DeraError, match="--resume goes on"):
+        calibrate(pair, [0.0, 2.0], prompts, **how, out=out)
+    with pytest.raises(DeraError, match="begun by another call"):
+        calibrate(pair, [0.0, 2.0], prompts, **how, seed=1, out=out, resume=True)
+    seen = []
+    again = calibrate(pair, [0.0, 2.0], prompts, **how, out=out, resume=True, progress=lambda *said: seen.append(said))
+    assert not any(what == "writing prompts" for what, _, _ in seen)
+    assert next(done for what, done, _ in seen if what == "learning") == 6, "what was learned is kept"
+    for path in (again, Curve.load(out)):
+        assert path.recipe == whole.recipe
+        for name, part in whole.parts.items():
+            assert all(torch.equal(value, getattr(path.parts[name], key)) for key, value in vars(part).items())
+    assert [file.name for file in out.parent.iterdir()] == [out.name]
+    seen.clear()
+    assert calibrate(pair, [0.0, 2.0], prompts, **how, out=out, resume=True, progress=lambda *said: seen.append(said)).sha256 == whole.sha256
+    assert not seen, "there was nothing left to do"
 
 
 def test_a_pair_without_prompts_writes_its_own(llama, lora):

@@ -1,5 +1,6 @@
 """The fidelity lab: each figure beside the divergences, against an independent computation; and that it is not fooled."""
 
+import errno
 import json
 import math
 import os
@@ -347,8 +348,12 @@ def test_two_models_that_have_little_in_common_are_not_dera_any_more(llama):
 # Long work
 
 
+def _no_space(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_an_interrupted_comparison_goes_on_where_it_was(pair, tmp_path, monkeypatch):
-    from dera_merge.measuring import steps
+    from dera_merge.measuring import report, steps
 
     how = {"max_new_tokens": 6, "extras": ("floor", "coupled")}
     whole = compare(pair, [0.5, 1.5], PROMPTS, **how)
@@ -359,6 +364,8 @@ def test_an_interrupted_comparison_goes_on_where_it_was(pair, tmp_path, monkeypa
 
     with pytest.raises(KeyboardInterrupt):
         compare(pair, [0.5, 1.5], PROMPTS, **how, unfinished=tmp_path / "out", progress=stop)
+    with pytest.raises(DeraError, match="--resume goes on with them"):  # the same call again
+        compare(pair, [0.5, 1.5], PROMPTS, **how, unfinished=tmp_path / "out")
     read = []
     original = steps.trace_of
     monkeypatch.setattr(steps, "trace_of", lambda model, *args: read.append(1) or original(model, *args))
@@ -367,7 +374,13 @@ def test_an_interrupted_comparison_goes_on_where_it_was(pair, tmp_path, monkeypa
                     progress=lambda what, done, total: seen.append(what))  # fmt: skip
     assert again.to_dict() == whole.to_dict()
     assert not any("exact DeRa" in what for what in seen)  # neither sampled nor scored again
-    assert not list((tmp_path / "out").iterdir())
+    # Where the report cannot be written, the steps stay for the next try.
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space"):
+        full.setattr(report, "write_atomically", _no_space)
+        again.save(tmp_path / "out")
+    assert list((tmp_path / "out" / ".unfinished").glob("*.npz"))
+    again.save(tmp_path / "out")
+    assert not (tmp_path / "out" / ".unfinished").exists()
     read.clear()
     compare(pair, [0.5], PROMPTS, max_new_tokens=6, extras=(), unfinished=tmp_path / "out", resume=True)
     assert read  # nothing is left of it
@@ -380,7 +393,11 @@ def test_steps_of_other_settings_are_not_taken_over(pair, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         compare(pair, [0.5], PROMPTS, max_new_tokens=6, seed=1, unfinished=tmp_path, progress=stop)
-    resumed = compare(pair, [0.5], PROMPTS, max_new_tokens=6, seed=2, extras=(), unfinished=tmp_path, resume=True)
+    other = {"max_new_tokens": 6, "seed": 2, "extras": (), "unfinished": tmp_path}
+    for how, problem in (({"resume": True}, "begun by another call"), ({}, "other settings")):
+        with pytest.raises(DeraError, match=problem):
+            compare(pair, [0.5], PROMPTS, **other, **how)
+    resumed = compare(pair, [0.5], PROMPTS, **other, overwrite=True)
     assert resumed.to_dict() == compare(pair, [0.5], PROMPTS, max_new_tokens=6, seed=2, extras=()).to_dict()
 
 

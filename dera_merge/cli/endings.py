@@ -1,0 +1,47 @@
+"""How a run ends early: what stops it as Ctrl-C does, and the command that goes on."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import threading
+from collections.abc import Collection
+from types import FrameType
+
+# A scheduler's notice, a terminal that closes; Windows has no SIGHUP.
+_STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+_stopped: list[int] = []  # signals that came
+
+
+def listen() -> None:
+    """From now on a signal to stop raises KeyboardInterrupt; one that is ignored (nohup) stays so."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _STOPS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(number, _stop)
+
+
+def listen_no_more() -> None:
+    """From now on a signal ends the process at once: all that is left is to exit."""
+    for number in _STOPS:
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _stopped.append(number)
+    raise KeyboardInterrupt
+
+
+def check() -> None:
+    """Raises KeyboardInterrupt where a signal came and its exception was lost, in a finaliser or a callback of C."""
+    if _stopped:
+        raise KeyboardInterrupt
+
+
+def how_to_go_on(words: list[str], resumable: Collection[str]) -> str | None:
+    """The command that goes on with what this one began, None where nothing does; `resumable`: names of commands."""
+    if not words or words[0] not in resumable:
+        return None
+    kept = [word for word in words if word not in ("--overwrite", "--resume")]
+    return shlex.join(["dera-merge", *kept, "--resume"])
