@@ -35,6 +35,7 @@ class Architecture:
         prefix: `base_model_prefix`, which some checkpoints leave out (`transformer.` in GPT-2's).
         transposed: modules that store their weight as (in, out).
         linear: linear modules, the head left out.
+        decoder: what names in memory of the text decoder begin with; a wrapped model has it deeper inside.
         model_class: transformers' class.
         model: the empty model.
     """
@@ -44,6 +45,7 @@ class Architecture:
     prefix: str
     transposed: frozenset[str]
     linear: tuple[str, ...]
+    decoder: str
     model_class: type
     model: PreTrainedModel
 
@@ -56,12 +58,15 @@ class Architecture:
         if not trust.code:  # a checkpoint's own code may never have set what is asked for
             doors.check("models", model)
         head = model.get_output_embeddings()
+        inner = model.get_decoder() if hasattr(model, "get_decoder") else None
+        decoder = next((name for name, module in model.named_modules() if name and module is inner), None)
         return cls(
             {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
             dict(getattr(model, "all_tied_weights_keys", None) or {}),
             f"{model.base_model_prefix}.",
             frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
             tuple(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head),
+            f"{decoder or model.base_model_prefix}.",
             type(model),
             model,
         )

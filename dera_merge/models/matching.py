@@ -1,6 +1,6 @@
 """Two sides put in correspondence where names or layouts differ, tensors are tied, or an adapter speaks of modules.
 
-All of it is done in the names of memory, which both sides share: `Layout` says what each file has of them.
+All of it is done in the names of REF's model in memory: `Layout` says what each file has of them.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class _Matching:
         self.architectures = architecture, architecture if shared else Architecture.of(sides[1].base.folder, trust)
         first = architecture.layout(self.stored(0))
         self.layouts = first, first if shared else self.architectures[1].layout(self.stored(1))
+        self.wraps = self.architectures[0].model_class is not self.architectures[1].model_class
 
     def stored(self, number: int) -> dict[str, TensorInfo]:
         return self.sides[number].checkpoint.tensors
@@ -71,19 +72,22 @@ class _Matching:
         else:  # one tensor for both ends, by the owner's name, whichever of the two a file has
             pieces = [{name: found for name, found in own.items() if name not in ties} for own in pieces]
         keys: tuple[dict[str, Key], dict[str, Key]] = ({}, {})
-        unused: list[str] = []
+        alone: list[str] = []
         for name, used, homes in self.tensors(ties, parted):
             for side, other, own, home in zip(self.sides, reversed(self.sides), keys, homes, strict=True):
                 if home is not None:
                     own[name] = home
                 elif used:
                     raise DeraError(f"{side.base.name} has no tensor {name}, which {other.base.name} has")
-            if None in homes:  # no model has it: REF's stays as it is, ALIGNED's is left out
-                unused.append(name)
+            if None in homes:  # the other model has no such tensor: REF's stays as it is, ALIGNED's is left out
+                alone.append(name)
                 keys[1].pop(name, None)
-        if unused:
-            which = unused[0] if len(unused) == 1 else f"{unused[0]} and {len(unused) - 1} more tensors"
-            warn(f"only one side has {which}, which no model that transformers builds uses; REF's stay as they are")
+        if alone:
+            which = alone[0] if len(alone) == 1 else f"{alone[0]} and {len(alone) - 1} more tensors"
+            reason = "no model that transformers builds uses"
+            if self.wraps:
+                reason = "the other is made without"
+            warn(f"only one side has {which}, which {reason}; REF's stay as they are")
         ref, aligned = (
             Weights(base, own, self.as_stored(made)) for base, own, made in zip(self.bases, keys, pieces, strict=True)
         )
@@ -92,7 +96,7 @@ class _Matching:
     def tensors(
         self, ties: Mapping[str, str], parted: bool
     ) -> Iterator[tuple[str, bool, tuple[Key | None, Key | None]]]:  # fmt: skip
-        """The tensors of θ(λ), in REF's order and layout: name, whether a model uses it, and what it is on each side.
+        """The tensors of θ(λ), in REF's order and layout: name, whether both models use it, what it is on each side.
 
         Args:
             ties: name in memory → the name that it shares its tensor with in θ(λ).
@@ -109,29 +113,45 @@ class _Matching:
                 names.setdefault(self.output_name(owner) if owner else key, group.targets[0])
             else:
                 homes = {name: self.home(1, name) or name for name in group.targets}
-                yield key, True, (key, second.of_another(first, key, homes))
+                used = all(self.is_built(name) for name in group.targets)
+                yield key, used, (key, second.of_another(first, key, homes))
         ends = dict.fromkeys([*self.architecture.tied, *self.architecture.tied.values()]) if parted else {}
         for end in ends:
             if self.home(0, end) or self.home(1, end):
                 names.setdefault(self.output_name(end), end)
         for name, memory in names.items():
-            yield name, True, (self.key(0, memory), self.key(1, memory))
+            yield name, self.is_built(memory), (self.key(0, memory), self.key(1, memory))
         for key in self.stored(1):
             group = second.group_of.get(key)
             if group is None and key not in self.stored(0):
                 yield key, False, (None, key)
-            for name in group.targets if group else ():
+            for name in map(self.in_ref, group.targets if group else ()):
                 if self.home(0, name) is None:
-                    yield name, True, (None, key)
+                    yield name, not self.wraps or name in self.architecture.shapes, (None, key)
+
+    def in_ref(self, name: str) -> str:
+        """The name in REF's memory of a tensor of ALIGNED's: their decoders may lie in other places."""
+        here, there = (architecture.decoder for architecture in self.architectures)
+        return here + name.removeprefix(there) if name.startswith(there) else name
+
+    def in_aligned(self, name: str) -> str:
+        """The name in ALIGNED's memory of a tensor of REF's."""
+        here, there = (architecture.decoder for architecture in self.architectures)
+        return there + name.removeprefix(here) if name.startswith(here) else name
+
+    def is_built(self, name: str) -> bool:
+        """Whether ALIGNED's model has a tensor of REF's memory; a text model has no towers."""
+        return not self.wraps or self.in_aligned(name) in self.architectures[1].shapes
 
     def home(self, number: int, name: str) -> str | None:
-        """The tensor in memory that a side's files have as `name`: itself, or one that it is tied to."""
+        """The tensor of its memory that a side's files have as `name` of REF's: itself, or one that it is tied to."""
+        name = self.in_aligned(name) if number else name
         groups, tied = self.layouts[number].groups, self.architectures[number].tied
         owner = tied.get(name, name)
         return next((end for end in (name, owner, *tied) if end in groups and owner in (end, tied.get(end))), None)
 
     def key(self, number: int, name: str) -> Key | None:
-        """Where a side's files have a tensor of memory."""
+        """Where a side's files have a tensor of REF's memory."""
         home = self.home(number, name)
         return None if home is None else self.layouts[number].key(home)
 
@@ -174,17 +194,19 @@ class _Matching:
                 )
 
     def pieces(self, number: int) -> Pieces:
-        """What a side's adapter does, by the names of memory."""
+        """What a side's adapter does, by the names of REF's memory."""
         side = self.sides[number]
         if side.adapter is None:
             return {}
 
         def read_base(name: str) -> torch.Tensor:
-            self.check_adapted(number, name)
-            return self.bases[number].whole(self.key(number, name))
+            self.check_adapted(number, into_ref(name))
+            return self.bases[number].whole(self.key(number, into_ref(name)))
 
+        into_ref = self.in_ref if number else str
         build = partial(empty_model, side.base.folder, self.trust)
-        pieces = side.adapter.bind(self.architecture, read_base, build)
+        pieces = side.adapter.bind(self.architectures[number], read_base, build)
+        pieces = {into_ref(name): found for name, found in pieces.items()}
         for name, found in pieces.items():
             self.check_adapted(number, name)
             self.check_read(number, name, found)
@@ -192,7 +214,7 @@ class _Matching:
 
     def check_read(self, number: int, name: str, pieces: Sequence[Piece]) -> None:
         """Raise DeraError where an adapter changes a weight that the model reads without the adapter."""
-        side, kind = self.sides[number], self.architecture.model.config.model_type
+        side, kind = self.sides[number], self.architectures[number].model.config.model_type
         if kind not in _READ_PAST or not name.endswith(f".{_READ_PAST[kind]}.weight"):
             return
         sums = [piece for piece in pieces if not isinstance(piece, Replacement)]
@@ -217,7 +239,7 @@ class _Matching:
         changes = [pieces.get(end, ()) for end in (name, owner)]
         if not any(changes) and homes[0] == homes[1]:
             return True
-        keys = [self.key(number, home) for home in homes]
+        keys = [self.layouts[number].key(home) for home in homes]
         infos = [self.bases[number].info(key) for key in keys]
         if infos[0].shape != infos[1].shape or infos[0].dtype != infos[1].dtype:
             return False

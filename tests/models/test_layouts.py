@@ -11,12 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from builders import save_tokenizer, weights
-from families import IDS, build
+from families import IDS, SMALL, build, config_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM
+from transformers import Gemma3ForConditionalGeneration as Gemma3
 
-from dera_merge import DeraError, ModelPair
+from dera_merge import DeraError, DeraWarning, ModelPair
+from dera_merge.files.checkpoint import Checkpoint
+from dera_merge.models.architecture import Architecture
+from dera_merge.models.names import match
+from dera_merge.models.side import Side
+from dera_merge.models.source import Source, load_config
 
 pytestmark = pytest.mark.core
 
@@ -128,6 +134,66 @@ def assert_is_pefts(base: Path, adapter: Path, out: Path) -> Path:
     torch.testing.assert_close(logits(live), expected, rtol=1e-3, atol=1e-3)
     assert weights(folder).keys() == weights(base).keys()
     return folder
+
+
+@pytest.fixture(scope="module")
+def gemmas(tmp_path_factory) -> list[Path]:
+    """A wrapped Gemma 3 as on the Hub, another under the names of memory, and a text-only one."""
+    text = {key: value for key, value in config_of("gemma3_text").to_dict().items() if key in (*SMALL, "layer_types")}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+              "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    folders = []
+    for seed, make in enumerate((Gemma3(config), Gemma3(config), Gemma3ForCausalLM(config.text_config))):
+        torch.manual_seed(seed)
+        for parameter in make.parameters():
+            parameter.data.normal_()
+        folders.append(save(make, tmp_path_factory.mktemp("gemma3"), save_original_format=seed != 1))
+    return folders
+
+
+def matched(*folders: Path):
+    """The tensors of θ(λ) for these models, and where each has them."""
+    sides = []
+    for folder in folders:
+        source = Source(folder.name, folder)
+        sides.append(Side(source, source, None, Checkpoint(folder), load_config(source)))
+    return match(sides, lambda: Architecture.of(folders[0]))
+
+
+def aligned_in(names) -> dict[str, torch.Tensor]:
+    """The aligned model's tensors by the names of θ(λ)."""
+    _, aligned = names.weights
+    return {name: aligned.stored.whole(key) for name, key in aligned.keys.items()}
+
+
+def test_wrapped_models_are_one_whatever_release_named_their_tensors(gemmas):
+    hub, memory, _ = gemmas
+    assert {name.split(".")[0] for name in weights(hub)} == {"language_model", "vision_tower", "multi_modal_projector"}
+    assert {name.split(".")[0] for name in weights(memory)} == {"model"}
+    read = aligned_in(matched(hub, memory))
+    assert read.keys() == weights(hub).keys()
+    stored = {name.removeprefix("model."): tensor for name, tensor in weights(memory).items()}
+    for name, tensor in read.items():
+        place = name.replace("language_model.model.", "language_model.").replace("vision_tower.vision_model.", "vision_tower.")
+        assert torch.equal(tensor, stored[place])
+
+
+def test_a_text_model_beside_a_wrapped_one_is_its_text_and_the_towers_stay_refs(gemmas):
+    wrapped, _, text = gemmas
+    alone = "only one side has .*(vision_tower|multi_modal).* which the other is made without"
+    with pytest.warns(DeraWarning, match=alone):
+        read = aligned_in(matched(wrapped, text))
+    assert read.keys() == {name for name in weights(wrapped) if name.startswith("language_model.")}
+    stored = weights(text)
+    for name, tensor in read.items():
+        assert torch.equal(tensor, stored[name.removeprefix("language_model.")])
+    with pytest.warns(DeraWarning, match=alone):
+        read = aligned_in(matched(text, wrapped))
+    assert read.keys() == weights(text).keys()
+    stored = weights(wrapped)
+    for name, tensor in read.items():
+        assert torch.equal(tensor, stored[f"language_model.{name}"])
 
 
 # Linear layers of transformers 4, those of its experts and its router among them, which release 5 has as parameters.
