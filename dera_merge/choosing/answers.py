@@ -15,7 +15,6 @@ from .. import lambdas
 from ..errors import DeraError
 from ..files.atomic import json_bytes, write_atomically
 from ..lambdas import Lam, Vector
-from ..texts.forms import Turns
 from ..texts.prompts import Prompt
 from ..texts.rewards import Reward
 
@@ -30,7 +29,7 @@ class Asked:
 
     Attributes:
         prompts: as token ids.
-        plain: the prompts as rewards see them.
+        plain: the prompts in words, of a conversation all turns.
         samples: texts for each prompt at each λ.
         max_new_tokens: their length, in tokens.
         mode: whose texts answer the question.
@@ -115,11 +114,6 @@ def read_scored(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not lines:
         raise DeraError(f"{file} holds no scored texts")
     return lines
-
-
-def plain(asked: str | Turns) -> str:
-    """A prompt as a reward sees it: the text, or the last turn of a conversation."""
-    return asked if isinstance(asked, str) else asked[-1]["content"]
 
 
 def _json(line: str) -> Any:

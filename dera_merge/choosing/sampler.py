@@ -19,10 +19,13 @@ from ..models.pair import Pair
 from ..processes import gathered
 from ..progress import Progress
 from ..statistics.summary import log_ratio
+from ..texts.exchanges import Exchange, in_words
 from ..texts.prompts import Prompt
 from ..texts.rewards import Reward
 from ..texts.samplers import DraftedSampler, Sampler
-from .answers import Answer, Asked, Kind, Store, plain
+from .answers import Answer, Asked, Kind, Store
+
+TELLING = 8  # texts of a later batch that cannot all be at fault
 
 
 class SweepLab(Laboratory):
@@ -105,29 +108,37 @@ class SweepLab(Laboratory):
         ids, lams = [self.prompts[p].ids for _, p, _ in batch], [lam for lam, _, _ in batch]
         new = sampler.sample(ids, lams, streams, max_new_tokens=self.asked.max_new_tokens)
         texts = [self.pair.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
-        rows = self._scored([(self.asked.plain[p], text) for (_, p, _), text in zip(batch, texts, strict=True)])
+        rows = self._scored([
+            self._exchange(p, text, ids) for (_, p, _), text, ids in zip(batch, texts, new, strict=True)
+        ])  # fmt: skip
         return [Answer(mode, lam, p, n, ids, text, row)
                 for (lam, p, n), ids, text, row in zip(batch, new, texts, rows, strict=True)]  # fmt: skip
 
-    def _scored(self, texts: list[tuple[str, str]]) -> list[dict[str, float | None]]:
-        """The rewards of each (prompt, text). Raises DeraError where one fails on a whole first batch."""
+    def _exchange(self, prompt: int, text: str, ids: list[int]) -> Exchange:
+        """An answer to a prompt, as rewards see it."""
+        return Exchange(self.prompts[prompt].asked, text, self.prompts[prompt].columns, ids)
+
+    def _scored(self, texts: list[Exchange]) -> list[dict[str, float | None]]:
+        """The rewards of each text. Raises DeraError where one fails on a whole batch."""
         rows: list[dict[str, float | None]] = [{} for _ in texts]
         for reward in self.rewards:
             values = reward.score(texts)
             for row, value in zip(rows, values, strict=True):
                 row[reward.name] = value
-            # One text may be at fault, a whole first batch is not.
-            if not self.store.answers and all(value is None for value in values) and (why := reward.why_not(texts[0])):
-                raise DeraError(f"the reward {reward.name} fails on every text: {why}")
+            # One text may be at fault, a whole batch is not.
+            whole = not self.store.answers or len(texts) >= TELLING
+            if whole and all(value is None for value in values) and (why := reward.why_not(texts[0])):
+                kept = "; the texts before are kept: mend it and go on with --resume" if self.store.answers else ""
+                raise DeraError(f"the reward {reward.name} fails on every text: {why}{kept}")
         return rows
 
     def take(self, scored: Sequence[dict[str, Any]]) -> None:
         """Store texts of `read_scored`, with rewards that they lack worked out. Raises DeraError where one is unfit."""
-        places = {text: number for number, text in enumerate(self.asked.plain)}
+        places = self._places()
         answers: list[Answer] = []
         counts: dict[tuple[Lam, int], int] = {}
         for number, entry in enumerate(scored, 1):
-            asked = entry["prompt"] if "prompt" in entry else plain(entry["messages"])
+            asked = entry["prompt"] if "prompt" in entry else in_words(entry["messages"])
             prompt = asked if isinstance(asked, int) else places.get(asked)
             if prompt is None or not 0 <= prompt < len(self.prompts):
                 raise DeraError(
@@ -147,10 +158,16 @@ class SweepLab(Laboratory):
         answers = [a for a in answers if (a.lam, a.prompt, a.sample) not in there]
         for reward in self.rewards:
             lacking = [a for a in answers if reward.name not in a.rewards]
-            values = reward.score([(self.asked.plain[a.prompt], a.text) for a in lacking]) if lacking else []
+            values = reward.score([self._exchange(a.prompt, a.text, a.ids) for a in lacking]) if lacking else []
             for answer, value in zip(lacking, values, strict=True):
                 answer.rewards[reward.name] = value
         self.store.add(answers)
+
+    def _places(self) -> dict[str, int]:
+        """Which prompt a text is: a prompt in words, or the last turn of one conversation alone."""
+        last = [p.asked if isinstance(p.asked, str) else p.asked[-1]["content"] for p in self.prompts]
+        alone = {text: number for number, text in enumerate(last) if last.count(text) == 1}
+        return alone | {text: number for number, text in enumerate(self.asked.plain)}
 
     def _place(self, lam: Lam, number: int) -> Lam:
         """The λ of scored text `number`; 0 and 1 of several aligned models are the reference and the first of them."""

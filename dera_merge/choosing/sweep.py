@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from ..processes import launched
 from ..progress import Progress
 from ..serving import vllm_server as engines
 from ..texts import prompts as prompt_files
-from ..texts.rewards import Reward
+from ..texts.exchanges import in_words
+from ..texts.rewards import Reward, as_reward, checked
 from .anchors import default_lambdas, first_anchors, grid_between, next_point
-from .answers import Asked, Mode, Store, plain
+from .answers import Asked, Mode, Store
 from .curves import Curves
 from .report import Sweep
 from .sampler import SweepLab
@@ -45,7 +46,7 @@ PAGES = 4_000_000  # bytes of a report
 def sweep(
     pair: Pair,
     prompts: Sequence[str | dict[str, Any]],
-    rewards: Sequence[Reward],
+    rewards: Sequence[Reward | str | Callable[..., Any]],
     lams: Sequence[float | Sequence[float]] | None = None,
     *,
     weights: Sequence[float] | None = None,
@@ -76,7 +77,7 @@ def sweep(
     Args:
         pair: the two models.
         prompts: texts or rows, as for `compare`, without completions. What is too long is left out.
-        rewards: what texts are worth.
+        rewards: what texts are worth: each a `Reward`, a function, or a spec as for `load_reward`.
         lams: the λ of interest; with `reweight`, the curve spans them. Default: 0 to 2. With several aligned models a
             number for each, and those that are given are the grid; default: every combination from 0 to 1.
         weights: of the rewards; default 1 each.
@@ -118,6 +119,7 @@ def sweep(
     if mode == "speculative" and engine:
         raise DeraError("--engine samples by itself; leave out --mode speculative")
     lams = pair.known(lams) if lams is not None else default_lambdas(pair, reweight)
+    rewards = [as_reward(reward) for reward in rewards]
     names = [reward.name for reward in rewards]
     if not rewards or len(set(names)) < len(names):
         raise DeraError("give one reward or more, each once")
@@ -129,6 +131,8 @@ def sweep(
         raise DeraError("the prompts bring completions; texts that are scored already go with --from-scored")
     if len(encoded) < 2:
         raise DeraError("one prompt says nothing about others; give more")
+    if scored is None:
+        checked(rewards, encoded)
     curve = opened(path, pair, lams)
     grid = sorted({*lams, *grid_between(lams)}) if reweight else sorted(lams)
     anchors = pair.known(anchors) if anchors is not None else first_anchors(pair, lams) if reweight else grid
@@ -147,8 +151,8 @@ def sweep(
         check_space(folder, PAGES + 2 * most * (1 + merged) * (PER_TEXT + max_new_tokens * PER_TOKEN))
     with alone(folder if first_process else None):
         store = Store(folder, mark, resume, overwrite, writes=first_process)
-        texts = [plain(prompt.asked) for prompt in encoded]
-        asked = Asked(encoded, texts, list(rewards), samples, max_new_tokens, mode, reweight)
+        texts = [in_words(prompt.asked) for prompt in encoded]
+        asked = Asked(encoded, texts, rewards, samples, max_new_tokens, mode, reweight)
         lab = SweepLab(pair, Compute(device, compute_dtype), curve, seed, progress, asked, store)
         curves = Curves(lab, weights)
 

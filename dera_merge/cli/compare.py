@@ -53,7 +53,7 @@ def run(
         str, typer.Option("--with", help=f"What else to measure: {', '.join(EXTRAS)}; all, or none.")
     ] = "floor",
     extra_prompts: Annotated[int, typer.Option(min=1, help="How many prompts floor, ladder and layers look at.")] = 8,
-    reward: Annotated[str | None, typer.Option(help="module:function, text → number; for --with coupled.")] = None,
+    reward: Annotated[str | None, typer.Option(help="As for sweep; for --with coupled.")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     seed: Seed = 0,
@@ -78,14 +78,14 @@ def run(
     check_report_folder(output, pair)
     from ..measuring.compare import compare as measured_compare
     from ..processes import launched
-    from ..texts.rewards import function
+    from ..texts.rewards import load_reward
 
     with progress("comparing") as tell:
         report = measured_compare(
             pair, lams, given_prompts(prompts, limit), approx=approx, path=path, dtype=dtype,
             rounding=rounding,
             texts=texts, samples=samples, max_new_tokens=max_new_tokens, extras=wanted, extra_prompts=extra_prompts,
-            reward=function(reward) if reward else None, seed=seed, engine=engine, device=place,
+            reward=load_reward(reward, place) if reward else None, seed=seed, engine=engine, device=place,
             progress=tell, compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, unfinished=output,
             resume=resume, overwrite=overwrite,
         )  # fmt: skip

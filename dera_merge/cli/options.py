@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from .. import lambdas
+from .show import json_alone
 
 if TYPE_CHECKING:
     from ..api import ModelPair
@@ -39,7 +40,9 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin fil
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let transformers run code from checkpoints.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", callback=json_alone, help="Print exactly one JSON object on stdout.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Throw away what an earlier run left.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]

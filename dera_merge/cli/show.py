@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich import box
 from rich.console import Console
@@ -19,6 +20,7 @@ from . import endings
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
+_for_json: TextIO | None = None  # stdout, once nothing else may write there
 LOG_SECONDS = 60  # between two lines of progress where there is no terminal for a bar
 PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}  # fits 80 columns
 
@@ -46,9 +48,24 @@ class Notes(logging.Handler):
         note(one_line(record.getMessage()))
 
 
+def json_alone(wanted: bool) -> bool:
+    """With --json, keep stdout for the JSON alone: what rewards, libraries and their programs print goes to stderr.
+
+    On the level of file descriptors, and for good, because programs and what runs at exit print too.
+    """
+    global _for_json
+    if wanted and _for_json is None and sys.stdout is not None:
+        sys.stdout.flush()
+        _for_json = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+        os.dup2(2, 1)
+    return wanted
+
+
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    stream = _for_json or sys.stdout
+    stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    stream.flush()
 
 
 @contextmanager

@@ -32,7 +32,8 @@ def run(
     given: Given,
     prompts: Prompts,
     reward: Annotated[
-        list[str], typer.Option(help="module:function, command:…, model:ID[#LABEL], length or lexicon; repeatable.")
+        list[str],
+        typer.Option(help="module:function, file.py:function, command:…, model:ID[#LABEL], http://…, length, lexicon."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report, and of texts as they come.")],
     lam: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,18 @@ def load_sides(
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | str, device: str | torch.device, trust: Trust = NOTHING, **kwargs: Any
-) -> PreTrainedModel:
-    """A causal model from a directory, in evaluation mode; refuses one that would get random weights.
+    folder: Path, dtype: torch.dtype | str, device: str | torch.device, trust: Trust = NOTHING, *, kind: Any = None,
+    brought: Collection[str] = (), **kwargs: Any,
+) -> PreTrainedModel:  # fmt: skip
+    """A model from a directory, in evaluation mode; refuses one that would get random weights.
+
+    Args:
+        folder: of the checkpoint.
+        dtype, device: in what and where.
+        trust: what may be read and run.
+        kind: transformers' class to load it with; default: `AutoModelForCausalLM`.
+        brought: tensors that it may lack, because an adapter brings them.
+        kwargs: passed to `from_pretrained`.
 
     Raises:
         DeraError: transformers cannot load it, or would make a tensor up.
@@ -77,14 +87,18 @@ def load_model(
         kwargs["device_map"] = {"": device}  # quantised weights are made where they stay
     try:
         with LOADING:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = (kind or AutoModelForCausalLM).from_pretrained(
                 folder, dtype=dtype, use_safetensors=None if trust.pickle else True, trust_remote_code=trust.code,
                 output_loading_info=True, **kwargs,
             )  # fmt: skip
     except (ValueError, OSError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         raise DeraError(f"transformers cannot load {folder}: {error}") from error
-    if missing := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
-        raise DeraError(f"{folder} lacks tensor {missing[0]} ({len(missing)} in all); transformers would make it up")
+    unfit = {key[0] if isinstance(key, tuple) else str(key) for key in report["mismatched_keys"]}
+    if missing := sorted({*report["missing_keys"], *unfit} - set(brought)):
+        raise DeraError(
+            f"{folder} lacks tensor {', '.join(missing[:3])} ({len(missing)} in all, missing or of another shape); "
+            "transformers would make it up"
+        )
     return (model if "device_map" in kwargs else model.to(device)).eval()
 
 

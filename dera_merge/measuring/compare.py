@@ -35,6 +35,7 @@ from ..statistics.summary import MEASURES, gram_of, log_ratio, summarise
 from ..statistics.verdict import bits_like, verdict
 from ..texts import prompts as prompt_files
 from ..texts.prompts import Prompt
+from ..texts.rewards import Reward, as_reward, checked
 from .laboratory import Compute
 from .ledger import FOLDER, Ledger
 from .report import Report
@@ -65,7 +66,7 @@ def compare(
     max_new_tokens: int = 64,
     extras: Iterable[Extra] = ("floor",),
     extra_prompts: int = 8,
-    reward: Callable[[str], float] | None = None,
+    reward: Reward | str | Callable[..., Any] | None = None,
     seed: int = 0,
     engine: str | None = None,
     device: str | torch.device = "cpu",
@@ -100,7 +101,7 @@ def compare(
             `"layers"`: which tensors the error comes from, and where the features part (one aligned model);
             `"coupled"`: texts of both models under the same noise.
         extra_prompts: floor, ladder and layers look at the texts of this many prompts.
-        reward: a text's reward, for `"coupled"`.
+        reward: a text's reward, for `"coupled"`: a `Reward`, a function, or a spec as for `load_reward`.
         engine: sample by vLLM: the address of a server of the pair's exact directory, or `"vllm"` to start one.
         device, compute_dtype: where and in what the models run.
         unfinished: a directory in which to keep finished steps until the report is saved; with several processes
@@ -138,6 +139,9 @@ def compare(
     if engine and (all(given) or texts == "merged" or "coupled" in extras):
         raise DeraError("--engine samples exact DeRa's texts, with noise of its own; leave it out for given texts, for "
                         "--texts merged and for --with coupled")  # fmt: skip
+    reward = None if reward is None else as_reward(reward)
+    if reward is not None:
+        checked([reward], encoded)
     storage = Storage.of(pair.names, dtype, rounding, seed)
     rounds = any(kind != torch.float32 for kind, _ in storage.layout(pair.names).values())
     curve = opened(path, pair, lams)
@@ -183,7 +187,7 @@ def compare(
 
 def _compared(
     lab: ComparisonLab, lams: list[Lam], texts: str, extras: Sequence[Extra], extra_prompts: int,
-    reward: Callable[[str], float] | None,
+    reward: Reward | None,
 ) -> Report:  # fmt: skip
     """The report of everything that `compare` was asked for; its settings are filled in later, but for `resolution`."""
     pair, encoded, tokenizer, seed, curve = lab.pair, lab.prompts, lab.pair.tokenizer, lab.seed, lab.path
@@ -225,7 +229,7 @@ def _compared(
             lam = result["lambda"]
             of_exact = texts_at[lam] if not all(given) and texts == "exact" else lab.sampled("exact", lam)
             of_merged = texts_at[lam] if texts == "merged" else lab.sampled("merged", lam)
-            result["coupled"] = coupled_figures(of_exact, of_merged, tokenizer, reward, seed)
+            result["coupled"] = coupled_figures(of_exact, of_merged, tokenizer, encoded, reward, seed)
             if texts != "merged":
                 (reading,) = lab.measure([lam], of_merged, "merged-").values()
                 merged_texts[lam] = (of_merged, reading)

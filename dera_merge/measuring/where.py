@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import warn
 from ..lambdas import Lam
 from ..statistics.intervals import bootstrap
+from ..texts.exchanges import Exchange
 from ..texts.prompts import Prompt
+from ..texts.rewards import Reward
 from .traces import Text
 
 if TYPE_CHECKING:
@@ -83,8 +86,8 @@ def where_it_lies(
 
 
 def coupled_figures(
-    exact: list[Text], merged: list[Text], tokenizer: PreTrainedTokenizerBase, reward: Callable[[str], float] | None,
-    seed: int,
+    exact: list[Text], merged: list[Text], tokenizer: PreTrainedTokenizerBase, asked: list[Prompt],
+    reward: Reward | None, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Texts of both models under the same noise: how many are the same, and where the others part.
 
@@ -104,14 +107,31 @@ def coupled_figures(
                         "merged": float(np.mean([len(t.completion) for t in merged]))},
     }  # fmt: skip
     if reward is not None:
-        decoded = ([tokenizer.decode(t.completion, skip_special_tokens=True) for t in side] for side in (exact, merged))
-        earned = [np.array(list(map(reward, side)), dtype=float) for side in decoded]
-        difference = earned[1] - earned[0]
+        earned = [np.array(reward.score(_answers(side, asked, tokenizer)), dtype=float) for side in (exact, merged)]
+        both = np.isfinite(earned[0]) & np.isfinite(earned[1])  # a reward that fails on a text has none there
+        figures["reward_failed"] = int((~both).sum())
+        if not both.any():
+            why = reward.why_not(_answers(exact[:1], asked, tokenizer)[0])
+            warn(f"the reward {reward.name} fails on every text: {why}")
+            return figures | {"reward": None, "reward_difference": None, "reward_difference_ci": None}
+        one, other, prompts = earned[0][both], earned[1][both], prompts[both]
         figures |= {
-            "reward": {"exact": float(earned[0].mean()), "merged": float(earned[1].mean())},
-            "reward_difference": float(difference.mean()), "reward_difference_ci": bootstrap(difference, prompts, seed),
-        }  # fmt: skip
+            "reward": {"exact": float(one.mean()), "merged": float(other.mean())},
+            "reward_difference": float((other - one).mean()),
+            "reward_difference_ci": bootstrap(other - one, prompts, seed),
+        }
     return figures
+
+
+def _answers(
+    texts: Sequence[Text], asked: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> list[Exchange]:
+    """Texts as rewards see them."""
+    return [
+        Exchange(asked[t.prompt].asked, tokenizer.decode(t.completion, skip_special_tokens=True),
+                 asked[t.prompt].columns, t.completion)
+        for t in texts
+    ]  # fmt: skip
 
 
 def shown_texts(

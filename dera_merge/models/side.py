@@ -91,7 +91,7 @@ def open_sides(ref: Source, aligned: Iterable[Source], base: Source | None, trus
             adapter = Adapter(source.folder, trust.pickle)
             if (source.folder / "config.json").is_file() and any(source.folder.glob("model*.safetensors")):
                 warn(f"{source.name} holds an adapter and a full model; the adapter is read, as transformers does")
-            home = base or (_same_base(adapter, beside) if beside else _named_base(adapter, source, trust))
+            home = base or (_same_base(adapter, beside) if beside else named_base(adapter, source, trust))
         config = load_config(home)
         check_kind(home, config)
         if home.folder not in opened:
@@ -104,7 +104,7 @@ def open_sides(ref: Source, aligned: Iterable[Source], base: Source | None, trus
     return reference, *(open_side(source, None if ref.is_adapter else ref) for source in aligned)
 
 
-def _named_base(adapter: Adapter, source: Source, trust: Trust) -> Source:
+def named_base(adapter: Adapter, source: Source, trust: Trust) -> Source:
     """The base that an adapter names: relative to the adapter, then to the working directory, then a Hub id."""
     name = adapter.base_name
     if not name:

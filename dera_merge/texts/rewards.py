@@ -1,79 +1,104 @@
-"""Rewards of texts: functions, commands, reward models.
+"""Rewards of texts: functions, programs, reward models, servers.
 
 A spec is one of
 
-    module:function       text → number, or (prompt, text) → number; modules of the working directory count
-    command:WORDS         a program that reads JSON Lines of {"prompt", "completion"} and writes a number a line
-    model:ID[#LABEL]      a sequence classifier (directory or Hub id): its one output, or the log-probability of a label
+    module:function       text → number, (prompt, text) → number, TRL's lists of them; see `functions.py`
+    file.py:function      likewise
+    command:WORDS         a program that reads JSON Lines of {"prompt", "completion", …} and writes a number a line
+    model:ID[#LABEL]      a sequence classifier (directory or Hub id), see `classifier.py`
+    http(s)://…[#LABEL]   a server that classifies texts, see `servers.py`
     length                words of the text
     lexicon               of the demo pair: different words of praise, less those of blame, less repeats
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
 import math
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
 from ..demo import reward as praise
 from ..errors import DeraError
-from ..models.source import Source
+from .exchanges import Check, Exchange, RewardDown, Scorer
+from .functions import Called, function
+from .prompts import Prompt
+from .servers import Server
 
-Scorer = Callable[[Sequence[tuple[str, str]]], list[float]]
-BATCH = 16  # texts that a reward model reads at a time
+FORMS = (
+    "module:function (dera_merge.demo:reward, say), file.py:function, command:…, model:…, http://…, length or lexicon"
+)
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A named reward of (prompt, completion)."""
+    """A named reward of exchanges, that is of (prompt, completion) and what else is known of them.
+
+    Attributes:
+        name: what reports call it.
+        scorer: gives each of several exchanges a number, or None where it has none.
+        check: looks at it before any work is done for it, given a stand-in answer to each prompt; raises DeraError.
+    """
 
     name: str
     scorer: Scorer
+    check: Check | None = None
 
-    def score(self, texts: Sequence[tuple[str, str]]) -> list[float | None]:
-        """The reward of each text; None where it fails, or is no finite number, twice."""
-        try:
-            return [self._number(value) for value in self._all(texts)]
-        except Exception:  # whatever a stranger's function or program does to one text must not end the run
+    def score(self, texts: Sequence[Exchange | tuple[str, str]]) -> list[float | None]:
+        """The reward of each text; None where it has none, or fails, or is no finite number, twice.
+
+        Raises:
+            RewardDown: no text is at fault.
+        """
+        texts = [text if isinstance(text, Exchange) else Exchange(*text) for text in texts]
+        values = self._said_of(texts)
+        if isinstance(values, str):
             return [self._one(text) for text in texts]
+        return [self._one(text) if isinstance(value, str) else value for text, value in zip(texts, values, strict=True)]
 
-    def _all(self, texts: Sequence[tuple[str, str]]) -> list[float]:
-        """What the scorer says of each text. Raises DeraError where it does not say one number a text."""
-        values = self.scorer(texts)
-        if len(values) != len(texts):
-            raise DeraError(f"{len(values)} numbers came for {len(texts)} texts")
-        return values
+    def why_not(self, text: Exchange | tuple[str, str]) -> str | None:
+        """What goes wrong with a text, in one line; None where nothing does."""
+        said = self._said_of([text if isinstance(text, Exchange) else Exchange(*text)])
+        said = said if isinstance(said, str) else said[0]
+        return said if isinstance(said, str) else "it gave no number" if said is None else None
 
-    def _one(self, text: tuple[str, str]) -> float | None:
+    def _one(self, text: Exchange) -> float | None:
         """The reward of one text, tried twice; None where both fail."""
         for _ in range(2):
-            try:
-                return self._number(self._all([text])[0])
-            except Exception:
-                continue
+            if not isinstance(said := self._said_of([text]), str) and not isinstance(said[0], str):
+                return said[0]
         return None
 
-    def why_not(self, text: tuple[str, str]) -> str | None:
-        """What goes wrong with a text, in one line; None where nothing does."""
+    def _said_of(self, texts: Sequence[Exchange]) -> list[float | str | None] | str:
+        """A number for each text, None where it has none, or why it is none; or why there are no numbers at all.
+
+        Whatever a stranger's function does to a text, be it an exit, must not end the run.
+        """
         try:
-            self._number(self._all([text])[0])
-        except Exception as error:
+            with redirect_stdout(sys.stderr):  # stdout is for results
+                values = list(self.scorer(texts))
+                if len(values) != len(texts):
+                    return f"{len(values)} numbers came for {len(texts)} texts"
+                return [self._number(value) for value in values]
+        except (KeyboardInterrupt, RewardDown):
+            raise
+        except BaseException as error:
             kind = "" if isinstance(error, DeraError) else f"{type(error).__name__}: "
             return kind + " ".join(str(error).split())
-        return None
 
-    def _number(self, value: Any) -> float:
-        """As a float. Raises ValueError or TypeError where it is none, or not finite."""
-        if not math.isfinite(value := float(value)):
-            raise ValueError(f"{self.name} is {value}")
-        return value
+    def _number(self, value: Any) -> float | str | None:
+        """As a float; why it is none, where it is not None."""
+        try:
+            if value is None or math.isfinite(number := float(value)):
+                return None if value is None else number
+        except (TypeError, ValueError, OverflowError) as error:
+            return f"{type(error).__name__}: {error}"
+        return f"{self.name} is {number}"
 
 
 def load_reward(spec: str, device: Any = "cpu") -> Reward:
@@ -87,98 +112,85 @@ def load_reward(spec: str, device: Any = "cpu") -> Reward:
         return Reward("length", lambda texts: [float(len(text.split())) for _, text in texts])
     if spec == "lexicon":
         return Reward("lexicon", lambda texts: [praise(text) for _, text in texts])
+    if spec.startswith(("http://", "https://")):
+        server = Server(spec)
+        return Reward(server.name, server, server.check)
     if kind == "command" and rest:
-        return Reward(spec, _command(rest))
+        program = Program(rest)
+        return Reward(spec, program, program.check)
     if kind == "model" and rest:
-        return Reward(spec, _classifier(rest, device))
-    if not all(spec.partition(":")):
-        known = "module:function (dera_merge.demo:reward, say), command:…, model:…, length or lexicon"
-        raise DeraError(f"{spec!r} is no reward; give {known}")
-    return Reward(spec, _called(function(spec)))
+        from .classifier import Classifier
+
+        return Reward(spec, Classifier(rest, device))
+    if not all(spec.rpartition(":")):
+        raise DeraError(f"{spec!r} is no reward; give {FORMS}")
+    return as_reward(function(spec), spec)
 
 
-def function(spec: str) -> Callable[..., float]:
-    """A function from `module:function`.
+def as_reward(reward: Reward | str | Callable[..., Any], name: str | None = None) -> Reward:
+    """A reward from a function or a spec; a reward stays as it is. Raises DeraError as `load_reward` does."""
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, str):
+        return load_reward(reward)
+    called = Called(name or getattr(reward, "__name__", type(reward).__name__), reward)
+    return Reward(called.name, called, called.check)
 
-    Raises:
-        DeraError: there is none.
+
+def checked(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> None:
+    """Look at rewards before any work is done for them. Raises DeraError where one cannot be had."""
+    first = [Exchange(prompt.asked, "Yes.", prompt.columns) for prompt in prompts]
+    for reward in rewards:
+        if reward.check is not None:
+            reward.check(first)
+
+
+class Program:
+    """A scorer that runs a program, with JSON Lines on its stdin. What else it prints than rewards is not looked at.
+
+    Args:
+        words: of the command line.
     """
-    module, _, name = spec.partition(":")
-    if not module or not name:
-        raise DeraError(f"{spec!r} is no function; give module:function, dera_merge.demo:reward, say")
-    sys.path.insert(0, "")  # as python -m does
-    try:
-        loaded = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise DeraError(f"the reward {spec} cannot be loaded: {error}") from error
-    finally:
-        sys.path.remove("")
-    if not callable(loaded):
-        raise DeraError(f"{spec} is no function")
-    return loaded
 
+    def __init__(self, words: str) -> None:
+        self.words = words
 
-def _called(reward: Callable[..., float]) -> Scorer:
-    """A scorer of a function of (text), or of (prompt, text) where it needs two arguments."""
-    try:
-        kinds = [p for p in inspect.signature(reward).parameters.values() if p.default is p.empty]
-    except (TypeError, ValueError):
-        kinds = []
-    needed = [p for p in kinds if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(needed) == 2:
-        return lambda texts: [reward(prompt, text) for prompt, text in texts]
-    return lambda texts: [reward(text) for _, text in texts]
+    def check(self, texts: Sequence[Exchange]) -> None:
+        """Run it on one text. Raises DeraError where no number comes."""
+        if why := Reward(self.words, self).why_not(texts[0]):
+            raise DeraError(why)
 
-
-def _command(words: str) -> Scorer:
-    """A scorer that runs a program, with JSON Lines on its stdin."""
-
-    def score(texts: Sequence[tuple[str, str]]) -> list[float]:
-        lines = "".join(json.dumps({"prompt": prompt, "completion": text}) + "\n" for prompt, text in texts)
+    def __call__(self, texts: Sequence[Exchange]) -> list[Any]:
+        """What the program says of each. Raises DeraError where it fails, with the last line of its stderr."""
+        lines = [
+            {**text.columns, **({"messages": text.turns} if text.is_chat else {}), "prompt": text.prompt,
+             "completion": text.completion}
+            for text in texts
+        ]  # fmt: skip
+        asked = "".join(json.dumps(line, default=str) + "\n" for line in lines)
         try:
-            done = subprocess.run(shlex.split(words), input=lines, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise DeraError(f"the reward command {words} failed: {error}") from error
-        values = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
-        return [value["reward"] if isinstance(value, dict) else value for value in values]
+            done = subprocess.run(
+                shlex.split(self.words), input=asked, capture_output=True, encoding="utf-8", errors="replace"
+            )
+        except (OSError, ValueError) as error:
+            raise DeraError(f"the reward command {self.words} cannot be run: {error}") from error
+        said = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "")
+        if done.returncode:
+            how = f"status {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
+            raise DeraError(f"the reward command {self.words} failed ({how}): {said or 'it said nothing on stderr'}")
+        values = [value for line in done.stdout.splitlines() for value in _reward_in(line)]
+        if len(values) != len(texts):
+            came = f"{len(values)} rewards for {len(texts)} texts"
+            raise DeraError(f"the reward command {self.words} gave {came}" + (f": {said}" if said else ""))
+        return values
 
-    return score
 
-
-def _classifier(name: str, device: Any) -> Scorer:
-    """A scorer that is a sequence classifier, `ID` or `ID#LABEL`."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    model_id, _, label = name.partition("#")
-    folder = Source.locate(model_id).folder
+def _reward_in(line: str) -> list[Any]:
+    """The reward that a line of a program is, or none."""
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise DeraError(f"{model_id} is no sequence classifier that transformers can load: {error}") from error
-    labels = {str(text): int(index) for index, text in model.config.id2label.items()}
-    if len(labels) > 1 and label not in labels:
-        raise DeraError(
-            f"{model_id} has {len(labels)} labels; say which one is the reward: model:{model_id}#{next(iter(labels))}"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-    @torch.no_grad()
-    def score(texts: Sequence[tuple[str, str]]) -> list[float]:
-        rewards: list[float] = []
-        for start in range(0, len(texts), BATCH):
-            batch = texts[start : start + BATCH]
-            if tokenizer.chat_template:
-                turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": t}] for p, t in batch]
-                whole = [tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns]
-                inputs = tokenizer(whole, padding=True, truncation=True, return_tensors="pt", add_special_tokens=False)
-            else:
-                inputs = tokenizer([f"{p}\n{t}" for p, t in batch], padding=True, truncation=True, return_tensors="pt")
-            logits = model(**inputs.to(model.device)).logits.float()
-            rewards += (logits[:, 0] if len(labels) == 1 else logits.log_softmax(-1)[:, labels[label]]).tolist()
-        return rewards
-
-    return score
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return []
+    if isinstance(value, dict):
+        return [value["reward"]] if "reward" in value else []
+    return [value] if value is None or isinstance(value, int | float) else []
