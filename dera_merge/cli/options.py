@@ -36,6 +36,10 @@ BaseQuantization = Annotated[
     BaseQuantisation | None,
     typer.Option(help="What the adapter's base was quantised to in training; REF is then that."),
 ]
+Stack = Annotated[
+    bool | None,
+    typer.Option("--stack/--no-stack", help="ALIGNED's adapter was trained on top of REF's (or not: no warning then)."),
+]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (with weights_only=True).")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let transformers run code from checkpoints.")
@@ -69,6 +73,7 @@ class Given:
     more: list[str] | None = None
     base: str | None = None
     base_quantization: BaseQuantisation | None = None
+    stack: bool | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
     as_json: bool = False
@@ -89,7 +94,7 @@ class Given:
 
         return ModelPair.from_pretrained(
             self.ref, [self.aligned, *(self.more or ())], base=self.base, base_quantization=self.base_quantization,
-            allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code,
+            stack=self.stack, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
 
     def lams(self, texts: list[str]) -> list[Any]:
@@ -117,6 +122,7 @@ def with_models(
     behind: dict[str, tuple[Any, Any]] = {
         **({"more": (More, None)} if several else {}), "base": (Base, None),
         **({"base_quantization": (BaseQuantization, None)} if base_quantization else {}),
+        "stack": (Stack, None),
         "allow_pickle": (AllowPickle, False), "trust_remote_code": (TrustRemoteCode, False), "as_json": (AsJson, False),
     }  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ def load_sides(
                 _put(pair.names.weights[number].stored, model, pair.architecture)
             bases[folder, device, requantise] = model
         base = bases[folder, device, requantise]
-        return _with_adapter(base, side.adapter, device) if side.adapter else base
+        return _with_adapters(base, side.adapters, device) if side.adapter else base
 
     ref, *aligned = (load(number, side) for number, side in enumerate(pair.sides))
     together = len(bases) == 1 and not any(ref is model for model in aligned)
@@ -102,14 +102,36 @@ def load_model(
     return (model if "device_map" in kwargs else model.to(device)).eval()
 
 
-def _with_adapter(base: PreTrainedModel, adapter: Adapter, device: str | torch.device) -> PreTrainedModel:
-    """The base model with an adapter in it, unmerged: PEFT's own forward. The base weights stay shared."""
+def _with_adapters(
+    base: PreTrainedModel, adapters: Sequence[Adapter], device: str | torch.device
+) -> PreTrainedModel:
+    """The base model with an adapter in it, or one on another, unmerged: PEFT's own forward. The base stays shared.
+
+    What stands on an adapter that is more than sums changes weights that the base does not have; it gets its own.
+    """
+    first, *above = adapters
+    if all(adapter.is_sum_on_layers for adapter in adapters) or not above:
+        adapted = first.load_onto(_tree_for(base, first), device)
+        for adapter in above:
+            adapted = adapter.load_onto(adapted, device)
+        return adapted.get_base_model().eval()
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise DeraError(f"{above[0].folder} on {first.folder} is no sum of low rank; that needs a base which is "
+                        "not quantised")  # fmt: skip
+    # PEFT merges LoRA out of place if asked to, so what the first adapter leaves alone stays shared.
+    tree = _tree_for(base, first) if first.config["peft_type"] == "LORA" else copy.deepcopy(base)
+    merged = first.load_onto(tree, device).merge_and_unload(safe_merge=True)
+    return _with_adapters(merged, above, device)
+
+
+def _tree_for(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """A second module tree over the base's weights, for an adapter to go on."""
     if getattr(base.config, "quantization_config", None) is not None:
         if adapter.changes_base_at_load or adapter.brings_base_tensors:
             raise DeraError(
                 f"{adapter.folder} changes the base when it is loaded; that needs a base which is not quantised"
             )
-        return adapter.load_onto(second_tree(base), device).get_base_model().eval()
+        return second_tree(base)
     # A second module tree over the same storages. The Parameter objects are new, so that an adapter which assigns to
     # `.data` cannot reach the reference; what is written in place (by PiSSA and its kind, or embeddings that came with
     # the adapter) gets a copy.
@@ -122,8 +144,7 @@ def _with_adapter(base: PreTrainedModel, adapter: Adapter, device: str | torch.d
         id(p): torch.nn.Parameter(p.data.clone() if id(p) in written else p.data, requires_grad=False)
         for p in base.parameters()
     }
-    model = copy.deepcopy(base, memo=dict(twins))
-    return adapter.load_onto(model, device).get_base_model().eval()
+    return copy.deepcopy(base, memo=dict(twins))
 
 
 def _put(stored: Stored, model: PreTrainedModel, architecture: Architecture) -> None:

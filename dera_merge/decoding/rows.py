@@ -217,14 +217,21 @@ def _low_rank(
 
 
 def _factors(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(A, scale·B) of a PEFT layer that is nothing but W·x + scale·B·A·x, else None."""
+    """(A, scale·B) of a PEFT layer that is nothing but W·x + scale·B·A·x, else None; of stacked adapters, all ranks."""
     from peft.tuners.lora import LoraLayer, ParamWrapper
 
-    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper) or len(layer.active_adapters) != 1:
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
         return None
     doors.check("adapters", layer)
-    (name,) = layer.active_adapters
-    plain = name in layer.lora_A and not layer.lora_variant.get(name) and not layer.lora_bias.get(name)
-    if not plain or not all(type(part[name]) is torch.nn.Linear for part in (layer.lora_A, layer.lora_B)):
-        return None
-    return layer.lora_A[name].weight.detach(), layer.scaling[name] * layer.lora_B[name].weight.detach()
+    pairs = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            if name in layer.lora_embedding_A:
+                return None
+            continue  # of stacked adapters, one that leaves this layer alone
+        if layer.lora_variant.get(name) or layer.lora_bias.get(name):
+            return None
+        if not all(type(part[name]) is torch.nn.Linear for part in (layer.lora_A, layer.lora_B)):
+            return None
+        pairs.append((layer.lora_A[name].weight.detach(), layer.scaling[name] * layer.lora_B[name].weight.detach()))
+    return (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)) if pairs else None

@@ -52,6 +52,7 @@ class Factors:
     total: float = 1.0
 
 
+Share = Callable[[Lam], float]  # how much of one adapter is in θ(λ)
 Energies = dict[str, tuple[float, float]]  # module → `kept` and `total` of its Factors
 
 
@@ -174,7 +175,7 @@ def _folded(pair: Pair, curve: Curve | None) -> tuple[list[Module], dict[str, st
                         raise DeraError(f"{side.source.name} brings the base's {name}; --format full holds that")
                     whole[piece.key] = name
                 elif isinstance(piece, LowRank):
-                    terms.append((piece, share))
+                    _add(terms, piece, share)
                 else:
                     raise DeraError(
                         f"λΔ of {name} is no sum s·BA ({side.adapter.kind}); --format full holds it, "
@@ -189,13 +190,23 @@ def _folded(pair: Pair, curve: Curve | None) -> tuple[list[Module], dict[str, st
     return modules, whole
 
 
-def _share(number: int) -> Callable[[Lam], float]:
+def _add(terms: list[tuple[LowRank, Share]], piece: LowRank, share: Share) -> None:
+    """Add a term; one that is there already (REF's adapter, below ALIGNED's) gets both shares."""
+    before = next((other for known, other in terms if known == piece), None)
+    if before is None:
+        terms.append((piece, share))
+    else:
+        at = [known for known, _ in terms].index(piece)
+        terms[at] = piece, lambda lam: before(lam) + share(lam)
+
+
+def _share(number: int) -> Share:
     """How much of side `number` is in θ(λ): the reference, number 0, gives 1 - Σ λ_k."""
     return lambda lam: numbers(lam)[number - 1] if number else 1 - sum(numbers(lam))
 
 
 def _module(
-    terms: list[tuple[LowRank, Callable[[Lam], float]]], name: str, curve: Curve | None
+    terms: list[tuple[LowRank, Share]], name: str, curve: Curve | None
 ) -> Module:  # fmt: skip
     """The factors of all terms (piece, its share at λ), and those of a learned path, as one pair of factors."""
     part = None if curve is None else curve.parts.get(name)

@@ -89,6 +89,17 @@ class Adapter:
         """The base that its config names."""
         return self.config.get("base_model_name_or_path")
 
+    def named_places(self) -> list[Path]:
+        """Directories that the name of its base may mean: relative to the adapter, then to the working directory."""
+        places = [self.folder / self.base_name, Path(self.base_name)] if self.base_name else []
+        return [place for place in places if place.is_dir()]
+
+    @property
+    def is_sum_on_layers(self) -> bool:
+        """Whether all that it does are sums s·BA, so that PEFT can have it beside another one on one set of layers."""
+        other = self.config.get("modules_to_save") or self.config.get("bias", "none") != "none"
+        return self.is_plain and not other and not self.changes_base_at_load and not self.brings_base_tensors
+
     @property
     def settings(self) -> dict[str, Any]:
         """What its config says of what it computes."""
@@ -161,8 +172,12 @@ class Adapter:
         except subprocess.CalledProcessError:
             raise DeraError(f"{self.folder}/adapter_config.json has a pattern that is none: {doubtful[0]!r}") from None
 
-    def load_onto(self, model: PreTrainedModel, device: str | torch.device) -> PeftModel:
+    def load_onto(self, model: PreTrainedModel | PeftModel, device: str | torch.device) -> PeftModel:
         """PEFT's own model of a base and this adapter.
+
+        Args:
+            model: the base; or PEFT's model of it with an adapter, which then acts together with this one.
+            device: where the adapter goes.
 
         Raises:
             DeraError: PEFT cannot load it, would leave a module at the base in silence, or it has no weights to mix.
@@ -174,12 +189,18 @@ class Adapter:
         self._check_patterns(name for name, _ in model.named_modules())
         try:
             with LOADING:
-                adapted = PeftModel.from_pretrained(model, self.folder, torch_device=str(device))
+                if isinstance(model, PeftModel):
+                    adapted, name = model, "on top"
+                    adapted.load_adapter(self.folder, name, torch_device=str(device))
+                    adapted.base_model.set_adapter([*adapted.active_adapters, name], inference_mode=True)
+                else:
+                    name = "default"
+                    adapted = PeftModel.from_pretrained(model, self.folder, torch_device=str(device))
         except (ValueError, OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
             raise DeraError(f"PEFT cannot load {self.folder}: {error}") from error
-        if adapted.active_peft_config.is_prompt_learning:
+        if adapted.peft_config[name].is_prompt_learning:
             raise DeraError(f"{self.folder} is a {self.config['peft_type']} adapter, which has no weights to mix")
-        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False).keys()
         copies = {key for key in stored if COPY.search(key)} & adapted.state_dict().keys()
         if odd := sorted(expected ^ (self._as_peft_reads(adapted) - copies)):
             problem = "has a key that the base has no place for:" if odd[0] not in expected else "lacks"

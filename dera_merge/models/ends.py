@@ -62,6 +62,11 @@ class Told:
         folder = tokenizer_folder([self.side])
         return [] if folder is None else end_of_tokenizer(folder, self.side.config.get("vocab_size"))
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether it is stacked on REF's adapter and brings no such file, so that it ends as REF does."""
+        return bool(self.side.below) and self.generation is None and not self.side.source.has_tokenizer()
+
     @cached_property
     def all(self) -> list[int]:
         """What any of its files calls an end; its own first."""
@@ -106,6 +111,8 @@ def ending(told: Sequence[Told], lam: Lam | None, say: bool = False) -> Ending:
     """
     number = None if lam is None else _end_of(lam)
     if number is not None:
+        if told[number].is_silent:
+            number = 0
         if say and (more := [token for token in told[number].all if token not in told[number].own]):
             warn(f"{told[number].side.source.name} ends with {_listed(told[number].own)} by its generation config, but "
                  f"other files of it call {_listed(more)} an end; at λ={lam:g} that stays as it is")  # fmt: skip

@@ -28,10 +28,10 @@ def fingerprint(pair: Pair) -> str:
 def _parts_of(side: Side) -> list[tuple[str, bytes]]:
     """What is hashed of a side: (label, content)."""
     parts = [(name, _sampled(name, info)) for name, info in sorted(side.checkpoint.tensors.items())]
-    if side.adapter:
-        tensors = side.adapter.checkpoint.tensors
+    for adapter in side.adapters:
+        tensors = adapter.checkpoint.tensors
         parts += [(f"adapter {name}", _sampled(name, info)) for name, info in sorted(tensors.items())]
-        parts.append(("config", json.dumps(side.adapter.settings, sort_keys=True).encode()))
+        parts.append(("config", json.dumps(adapter.settings, sort_keys=True).encode()))
     return parts
 
 

@@ -194,23 +194,32 @@ class _Matching:
                 )
 
     def pieces(self, number: int) -> Pieces:
-        """What a side's adapter does, by the names of REF's memory."""
+        """What a side's adapters do, by the names of REF's memory."""
         side = self.sides[number]
-        if side.adapter is None:
-            return {}
-
-        def read_base(name: str) -> torch.Tensor:
-            self.check_adapted(number, into_ref(name))
-            return self.bases[number].whole(self.key(number, into_ref(name)))
-
         into_ref = self.in_ref if number else str
         build = partial(empty_model, side.base.folder, self.trust)
-        pieces = side.adapter.bind(self.architectures[number], read_base, build)
-        pieces = {into_ref(name): found for name, found in pieces.items()}
-        for name, found in pieces.items():
-            self.check_adapted(number, name)
-            self.check_read(number, name, found)
-        return pieces
+        by_name: Pieces = {}
+        for adapter in side.adapters:
+            below = {name: list(pieces) for name, pieces in by_name.items()}
+
+            def read_base(name: str, below: Pieces = below) -> torch.Tensor:
+                self.check_adapted(number, into_ref(name))
+                return self.changed(number, into_ref(name), below.get(into_ref(name), ()))
+
+            for own_name, pieces in adapter.bind(self.architectures[number], read_base, build).items():
+                name = into_ref(own_name)
+                self.check_adapted(number, name)
+                self.check_read(number, name, pieces)
+                by_name.setdefault(name, []).extend(pieces)
+        return by_name
+
+    def changed(self, number: int, name: str, pieces: Sequence[Piece]) -> torch.Tensor:
+        """A whole tensor of a side's base in float32, with what adapters do to it."""
+        key = self.key(number, name)
+        whole, info = self.bases[number].whole(key), self.bases[number].info(key)
+        for piece in pieces:
+            piece.apply(whole.view(info.rows, *info.row_shape), 0, info.rows)
+        return whole
 
     def check_read(self, number: int, name: str, pieces: Sequence[Piece]) -> None:
         """Raise DeraError where an adapter changes a weight that the model reads without the adapter."""
@@ -218,11 +227,7 @@ class _Matching:
         if kind not in _READ_PAST or not name.endswith(f".{_READ_PAST[kind]}.weight"):
             return
         sums = [piece for piece in pieces if not isinstance(piece, Replacement)]
-        base = self.bases[number].whole(self.key(number, name))
-        changed = base.clone()
-        for piece in sums:
-            piece.apply(changed, 0, len(changed))
-        if not torch.allclose(changed, base, rtol=1e-5, atol=0):
+        if not torch.allclose(self.changed(number, name, sums), self.changed(number, name, ()), rtol=1e-5, atol=0):
             raise DeraError(
                 f"{side.source.name} changes {name}, which transformers' {kind} reads past PEFT's layer: the adapted "
                 "model computes nothing of that change, and a merge would; decode exactly"

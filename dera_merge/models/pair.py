@@ -54,6 +54,7 @@ class Pair:
         *,
         base: str | os.PathLike[str] | None = None,
         base_quantization: str | None = None,
+        stack: bool | None = None,
         ref_revision: str | None = None,
         aligned_revision: str | None = None,
         allow_pickle: bool = False,
@@ -68,6 +69,8 @@ class Pair:
             base_quantization: what the adapters' base was quantised to when they were trained: `"nf4"`, `"nf4-double"`
                 (QLoRA's), `"fp4"`, `"fp4-double"`; the reference is then dequant(base). None takes what the adapters'
                 configs record, `"none"` the base as it is.
+            stack: whether adapters of ALIGNED were trained on top of REF's adapter, so that an aligned model is REF's
+                adapter plus its own. None: where an adapter's config names REF; a warning where nothing says so.
             ref_revision, aligned_revision: Hub revisions; several aligned models name theirs as `id@revision`.
             allow_pickle: read `.bin` files where there is no safetensors file (never without `weights_only=True`).
             trust_remote_code: let transformers run code that comes with the checkpoints.
@@ -84,7 +87,7 @@ class Pair:
         sources = [Source.locate(ref, ref_revision, trust)]
         sources += [Source.locate(name, aligned_revision, trust) for name in names]
         home = None if base is None else Source.locate(base, trust=trust)
-        sides = open_sides(sources[0], sources[1:], home, trust)
+        sides = open_sides(sources[0], sources[1:], home, trust, stack)
         quantised = base_quantization_of(sides, base_quantization)
         for side in sides:
             check_files(side)
@@ -120,6 +123,11 @@ class Pair:
     def shared_base(self) -> bool:
         """Whether all sides stand on the same base checkpoint: LoRA adapters."""
         return len({side.checkpoint.folder for side in self.sides}) == 1
+
+    @property
+    def stacked(self) -> bool:
+        """Whether an aligned adapter stands on REF's."""
+        return any(side.below for side in self.sides)
 
     @property
     def requantises(self) -> bool:
@@ -260,6 +268,8 @@ class Pair:
         # Left out for an adapter beside its base, and where each adapter stands on the base that it names itself.
         if len(homes) == 1 and homes.keys() != {self.ref.source.folder}:
             opened["base"] = next(iter(homes.values())).pinned
+        if on_top := {bool(side.below) for side in self.sides[1:] if side.adapter and self.ref.adapter}:
+            opened |= {"stack": on_top.pop()} if len(on_top) == 1 else {}
         if self.base_quantization:
             opened["base_quantization"] = self.base_quantization
         return opened

@@ -40,7 +40,7 @@ def held_once(pair: Pair) -> bool:
     """Whether both models can stand on one set of weights: adapters of B·A on linear layers, over the same base."""
     if not pair.shared_base:
         return False
-    if pair.requantises or pair.names.unties:
+    if pair.requantises or pair.stacked or pair.names.unties:
         return False
     names = {f"{module}.weight" for module in pair.architecture.linear}
     linear = {pair.architecture.stored_name(name, pair.tensors) for name in names}
