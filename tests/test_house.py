@@ -23,7 +23,7 @@ FLOORS = [
     {"texts"},
     {"serving", "vllm"},
     {"measuring"},
-    {"calibrating", "choosing", "publishing", "api"},
+    {"calibrating", "choosing", "publishing", "doctor", "api"},
     {"tour", "exact", "retraining", "__init__"},
     {"cli"},
     {"__main__"},

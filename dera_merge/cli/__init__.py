@@ -18,7 +18,7 @@ import typer
 
 from ..errors import DeraError, DeraWarning
 from ..files.room import is_full
-from . import calibrate, compare, demo, endings, export, generate, inspection, merge, push, sweep
+from . import calibrate, compare, demo, doctor, endings, export, generate, inspection, merge, push, sweep
 from .show import Notes, note, one_line
 
 INTERRUPTED = 130
@@ -32,6 +32,7 @@ app = typer.Typer(
 COMMANDS = {
     "merge": merge, "export-exact": export, "generate": generate, "compare": compare, "calibrate": calibrate,
     "inspect": inspection, "sweep": sweep, "push": push, "demo": demo,
+    "doctor": doctor,
 }  # fmt: skip
 for _name, _module in COMMANDS.items():
     app.command(_name)(_module.run)

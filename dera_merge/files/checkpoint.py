@@ -106,6 +106,10 @@ def alike(one: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> boo
     )
 
 
+class PickledOnly(DeraError):
+    """Weights are there, but reading them may run code, which was not allowed."""
+
+
 class Checkpoint:
     """The tensors of one directory, read slice by slice.
 
@@ -134,7 +138,7 @@ class Checkpoint:
                 self._add(header, file, expected)
         elif pickles := _shards(folder, f"{self._stems[1]}.bin"):
             if not allow_pickle:
-                raise DeraError(
+                raise PickledOnly(
                     f"{folder} has only pickled weights ({next(iter(pickles)).name}), which can run code when read; "
                     "convert them to safetensors, or pass --allow-pickle to read them with weights_only=True"
                 )

@@ -57,9 +57,14 @@ _KNOWN = frozenset(
 # Checkpoints
 
 
+def is_value_head(name: str) -> bool:
+    """Whether a tensor belongs to the head of a value function."""
+    return bool(_VALUE_HEAD.match(name))
+
+
 def leave_out_value_head(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without the head of PPO's value function, which no language model has; says so."""
-    if heads := sorted(name for name in checkpoint.tensors if _VALUE_HEAD.match(name)):
+    if heads := sorted(filter(is_value_head, checkpoint.tensors)):
         warn(f"{checkpoint.folder} has a value head ({heads[0].partition('.')[0]}, {len(heads)} tensors), which no "
              "language model uses; it is left out")  # fmt: skip
         for name in heads:
@@ -84,7 +89,7 @@ def why_empty(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 def why_wrapped(names: Collection[str]) -> str | None:
     """Why a full checkpoint's names are none that transformers reads, and what to do; None where none looks so."""
-    own = [name for name in names if not _VALUE_HEAD.match(name)]
+    own = [name for name in names if not is_value_head(name)]
     for prefix, origin in _WRAPPERS.items():
         if own and all(name.startswith(prefix) for name in own):
             return f"all its names begin with {prefix}, which is left by {origin}"
@@ -213,11 +218,18 @@ def why_no_language_model(config: Mapping[str, Any], keys: Collection[str]) -> s
     return f"it brings a head that scores ({head}; {kind}), so it is of a reward model or classifier" if head else None
 
 
+def why_unknown(config: Mapping[str, Any]) -> str | None:
+    """That an adapter's config asks for what nobody does, and what to do; None where it does not."""
+    if not (odd := unknown_settings(config)):
+        return None
+    return (f"sets {odd[0]}={str(config[odd[0]])[:40]}, which the installed PEFT does not know and leaves out; "
+            f"install the PEFT that it was made with ({config.get('peft_version', 'a newer one')})")  # fmt: skip
+
+
 def check_adapter(name: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Warn of settings that nobody knows. Raises DeraError where an adapter changes nothing, or was not saved whole."""
-    if odd := unknown_settings(config):
-        warn(f"{name} sets {odd[0]}={str(config[odd[0]])[:40]}, which the installed PEFT does not know and leaves out; "
-             f"install the PEFT that it was made with ({config.get('peft_version', 'a newer one')})")  # fmt: skip
+    if odd := why_unknown(config):
+        warn(f"{name} {odd}")
     keys = checkpoint.tensors.keys()
     reason = why_empty(checkpoint.tensors) or why_misnamed(keys) or why_no_language_model(config, keys)
     if reason:
