@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def work(name: str, sizes: Sizes, seed: int, file: Path) -> None:
     """A child process: results to `file` as they come, everything else that is printed beside it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with file.open("a") as out, file.with_suffix(".log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -71,29 +72,30 @@ def run(
     context = multiprocessing.get_context("fork")
     waiting, running = list(reversed(names)), {}
     with tempfile.TemporaryDirectory() as scratch:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                name = waiting.pop()
-                file = Path(scratch, f"{name.replace(':', '-')}.jsonl")
-                child = context.Process(target=work, args=(name, sizes, seed, file))
-                child.start()
-                running[name] = (child, file, time.monotonic())
-            time.sleep(0.05)
-            for name, (child, file, started) in list(running.items()):
-                seconds = time.monotonic() - started
-                end = ""
-                if child.is_alive():
-                    if seconds < patience:
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    name = waiting.pop()
+                    file = Path(scratch, f"{name.replace(':', '-')}.jsonl")
+                    child = context.Process(target=work, args=(name, sizes, seed, file))
+                    child.start()
+                    running[name] = (child, file, time.monotonic())
+                time.sleep(0.05)
+                for name, (child, file, started) in list(running.items()):
+                    seconds = time.monotonic() - started
+                    if child.is_alive() and seconds < patience:
                         continue
+                    end = f"no end within {patience:.0f} s" if child.is_alive() else ""
                     child.kill()
-                    end = f"no end within {patience:.0f} s"
-                child.join()
-                if not end and child.exitcode:
-                    code = child.exitcode
-                    end = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-                lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-                say(collected(name, seconds, lines, end))
-                del running[name]
+                    child.join()
+                    if code := child.exitcode if not end else 0:
+                        end = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+                    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+                    say(collected(name, seconds, lines, end))
+                    del running[name]
+        finally:  # of an interruption
+            for child, *_ in running.values():
+                child.kill()
 
 
 def main() -> int:
@@ -118,6 +120,7 @@ def main() -> int:
         stored = [json.loads(line) for line in chosen.out.read_text().splitlines() if line.endswith("}")]
         records = {record["family"]: record for record in stored if record["settings"] == settings}
     todo = [name for name in names if name not in records]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -190,6 +193,8 @@ def written(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     for name in NAMES:
         count = Counter(record["cells"][name]["state"] for record in built if name in record["cells"])
         totals.append([name, *(str(count[state] or "") for state in states)])
+    cells = Counter(cell["state"] for record in built for cell in record["cells"].values())
+    right, apply = cells["ok"], sum(cells.values()) - cells["n/a"]
     of = ", ".join(f"{library} {version}" for library, version in settings["versions"].items())
     sizes = ", ".join(f"{name} {value}" for name, value in settings["sizes"].items())
     unbuilt = [f"- {record['family']}: {record['unbuilt']}" for record in records if "unbuilt" in record]
@@ -197,6 +202,8 @@ def written(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "# Families of models",
         "",
         f"`make test-models`, {datetime.date.today()}: {of}; seed {settings['seed']}, {sizes}.",
+        "",
+        f"**{right} of {apply} cells right**; {', '.join(f'{cells[state]} {state}' for state in states[1:])}",
         "",
         f"{len(built)} families that the installed transformers can build, each as a tiny random pair in float32. ●",
         "is right, by an oracle that shares no code with dera-merge: state dicts interpolated in memory, loaded into",

@@ -92,11 +92,15 @@ SPECIAL = re.compile(
 # What a family needs beside the rules; the fields given here are left alone by them.
 EXCEPTIONS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "bamba": lambda s: {"attn_layer_indices": [1], "num_hidden_layers": 2},
+    "blt": lambda s: {"num_hidden_layers": s.layers},
     "cohere_compass_text": lambda s: {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
     },
     "dbrx": lambda s: {"attn_config": {"kv_n_heads": s.kv_heads, "clip_qkv": 8, "rope_theta": 1e4}},
     "dory": lambda s: {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "ernie4_5_vl_moe_text": lambda s: {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, s.head_dim // 2 - 2]},
+    },
     "fun_asr_nano_adaptor": lambda s: {"intermediate_size": s.hidden // 4},
     "gemma3n_text": lambda s: {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4,
@@ -121,9 +125,7 @@ EXCEPTIONS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     },
     "rwkv": lambda s: {"attention_hidden_size": s.hidden},
     "step3p7_text": lambda s: {"sliding_window": 8},
-    "xlstm": lambda s: {
-        "qk_dim_factor": 1.0, "mlstm_round_up_to_multiple_of": 8, "ffn_round_up_to_multiple_of": 8, "chunk_size": 16,
-    },
+    "xlstm": lambda s: {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 16},  # it rounds to multiples of 64
     "xmod": lambda s: {"default_language": "en_XX"},
     "zamba": lambda s: {
         "num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": None,
@@ -145,15 +147,16 @@ def families() -> dict[str, str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     found: dict[str, str] = {}
-    known: set[str] = set()  # config classes: several types may be names of one
     text, wrapped = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
     for names in (text, wrapped):
+        # Several types may be names of one config and class; the family's own name is the shortest.
+        types: dict[tuple[str, str], str] = {}
         for kind, name in names.items():
-            if kind not in CONFIG_MAPPING_NAMES or (names is text and kind in wrapped and f"{kind}_text" in text):
-                continue
-            config = CONFIG_MAPPING_NAMES.get(kind, kind)
-            if (config, name) not in known:
-                known.add((config, name))
+            if kind in CONFIG_MAPPING_NAMES and not (names is text and kind in wrapped and f"{kind}_text" in text):
+                key = CONFIG_MAPPING_NAMES[kind], name
+                types[key] = min(types.get(key, kind), kind, key=len)
+        for (_, name), kind in types.items():
+            if found.get(kind) != name:
                 found[kind if kind not in found else f"{kind}:{name}"] = name
     return found
 
