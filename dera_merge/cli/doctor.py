@@ -45,6 +45,8 @@ def run(
         loads = [program for program, reason in result["loads"].items() if reason is None]
         if loads:
             say(f"Nothing in the files stands against loading it in {', '.join(loads)}.")
+        for program, option in result["needs"].items():
+            say(f"{program} needs {option}.")
         for program, reason in result["loads"].items():
             if reason:
                 say(one_line(f"Not in {program}: {reason}"))

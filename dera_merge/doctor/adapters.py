@@ -10,7 +10,7 @@ from ..errors import DeraError, DeraWarning
 from ..measuring.inspection import inspect_pair
 from ..models.adapter import Adapter
 from ..models.architecture import Architecture
-from ..models.damage import PREFIX, why_dead, why_misnamed, why_unknown
+from ..models.damage import PREFIX, find_idle, why_misnamed, why_unknown
 from ..models.pair import Pair
 from ..models.source import Source
 from ..models.trust import Trust
@@ -32,6 +32,7 @@ _NOT_IN_VLLM = {
     "trainable_token_indices": "trained tokens",
     "target_parameters": "target_parameters",
 }
+_VLLM_RANKS, _VLLM_DEFAULT = (32, 64, 128, 256, 320, 512), 16  # values of --max-lora-rank above its default
 # Settings that llama.cpp's converter stops at, or does not read: it takes pairs of A and B, and lora_alpha alone.
 _NOT_IN_LLAMACPP = {
     "use_dora": "DoRA",
@@ -82,9 +83,13 @@ def check_adapter(findings: Findings, source: Source, base: str | None, trust: T
     if reason := why_misnamed(checkpoint.tensors):
         what, _, remedy = reason.rpartition("; ")
         findings.broken("adapter_model", what, remedy)
-    elif reason := why_dead(adapter.config, checkpoint):
+    elif (idle := find_idle(adapter.config, checkpoint)) and not idle.all:
+        findings.warn(
+            "adapter_model", f"a part changes nothing: {idle.why}", "if that was to be trained, save it again"
+        )
+    elif idle:
         findings.broken(
-            "adapter_model", f"it changes nothing: {reason}", "save it again after training; gather first under ZeRO"
+            "adapter_model", f"it changes nothing: {idle.why}", "save it again after training; gather first under ZeRO"
         )
     if findings.any_broken:
         return None
@@ -106,6 +111,11 @@ def _check_programs(findings: Findings, adapter: Adapter) -> None:
             f"PEFT {__version__} does not know the type {kind}",
             "install the PEFT that it was made with",
         )
+    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    if kind == "LORA" and rank > _VLLM_RANKS[-1]:
+        findings.stop("vLLM", f"it takes ranks up to {_VLLM_RANKS[-1]}, and this has {rank}; cut it: merge --rank")
+    elif kind == "LORA" and rank > _VLLM_DEFAULT:
+        findings.needs["vLLM"] = f"--max-lora-rank {next(size for size in _VLLM_RANKS if size >= rank)}"
     for program, settings in (("vLLM", _NOT_IN_VLLM), ("llama.cpp", _NOT_IN_LLAMACPP)):
         if kind != "LORA":
             findings.stop(program, f"it takes LoRA, and this is {kind}; merge writes a full model of it")

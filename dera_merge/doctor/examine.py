@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .findings import Findings
 from .names import build_config, check_names
 from .settings import check_companions, check_config, check_links
 
+_STILL = 0.95  # share of weights that did not move; training in bfloat16 with a small step leaves less than that
 PROGRAMS = ("transformers", "vLLM", "llama.cpp")
 
 
@@ -46,7 +47,7 @@ def examine(
     Returns:
         `name`; `kind`: `"full"`, `"adapter"`, `"several"` (models inside) or None; `findings`, each with `level`
         (`"broken"` or `"warning"`), `where`, `what` and `do`; `loads`: program → None, or what stands against that it
-        loads this; `broken`: whether a finding is.
+        loads this; `needs`: program → the option that it needs; `broken`: whether a finding is.
 
     Raises:
         DeraError: it is neither a directory nor a repository that can be reached.
@@ -62,6 +63,7 @@ def examine(
             findings.add(own, part)
         if (source.folder / "config.json").is_file():  # of export-exact: what loads the parts does not load the pair
             findings.loads.clear()
+            findings.needs.clear()
     else:
         kind = _examine_one(findings, source, base, adapter, trust, progress)
     return {
@@ -69,6 +71,7 @@ def examine(
         "kind": kind,
         "findings": [finding.to_dict() for finding in findings.found],
         "loads": findings.loads,
+        "needs": findings.needs,
         "broken": findings.any_broken,
     }
 
@@ -133,6 +136,17 @@ def _check_full(findings: Findings, source: Source, trust: Trust, progress: Tell
         check_endings(findings, source.folder, config, trust)
 
 
+def _check_moved(findings: Findings, layers: Iterable[dict[str, Any]]) -> None:
+    """A model of which hardly a weight moved, and then by an ulp: what rounding to nearest leaves of a small Δ."""
+    changed = [row for row in layers if row["steps"].get("unchanged", 1) < 1]
+    weights = sum(row["weights"] for row in changed)
+    still, far = (sum(row["weights"] * row["steps"][step] for row in changed) for step in ("unchanged", ">1½"))
+    if weights and still / weights > _STILL and far < (weights - still) / 2:
+        findings.warn("weights", f"{still / weights:.1%} of the weights of layers that differ are BASE's own, and most "
+                      "others moved by one ulp, so that rounding may have taken the change",
+                      "merge again in float32, or by dera-merge, which rounds stochastically")  # fmt: skip
+
+
 def _check_against(
     findings: Findings, source: Source, base: str, adapter: str | None, trust: Trust, progress: Tell
 ) -> None:
@@ -142,8 +156,10 @@ def _check_against(
         warnings.simplefilter("ignore", DeraWarning)
         if adapter is None:
             pair = Pair.from_pretrained(base, source.folder, **allowed)
-            if problem := inspect_pair(pair, progress=progress)["problem"]:
-                raise DeraError(problem)
+            result = inspect_pair(pair, progress=progress)
+            if result["problem"]:
+                raise DeraError(result["problem"])
+            _check_moved(findings, result["layers"].values())
             return
         result = inspect_pair(Pair.from_pretrained(base, adapter, **allowed), None, progress, source.folder)
         if result["problem"]:

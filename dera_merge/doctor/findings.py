@@ -36,10 +36,17 @@ class Finding:
 
 @dataclass
 class Findings:
-    """The findings on one directory, and for each program that might load it what stands against that, if anything."""
+    """The findings on one directory.
+
+    Attributes:
+        found: in the order in which they were found.
+        loads: program that might load it → what stands against that, or None.
+        needs: program → what it must be told to load it.
+    """
 
     found: list[Finding] = field(default_factory=list)
     loads: dict[str, str | None] = field(default_factory=dict)
+    needs: dict[str, str] = field(default_factory=dict)
 
     def broken(self, where: str, what: str, remedy: str, stops: bool = True) -> None:
         """Something does not work. `stops`: no program loads it as it is meant."""
@@ -72,5 +79,6 @@ class Findings:
     def add(self, other: Findings, part: str) -> None:
         """Add the findings on a part of the directory."""
         self.found += [replace(finding, where=f"{part}/{finding.where}") for finding in other.found]
+        self.needs |= other.needs
         for program, reason in other.loads.items():
             self.loads[program] = self.loads.get(program) or (reason and f"{part}: {reason}")

@@ -26,10 +26,13 @@ _INSTEAD = (
     ("*.nemo", "a NeMo model", "export it to Hugging Face's format"),
     ("flax_model.msgpack", "weights of Flax", "load them with an older transformers and from_flax=True, and save them"),
     ("tf_model.h5", "weights of TensorFlow", "load them with an older transformers and from_tf=True, and save them"),
+    ("adapters.safetensors", "an adapter of MLX", "mlx_lm.fuse makes a model of it"),
+    ("lit_model.pth", "a model of LitGPT", "litgpt convert_from_litgpt makes a state dict for transformers of it"),
     ("*.incomplete", "a download that broke off", "fetch it again"),
     ("optimizer.pt", "a training state", "give the directory that save_model or save_pretrained wrote"),
     ("trainer_state.json", "a training state", "give the directory that save_model or save_pretrained wrote"),
     ("training_args.bin", "a training state", "give the directory that save_model or save_pretrained wrote"),
+    ("model.safetensors", "a full model", "remove adapter_config.json if the adapter was merged into it"),
     ("*.safetensors", "safetensors of another name", "transformers reads model.safetensors, or an index"),
 )  # fmt: skip
 

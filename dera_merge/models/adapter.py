@@ -23,6 +23,7 @@ import torch
 from ..errors import DeraError
 from ..files.atomic import load_json
 from ..files.checkpoint import Checkpoint, slices
+from ..files.places import instead
 from . import doors
 from .architecture import LOADING, Architecture
 from .damage import COPY, PREFIX, missing_modules, same_place
@@ -73,7 +74,7 @@ class Adapter:
     def __post_init__(self) -> None:
         self.config = load_json(self.folder / "adapter_config.json")
         if not isinstance(self.config, dict) or not isinstance(self.config.get("peft_type"), str):
-            raise DeraError(f"{self.folder}/adapter_config.json names no peft_type; is this a PEFT adapter?")
+            raise DeraError(f"{self.folder}/adapter_config.json names no peft_type{instead(self.folder)}")
         for key, kind in _KINDS.items():
             if not isinstance(value := self.config.get(key), kind | None):
                 raise DeraError(f"{self.folder}/adapter_config.json: {key} is {value!r}, which PEFT does not take")

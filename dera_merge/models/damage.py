@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DeraError, warn
@@ -125,10 +126,16 @@ def why_misnamed(keys: Collection[str]) -> str | None:
     return None
 
 
-def why_dead(config: Mapping[str, Any], checkpoint: Checkpoint) -> str | None:
-    """Why an adapter changes nothing, whatever the base; None where it changes something or that cannot be told.
+@dataclass(frozen=True)
+class Idle:
+    """What of an adapter changes nothing, whatever the base: `all` of it or a part, and `why`."""
 
-    It reads until the first module that changes something.
+    all: bool
+    why: str
+
+
+def find_idle(config: Mapping[str, Any], checkpoint: Checkpoint) -> Idle | None:
+    """What of an adapter changes nothing; None where all of it changes something, or that cannot be told.
 
     Args:
         config: its adapter_config.json.
@@ -137,28 +144,32 @@ def why_dead(config: Mapping[str, Any], checkpoint: Checkpoint) -> str | None:
     if (idle := _IDLE.get(config["peft_type"])) is None or config.get("use_dora"):
         return None
     factors: dict[str, list[str]] = {}
+    trained_whole = False
     for key in checkpoint.tensors:
         module, _, factor = key.removesuffix(".weight").rpartition(".")
         if _FACTOR.match(factor):
             factors.setdefault(module, []).append(key)
-        elif not COPY.search(key):  # trained whole
-            return None
+        else:
+            trained_whole = trained_whole or not COPY.search(key)
     if factors and config.get("lora_alpha") == 0 and not config.get("alpha_pattern"):
-        return "its lora_alpha is 0"
-    kinds = set()
-    for keys in factors.values():
-        untouched = next((key for key in keys if _is_all(checkpoint, key, idle)), None)
-        if untouched is None:
-            return None
-        kinds.add(untouched.removesuffix(".weight").rpartition(".")[2])
-    value = "one" if idle else "zero"
-    return f"all {len(factors)} of its {' and '.join(sorted(kinds))} are {value}" if factors else None
+        return Idle(not trained_whole, "its lora_alpha is 0")
+    untouched = [found for keys in factors.values() if (found := _find_all(checkpoint, keys, idle))]
+    if not untouched:
+        return None
+    kinds = " and ".join(sorted({key.removesuffix(".weight").rpartition(".")[2] for key in untouched}))
+    value, whole = "one" if idle else "zero", len(untouched) == len(factors)
+    if whole:
+        return Idle(not trained_whole, f"all {len(factors)} of its {kinds} are {value}")
+    return Idle(False, f"{kinds} of {len(untouched)} of its {len(factors)} modules are {value} ({untouched[0]})")
 
 
-def _is_all(checkpoint: Checkpoint, key: str, value: float) -> bool:
-    """Whether a tensor holds numbers, and each of them is `value`."""
-    info = checkpoint.tensors[key]
-    return info.numel > 0 and all((checkpoint.read(key, *rows).float() == value).all() for rows in slices(info))
+def _find_all(checkpoint: Checkpoint, keys: Iterable[str], value: float) -> str | None:
+    """The first tensor that holds numbers of which each is `value`."""
+    for key in keys:
+        info = checkpoint.tensors[key]
+        if info.numel and all((checkpoint.read(key, *rows).float() == value).all() for rows in slices(info)):
+            return key
+    return None
 
 
 def missing_modules(
@@ -234,7 +245,10 @@ def check_adapter(name: str, config: Mapping[str, Any], checkpoint: Checkpoint) 
     reason = why_empty(checkpoint.tensors) or why_misnamed(keys) or why_no_language_model(config, keys)
     if reason:
         raise DeraError(f"{name}: {reason}")
-    if reason := why_dead(config, checkpoint):
+    idle = find_idle(config, checkpoint)
+    if idle and idle.all:
         raise DeraError(
-            f"{name} changes nothing: {reason}; the training was not saved, or there was none. Save it again"
+            f"{name} changes nothing: {idle.why}; the training was not saved, or there was none. Save it again"
         )
+    if idle:
+        warn(f"{name} leaves a part as it is: {idle.why}; if that was to be trained, save it again")

@@ -48,6 +48,8 @@ class Source:
             return cls(name, folder.resolve())
         if folder.exists():
             raise DeraError(f"{name} is a file; give the directory that holds config.json or adapter_config.json")
+        if name.startswith(("https://", "http://")):
+            raise DeraError(f"{name} is a web address; give the Hub id, owner/name, or a directory")
         repo, _, typed = name.partition("@")
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", repo):
             raise DeraError(f"there is no directory {name}")

@@ -275,6 +275,7 @@ def test_dead_and_broken_adapters(tmp_path):
     key = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     cases = {
         "dead": (lambda t: {k: v * ("lora_B" not in k) for k, v in t.items()}, {}, "changes nothing"),
+        "part": (lambda t: {k: v * ("layers.0" in k) for k, v in t.items()}, {}, "21 of its 28 modules are zero"),
         "half": (lambda t: {k: v for k, v in t.items() if k != key}, {}, "lora_B.weight but no lora_A.weight"),
         "rank": (None, {"r": 3}, "adapter_config.json says 3"),
         "state": (lambda t: {k.replace("lora_A.", "lora_A.default."): v for k, v in t.items()}, {}, "state_dict()"),
@@ -296,6 +297,12 @@ def test_an_adapter_beside_its_base(tmp_path):
     assert "modules that its config names" in only(lacking)
     odd = ill(LORA, tmp_path / "odd", lambda t: {k.replace("model.layers", "model.decoder.layers"): v for k, v in t.items()})
     assert "the base's is model.layers.0" in only(odd)
+
+
+def test_a_rank_that_vllm_must_be_told(tmp_path):
+    model = peft.get_peft_model(tiny_llama(0), peft.LoraConfig(target_modules=["q_proj"], r=40, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    assert examine(str(tmp_path / "adapter"))["needs"] == {"vLLM": "--max-lora-rank 64"}
 
 
 @pytest.mark.parametrize(
@@ -339,6 +346,17 @@ def test_a_merge_that_lost_the_adapter_and_one_that_did_not(tmp_path):
 def test_an_adapter_that_its_base_is_too_coarse_for(tmp_path):
     faint = ill(LORA, tmp_path / "faint", lambda t: {k: v * (1e-4 if "lora_B" in k else 1) for k, v in t.items()})
     assert "--dtype float32" in only(faint, demo.REF)
+
+
+def test_a_change_that_rounding_to_nearest_took(tmp_path, llama):
+    """Of a change of a thousandth of a weight bfloat16 keeps next to nothing; float32 all of it."""
+    base = llama(0)
+    torch.manual_seed(0)
+    moved = {k: t.float() * (1 + 1e-3 * torch.randn(t.shape)) for k, t in weights(base).items()}
+    near = ill(base, tmp_path / "near", lambda t: {k: v.to(t[k].dtype) for k, v in moved.items()})
+    assert "moved by one ulp" in only(near, base)
+    wide = ill(base, tmp_path / "wide", lambda _: moved, config={"dtype": "float32"})
+    assert lines(wide, base) == []
 
 
 # The command line

@@ -57,6 +57,19 @@ def test_a_training_state_and_other_formats_are_named(tmp_path, name, words):
     assert name in said
 
 
+def test_an_adapter_config_that_was_left_beside_a_merged_model(tmp_path):
+    shutil.copytree(demo.ALIGNED_DENSE, tmp_path / "merged")
+    shutil.copy(demo.ALIGNED_LORA / "adapter_config.json", tmp_path / "merged")
+    assert "remove adapter_config.json" in refusal(demo.REF, tmp_path / "merged")
+
+
+def test_an_adapter_of_mlx_and_a_web_address(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
+    (tmp_path / "adapters.safetensors").touch()
+    assert "names no peft_type; it holds an adapter of MLX" in refusal(demo.REF, tmp_path)
+    assert "give the Hub id" in refusal(demo.REF, "https://huggingface.co/me/model")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),

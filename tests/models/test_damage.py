@@ -52,7 +52,7 @@ def test_an_adapter_of_which_one_factor_is_zero_everywhere_changes_nothing(tmp_p
     dead = copy(demo.ALIGNED_LORA, tmp_path / "dead", lambda t: {k: v * (factor not in k) for k, v in t.items()})
     assert f"{factor} are zero" in refusal(demo.REF, dead)
     alive = copy(demo.ALIGNED_LORA, tmp_path / "one", lambda t: {k: v * ("layers.1." in k) for k, v in t.items()})
-    assert ModelPair.from_pretrained(demo.REF, alive).names
+    assert "of 21 of its 28 modules are zero" in said_while_opening(demo.REF, alive)
 
 
 def test_an_adapter_of_scale_zero_changes_nothing(tmp_path):
@@ -75,12 +75,12 @@ def test_what_peft_begins_with_is_dead_and_its_forward_is_the_bases(tmp_path, co
     model.save_pretrained(tmp_path / "new")
     assert torch.equal(model(ids).logits, before)
     new = Adapter(tmp_path / "new")
-    assert damage.why_dead(new.config, new.checkpoint)
+    assert damage.find_idle(new.config, new.checkpoint).all
     for parameter in model.parameters():
         parameter.data += 0.1 * parameter.requires_grad
     model.save_pretrained(tmp_path / "trained")
     trained = Adapter(tmp_path / "trained")
-    assert damage.why_dead(trained.config, trained.checkpoint) is None
+    assert damage.find_idle(trained.config, trained.checkpoint) is None
 
 
 def test_one_model_given_twice_is_refused_however_it_is_stored(tmp_path, llama):
