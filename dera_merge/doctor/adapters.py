@@ -67,8 +67,7 @@ def check_adapter(findings: Findings, source: Source, base: str | None, trust: T
             "keep them in two directories",
         )
     if odd := why_unknown(adapter.config):
-        what, _, remedy = odd.rpartition("; ")
-        findings.warn("adapter_config.json", f"it {what}", remedy)
+        findings.reason("adapter_config.json", f"it {odd}", broken=False)
     _check_programs(findings, adapter)
     home = base or _named_base(findings, adapter)
     checkpoint = stored.open_weights(findings, source.folder, "adapter_model", trust)
@@ -81,8 +80,7 @@ def check_adapter(findings: Findings, source: Source, base: str | None, trust: T
     stored.check_files(findings, checkpoint, "adapter_model")
     stored.check_values(findings, checkpoint, None)
     if reason := why_misnamed(checkpoint.tensors):
-        what, _, remedy = reason.rpartition("; ")
-        findings.broken("adapter_model", what, remedy)
+        findings.reason("adapter_model", reason)
     elif (idle := find_idle(adapter.config, checkpoint)) and not idle.all:
         findings.warn(
             "adapter_model", f"a part changes nothing: {idle.why}", "if that was to be trained, save it again"
@@ -111,7 +109,7 @@ def _check_programs(findings: Findings, adapter: Adapter) -> None:
             f"PEFT {__version__} does not know the type {kind}",
             "install the PEFT that it was made with",
         )
-    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    rank = max(n for n in (0, config.get("r"), *(config.get("rank_pattern") or {}).values()) if isinstance(n, int))
     if kind == "LORA" and rank > _VLLM_RANKS[-1]:
         findings.stop("vLLM", f"it takes ranks up to {_VLLM_RANKS[-1]}, and this has {rank}; cut it: merge --rank")
     elif kind == "LORA" and rank > _VLLM_DEFAULT:
@@ -155,8 +153,7 @@ def _check_fit(findings: Findings, source: Source, home: str, trust: Trust, whol
         if result["problem"]:
             raise DeraError(result["problem"])
         if result["doubt"]:
-            what, _, remedy = result["doubt"].partition("; ")
-            findings.warn(home, what, remedy)
+            findings.reason(home, result["doubt"], broken=False)
         elif lost := [name for name in result["lost"] if name in result["tensors"]]:
             kept = result["tensors"][lost[0]]["kept"]
             findings.warn(

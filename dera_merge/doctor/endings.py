@@ -10,7 +10,7 @@ from ..errors import DeraError
 from ..models.source import VOCABULARY_FILES
 from ..models.tokenizer import load_tokenizer
 from ..models.trust import Trust
-from .findings import AGAIN, Findings
+from .findings import Findings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def check_endings(findings: Findings, folder: Path, config: dict[str, Any], trus
     try:
         tokenizer = load_tokenizer(folder, folder, trust)
     except DeraError as error:
-        findings.broken("tokenizer", str(error).replace("\n", " "), AGAIN)
+        findings.reason("tokenizer", str(error))
         return
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if (
@@ -56,7 +56,8 @@ def check_endings(findings: Findings, folder: Path, config: dict[str, Any], trus
 def _ends(findings: Findings, folder: Path, config: dict[str, Any]) -> set[int] | None:
     """The ids that transformers ends at; None where its generation config cannot be read, with a finding."""
     if not (folder / "generation_config.json").is_file():
-        return _ids(config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id")))
+        inner = config.get("text_config")
+        return _ids(config.get("eos_token_id") or (inner.get("eos_token_id") if isinstance(inner, dict) else None))
     from transformers import GenerationConfig
 
     try:
@@ -79,7 +80,7 @@ def _ends(findings: Findings, folder: Path, config: dict[str, Any]) -> set[int] 
 
 def _ids(value: Any) -> set[int]:
     values = value if isinstance(value, list) else [value]
-    return {number for number in values if isinstance(number, int)}
+    return {number for number in values if isinstance(number, int) and number >= 0}
 
 
 def _check_ends(findings: Findings, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:

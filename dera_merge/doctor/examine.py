@@ -11,7 +11,7 @@ from ..errors import DeraError, DeraWarning
 from ..files.places import inner_models
 from ..measuring.inspection import inspect_pair
 from ..merging.recipe import CONFIGS, PARTIAL, RECIPE, verify
-from ..merging.tally import LOUD
+from ..merging.tally import LOUD, doubt
 from ..models.pair import Pair
 from ..models.source import Source, load_config
 from ..models.trust import Trust
@@ -99,31 +99,39 @@ def _examine_one(
     check_links(findings, folder)
     with findings.refusals("directory"):
         kind = "adapter" if source.is_adapter else "full"
-        if (folder / RECIPE).is_file():
-            _check_recipe(findings, folder)
+        recipe = _check_recipe(findings, folder) if (folder / RECIPE).is_file() else None
         check_companions(findings, folder)
         if kind == "adapter":
             check_adapter(findings, source, base, trust, progress)
         else:
             _check_full(findings, source, trust, progress)
-            if base:
+            if base and not (
+                adapter and recipe and recipe["lambda"] != 1
+            ):  # else what should be in it is another model
                 _check_against(findings, source, base, adapter, trust, progress)
         return kind
     return None
 
 
-def _check_recipe(findings: Findings, folder: Path) -> None:
-    """Whether a merge of ours is still what was written."""
+def _check_recipe(findings: Findings, folder: Path) -> dict[str, Any] | None:
+    """Whether a merge of ours is still what was written, and kept what its λ asks for; its recipe."""
     try:
-        verify(folder)
+        recipe = verify(folder)
     except DeraError as error:
-        what, _, remedy = str(error).partition("; ")
-        findings.warn(RECIPE, what, remedy)
+        findings.reason(RECIPE, str(error), broken=False)
+        return None
+    figures = recipe.get("statistics") or {}
+    if said := doubt(figures.get("kept"), figures.get("error"), recipe.get("rounding"), recipe["lambda"]):
+        findings.reason(RECIPE, said, broken=False)
+    return recipe
 
 
 def _check_full(findings: Findings, source: Source, trust: Trust, progress: Tell) -> None:
     findings.loads |= dict.fromkeys(PROGRAMS)
-    config = load_config(source)
+    try:
+        config = load_config(source)
+    except DeraError as error:
+        return findings.reason("config.json", str(error))
     built = build_config(findings, source, config, trust)
     checkpoint = stored.open_weights(findings, source.folder, "model", trust)
     if checkpoint is not None:
@@ -134,6 +142,7 @@ def _check_full(findings: Findings, source: Source, trust: Trust, progress: Tell
             check_names(findings, source, config, built, checkpoint, trust)
     if built is not None:
         check_endings(findings, source.folder, config, trust)
+    return None
 
 
 def _check_moved(findings: Findings, layers: Iterable[dict[str, Any]]) -> None:

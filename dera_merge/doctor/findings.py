@@ -63,14 +63,18 @@ class Findings:
         """A program does not load it; the first reason stays."""
         self.loads[program] = self.loads.get(program) or reason
 
+    def reason(self, where: str, reason: str, broken: bool = True) -> None:
+        """What a check of a merge says; what comes behind the last semicolon is what to do."""
+        what, _, remedy = reason.replace("\n", " ").rpartition("; ")
+        (self.broken if broken else self.warn)(where, *((what, remedy) if what else (remedy, AGAIN)))
+
     @contextmanager
     def refusals(self, where: str) -> Iterator[None]:
-        """Write down what a check of a merge raises; what comes behind the last semicolon is what to do."""
+        """Write down what a check of a merge raises."""
         try:
             yield
         except DeraError as error:
-            what, _, remedy = str(error).rpartition("; ")
-            self.broken(where, *((what, remedy) if what else (remedy, AGAIN)))
+            self.reason(where, str(error))
 
     @property
     def any_broken(self) -> bool:

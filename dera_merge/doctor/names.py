@@ -68,8 +68,7 @@ def check_names(
     """
     stored = checkpoint.tensors
     if reason := why_wrapped(stored):
-        what, _, remedy = reason.rpartition("; ")
-        return findings.broken("weights", what, remedy)
+        return findings.reason("weights", reason)
     report = _load(findings, config, built, checkpoint, trust)
     if report is None:
         return None

@@ -9,19 +9,15 @@ from ..errors import DeraError
 from ..files.checkpoint import REAL, Checkpoint, PickledOnly, indexed, read_header, slices
 from ..models.damage import why_empty
 from ..models.trust import Trust
-from .findings import AGAIN, Findings
+from .findings import Findings
 
 
 def open_weights(findings: Findings, folder: Path, stem: str, trust: Trust) -> Checkpoint | None:
     """The tensors of a directory; None where they cannot be read, with a finding that says why."""
     try:
         return Checkpoint(folder, stem, trust.pickle)
-    except PickledOnly as error:
-        what, _, remedy = str(error).partition("; ")
-        findings.warn("weights", what, remedy)
     except DeraError as error:
-        what, _, remedy = str(error).rpartition("; ")
-        findings.broken("weights", what or remedy, remedy if what else AGAIN)
+        findings.reason("weights", str(error), broken=not isinstance(error, PickledOnly))
     return None
 
 
@@ -45,8 +41,7 @@ def check_files(findings: Findings, checkpoint: Checkpoint, stem: str) -> None:
 def check_values(findings: Findings, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None) -> None:
     """Tensors that hold nothing, NaN, infinity, or a matrix of zeros."""
     if reason := why_empty(checkpoint.tensors):
-        what, _, remedy = reason.partition("; ")
-        findings.broken("weights", what, remedy)
+        findings.reason("weights", reason)
         return
     odd, zero = [], []
     for number, (name, info) in enumerate(checkpoint.tensors.items(), 1):

@@ -167,7 +167,8 @@ def _find_all(checkpoint: Checkpoint, keys: Iterable[str], value: float) -> str 
     """The first tensor that holds numbers of which each is `value`."""
     for key in keys:
         info = checkpoint.tensors[key]
-        if info.numel and all((checkpoint.read(key, *rows).float() == value).all() for rows in slices(info)):
+        parts = [(0, 1), *slices(info)] if info.numel else []  # one row says it of most tensors
+        if parts and all((checkpoint.read(key, *rows).float() == value).all() for rows in parts):
             return key
     return None
 

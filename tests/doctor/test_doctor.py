@@ -348,6 +348,19 @@ def test_an_adapter_that_its_base_is_too_coarse_for(tmp_path):
     assert "--dtype float32" in only(faint, demo.REF)
 
 
+def test_what_a_merge_of_ours_says_of_itself(tmp_path, llama):
+    """Its recipe has the figures of its own λ, which `--adapter`, of λ=1, would get wrong."""
+    import warnings
+
+    half, faint = tmp_path / "half", tmp_path / "faint"
+    ModelPair.from_pretrained(FULL, LORA).merge(half, [0.5], dtype="float32")
+    assert lines(half, demo.REF, demo.ALIGNED_LORA) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ModelPair.from_pretrained(llama(0), llama(1)).merge(faint, [0.001], rounding="nearest")
+    assert "at λ=0.001 nearest rounding keeps" in only(faint)
+
+
 def test_a_change_that_rounding_to_nearest_took(tmp_path, llama):
     """Of a change of a thousandth of a weight bfloat16 keeps next to nothing; float32 all of it."""
     base = llama(0)
