@@ -141,7 +141,9 @@ def compare(
                         "--texts merged and for --with coupled")  # fmt: skip
     reward = None if reward is None else as_reward(reward)
     if reward is not None:
-        checked([reward], encoded)
+        first, *_ = checked([reward], encoded)
+        if why := reward.why_not(first):  # which may be that text's fault
+            warn(f"the reward {reward.name} fails on a first text: {why}")
     storage = Storage.of(pair.names, dtype, rounding, seed)
     rounds = any(kind != torch.float32 for kind, _ in storage.layout(pair.names).values())
     curve = opened(path, pair, lams)

@@ -137,12 +137,17 @@ def as_reward(reward: Reward | str | Callable[..., Any], name: str | None = None
     return Reward(called.name, called, called.check)
 
 
-def checked(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> None:
-    """Look at rewards before any work is done for them. Raises DeraError where one cannot be had."""
-    first = [Exchange(prompt.asked, "Yes.", prompt.columns) for prompt in prompts]
+def checked(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> list[Exchange]:
+    """Look at rewards before any work is done for them, with a stand-in answer to each prompt, which are returned.
+
+    Raises:
+        DeraError: one of them cannot be had, or wants what the prompts do not have.
+    """
+    answers = [Exchange(prompt.asked, "Yes.", prompt.columns) for prompt in prompts]
     for reward in rewards:
         if reward.check is not None:
-            reward.check(first)
+            reward.check(answers)
+    return answers
 
 
 class Program:
@@ -190,7 +195,10 @@ def _reward_in(line: str) -> list[Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return []
+        try:
+            return [float(line)]  # nan, say
+        except ValueError:
+            return []
     if isinstance(value, dict):
         return [value["reward"]] if "reward" in value else []
     return [value] if value is None or isinstance(value, int | float) else []
