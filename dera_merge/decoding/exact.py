@@ -327,8 +327,7 @@ class DeraForCausalLM(LambdaModel):
         config.pair = {key: relative(name) for key, name in config.pair.items()}
         config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         generation_config = copy.deepcopy(self.generation_config)
-        if not generation_config.do_sample and generation_config.top_k == 0:
-            generation_config.top_k = None  # transformers saves no config that is greedy and has one
+        generation_config.top_k = generation_config.top_k or None  # transformers saves none that is greedy and has one
         generation_config.save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod

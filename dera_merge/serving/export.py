@@ -16,10 +16,12 @@ import math
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..decoding.config import DeraConfig
+from ..decoding.settings import changes
 from ..errors import DeraError
 from ..files.atomic import json_bytes, load_json
 from ..files.room import check_space
@@ -87,7 +89,11 @@ def export_exact(
         raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; use ALIGNED alone (λ=1)")
     folder = Path(out).expanduser()
     _check(folder, pair, overwrite)
-    beside = companions(pair) | generation_file(pair.ending(say=True))
+    ending = pair.ending(say=True)
+    if config := pair.generation_config():  # an engine applies what it says to every request that says nothing
+        warpers = changes(config)
+        ending = replace(ending, generation={k: v for k, v in ending.generation.items() if k not in warpers})
+    beside = companions(pair) | generation_file(ending)
     once = held_once(pair) and not merge_adapter
     whole = [side for side in pair.sides if pair.is_requantised(side) or (side.adapter and not once)]
     places = _places(pair, whole)

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..demo import reward as praise
@@ -116,12 +117,11 @@ def load_reward(spec: str, device: Any = "cpu") -> Reward:
         server = Server(spec)
         return Reward(server.name, server, server.check)
     if kind == "command" and rest:
-        program = Program(rest)
-        return Reward(spec, program, program.check)
+        return Reward(spec, scorer := Program(rest), partial(_trial, scorer))
     if kind == "model" and rest:
         from .classifier import Classifier
 
-        return Reward(spec, Classifier(rest, device))
+        return Reward(spec, scorer := Classifier(rest, device), partial(_trial, scorer))
     if not all(spec.rpartition(":")):
         raise DeraError(f"{spec!r} is no reward; give {FORMS}")
     return as_reward(function(spec), spec)
@@ -150,6 +150,12 @@ def checked(rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> list[Exchan
     return answers
 
 
+def _trial(scorer: Scorer, texts: Sequence[Exchange]) -> None:
+    """Let it look at the shortest text. Raises DeraError where no number comes."""
+    if why := Reward("the reward", scorer).why_not(min(texts, key=lambda text: len(text.whole))):
+        raise DeraError(why)
+
+
 class Program:
     """A scorer that runs a program, with JSON Lines on its stdin. What else it prints than rewards is not looked at.
 
@@ -159,11 +165,6 @@ class Program:
 
     def __init__(self, words: str) -> None:
         self.words = words
-
-    def check(self, texts: Sequence[Exchange]) -> None:
-        """Run it on one text. Raises DeraError where no number comes."""
-        if why := Reward(self.words, self).why_not(texts[0]):
-            raise DeraError(why)
 
     def __call__(self, texts: Sequence[Exchange]) -> list[Any]:
         """What the program says of each. Raises DeraError where it fails, with the last line of its stderr."""

@@ -55,6 +55,14 @@ def test_an_exported_directory_can_be_moved(llama, lora, tmp_path):
     torch.testing.assert_close(logits(model), mixed(plain(base), PeftModel.from_pretrained(plain(base), adapter), 0.5))
 
 
+def test_an_engine_is_told_of_no_warper(tmp_path):
+    aligned = shutil.copytree(demo.ALIGNED_DENSE, tmp_path / "aligned")
+    said = {"eos_token_id": 1, "pad_token_id": 0, "do_sample": True}
+    (aligned / "generation_config.json").write_text(json.dumps(said | {"top_k": 20, "repetition_penalty": 1.05}))
+    ModelPair.from_pretrained(demo.REF, aligned).export_exact(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == said
+
+
 @pytest.mark.parametrize("looked", [False, True])
 @pytest.mark.parametrize("other_base", [False, True])
 def test_a_requantised_base_is_exported_as_exact_decoding_has_it(other_base, looked, tmp_path):
