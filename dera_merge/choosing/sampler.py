@@ -122,15 +122,18 @@ class SweepLab(Laboratory):
         """The rewards of each text. Raises DeraError where one fails on a whole batch."""
         rows: list[dict[str, float | None]] = [{} for _ in texts]
         for reward in self.rewards:
-            values = reward.score(texts)
-            for row, value in zip(rows, values, strict=True):
+            for row, value in zip(rows, self._values(reward, texts), strict=True):
                 row[reward.name] = value
-            # One text may be at fault, a whole batch is not.
-            whole = not self.store.answers or len(texts) >= TELLING
-            if whole and all(value is None for value in values) and (why := reward.why_not(texts[0])):
-                kept = "; the texts before are kept: mend it and go on with --resume" if self.store.answers else ""
-                raise DeraError(f"the reward {reward.name} fails on every text: {why}{kept}")
         return rows
+
+    def _values(self, reward: Reward, texts: list[Exchange]) -> list[float | None]:
+        values = reward.score(texts)
+        # One text may be at fault, a whole batch is not.
+        whole = not self.store.answers or len(texts) >= TELLING
+        if whole and all(value is None for value in values) and (why := reward.why_not(texts[0])):
+            kept = "; the texts before are kept: mend it and go on with --resume" if self.store.answers else ""
+            raise DeraError(f"the reward {reward.name} fails on every text: {why}{kept}")
+        return values
 
     def take(self, scored: Sequence[dict[str, Any]]) -> None:
         """Store texts of `read_scored`, with rewards that they lack worked out. Raises DeraError where one is unfit."""
@@ -158,7 +161,9 @@ class SweepLab(Laboratory):
         answers = [a for a in answers if (a.lam, a.prompt, a.sample) not in there]
         for reward in self.rewards:
             lacking = [a for a in answers if reward.name not in a.rewards]
-            values = reward.score([self._exchange(a.prompt, a.text, a.ids) for a in lacking]) if lacking else []
+            values = (
+                self._values(reward, [self._exchange(a.prompt, a.text, a.ids) for a in lacking]) if lacking else []
+            )
             for answer, value in zip(lacking, values, strict=True):
                 answer.rewards[reward.name] = value
         self.store.add(answers)

@@ -84,16 +84,18 @@ class Called:
         except (TypeError, ValueError):  # some that are written in C do not say
             self.parameters = [inspect.Parameter("text", inspect.Parameter.POSITIONAL_ONLY)]
         self.together = any(p.name in TOGETHER for p in self.parameters)
+        self.columns: list[str] = []  # of all prompts, where they are known: a batch's rows may lack some
 
     def check(self, texts: Sequence[Exchange]) -> None:
         """Raise DeraError where the function wants what the prompts do not have."""
-        self._of_all(texts) if self.together else self._of_each(_columns(texts))
+        self.columns = self._columns(texts)
+        self._of_all(texts) if self.together else self._of_each(self.columns)
 
     def __call__(self, texts: Sequence[Exchange]) -> list[Any]:
         """What the function says of each text."""
         if self.together:
             return _awaited(self.reward(**self._of_all(texts)))
-        positions, names = self._of_each(_columns(texts))
+        positions, names = self._of_each(self._columns(texts))
 
         def value(source: str, text: Exchange) -> Any:
             return {"prompt": text.prompt, "completion": text.completion}.get(source, text.columns.get(source))
@@ -105,7 +107,7 @@ class Called:
 
     def _of_all(self, texts: Sequence[Exchange]) -> dict[str, list[Any]]:
         """The arguments of a function of TRL's kind, for these texts."""
-        has = {name: [text.columns.get(name) for text in texts] for name in _columns(texts)}
+        has = {name: [text.columns.get(name) for text in texts] for name in self._columns(texts)}
         has["prompts"] = [text.asked for text in texts]
         has["completions"] = [text.turns[-1:] if text.is_chat else text.completion for text in texts]
         if all(text.ids is not None for text in texts):
@@ -113,7 +115,7 @@ class Called:
         named = {p.name for p in self.parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         lacking = {p.name for p in self.parameters if p.name in named and p.default is p.empty} - {*has, *TOGETHER}
         if lacking:
-            raise self._refused(sorted(lacking), texts)
+            raise self._refused(sorted(lacking), self._columns(texts))
         takes_all = any(p.kind is p.VAR_KEYWORD for p in self.parameters)
         return {name: values for name, values in has.items() if takes_all or name in named}
 
@@ -160,15 +162,13 @@ class Called:
             sources[place] = source
         return sources
 
-    def _refused(self, lacking: Sequence[str], columns: Sequence[Any]) -> DeraError:
-        columns = _columns(columns) if columns and isinstance(columns[0], Exchange) else columns
+    def _columns(self, texts: Sequence[Exchange]) -> list[str]:
+        """The columns that any of the prompts has."""
+        return list(dict.fromkeys([*self.columns, *(name for text in texts for name in text.columns)]))
+
+    def _refused(self, lacking: Sequence[str], columns: Sequence[str]) -> DeraError:
         has = f"the prompts have {', '.join(columns)}" if columns else "the prompts have no other columns"
         return DeraError(f"the reward {self.name} wants {', '.join(lacking)}, but {has}; {FORMS}")
-
-
-def _columns(texts: Sequence[Exchange]) -> list[str]:
-    """The columns that any of the prompts has."""
-    return list(dict.fromkeys(name for text in texts for name in text.columns))
 
 
 def _awaited(value: Any) -> Any:

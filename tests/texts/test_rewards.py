@@ -75,6 +75,12 @@ def test_functions_of_a_text_are_given_what_their_parameters_are_called(reward, 
     assert made.score([CHAT]) == [expected], made.why_not(CHAT)
 
 
+def test_a_row_without_a_column_that_others_have_gives_none_of_it():
+    seen = as_reward(lambda completion, answer: 0.0 if answer is None else 1.0)
+    seen.check([CHAT, Exchange("w6", "")])
+    assert seen.score([Exchange("w6", "w7")]) == [0.0]
+
+
 @pytest.mark.parametrize(
     ("reward", "named"),
     [(lambda completion, gold: 1, "wants gold"), (lambda completions, solution: 1, "wants solution"),
