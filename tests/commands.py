@@ -19,6 +19,32 @@ if FORKS:
     )  # fmt: skip
 
 
+class Started:
+    """`dera-merge` at work, in a process that can be sent signals; `limit`: bytes of a file that it may write."""
+
+    def __init__(self, folder: Path, *arguments: object, cwd: Path | None = None, limit: int | None = None) -> None:
+        self._streams = [str(folder / f"{name}-{len(list(folder.iterdir()))}") for name in ("stdout", "stderr")]
+        for stream in self._streams:
+            Path(stream).touch()
+        self._process = _forkserver.Process(target=_main, args=(list(map(str, arguments)), self._streams, cwd, limit))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def said(self) -> str:
+        """What it has written to stderr."""
+        return Path(self._streams[1]).read_text()
+
+    @property
+    def ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def end(self) -> tuple[int, str]:
+        """Its exit status, and what it wrote to stderr."""
+        self._process.join(300)
+        return self._process.exitcode, self.said
+
+
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`dera-merge` with these arguments, its exit status and what it wrote to stdout and stderr."""
     words = list(map(str, arguments))
@@ -37,7 +63,11 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(words, process.exitcode, *written)
 
 
-def _main(arguments: list[str], streams: list[str], cwd: Path | None) -> None:
+def _main(arguments: list[str], streams: list[str], cwd: Path | None, limit: int | None = None) -> None:
+    if limit:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     for number, stream in enumerate(streams, 1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
     if cwd:

@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows: nothing keeps a second run out there
     fcntl = None
 
-LOCK = ".dera_merge.lock"
+LOCK = ".dera_merge.lock.partial"  # one of the names that are passed over where a directory is looked at
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -76,8 +76,9 @@ def _release(file: Path, lock: int) -> None:
     """Remove the file if nobody else holds it, and give the lock up."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.unlink(missing_ok=True)
-    except OSError:
+        if os.path.samestat(os.fstat(lock), file.stat()):
+            file.unlink()
+    except OSError:  # others have it, or it is gone
         pass
     finally:
         os.close(lock)

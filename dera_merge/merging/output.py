@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .. import lambdas
 from ..errors import DeraError, warn
 from ..files.atomic import fsync_folder, json_bytes, load_json, sha256_of, write_atomically
 from ..files.checkpoint import DTYPE_NAMES
-from ..files.room import check_space
+from ..files.room import alone, check_space
 from ..models.pair import Pair
 from ..models.source import GENERATION, TOKENIZER_FILES
 from .recipe import CONFIGS, PARTIAL, RECIPE, verify
@@ -64,8 +64,7 @@ class Output:
         Raises:
             DeraError: what is there is not to be touched.
         """
-        # A file under a temporary name alone is one that another process is about to begin with, or died with.
-        if not self.folder.exists() or all(path.name.endswith(".partial") for path in self.folder.iterdir()):
+        if self._is_free():
             return
         partial, recipe = self.folder / PARTIAL, self.folder / RECIPE
         if (resume or together) and partial.is_file():
@@ -98,6 +97,15 @@ class Output:
             raise DeraError(f"{self.folder} was not written by dera-merge, so --overwrite does not touch it")
         if strange := sorted({path.name for path in self.folder.iterdir()} - {path.name for path in self._our_files()}):
             raise DeraError(f"{self.folder} holds {strange[0]}, which dera-merge did not write; move it away first")
+
+    def _is_free(self) -> bool:
+        """Whether nothing is there, or files under temporary names alone, which another process begins or died with."""
+        return not self.folder.exists() or all(path.name.endswith(".partial") for path in self.folder.iterdir())
+
+    def look_again(self, overwrite: bool) -> None:
+        """Raises DeraError where another run has come in between `check` and the lock."""
+        if not (self.folder / PARTIAL).is_file() if self.joined else not (overwrite or self._is_free()):
+            raise DeraError(f"another run has written to {self.folder} meanwhile; look at it before you go on")
 
     def _our_files(self) -> list[Path]:
         """What lies in the directory and was written by dera-merge."""
@@ -262,14 +270,26 @@ def open_outputs(
 def writing(outputs: Sequence[Output], *, overwrite: bool, together: bool = False) -> Iterator[list[Output]]:
     """Begin what is not complete yet, and leave nothing half-written that could be taken for a result.
 
-    A broken disk or an interrupt leaves what is finished, marked as partial; broken input leaves nothing.
+    Other runs are kept out, unless they write shares of the same. A broken disk or an interrupt leaves what is
+    finished, marked as partial; broken input leaves nothing.
     """
     pending = [output for output in outputs if not output.complete]
-    made = {folder for output in outputs for folder in (output.folder, *output.folder.parents) if not folder.exists()}
-    try:
+    with ExitStack() as locks:
         for output in pending:
-            output.begin(overwrite)
-        yield pending
+            locks.enter_context(alone(output.folder, shared=together))
+            if not together:
+                output.look_again(overwrite)
+        with _broken_off(outputs, pending, together):
+            for output in pending:
+                output.begin(overwrite)
+            yield pending
+
+
+@contextmanager
+def _broken_off(outputs: Sequence[Output], pending: Sequence[Output], together: bool) -> Iterator[None]:
+    """Leave of an error what may stay."""
+    try:
+        yield
     except OSError as error:
         place = outputs[0].folder
         raise DeraError(f"writing {place} broke off: {error}; what is finished stays, go on with --resume") from error
@@ -277,9 +297,6 @@ def writing(outputs: Sequence[Output], *, overwrite: bool, together: bool = Fals
         if not together:  # others may be at work in the same directory
             for output in pending:
                 output.discard()
-            for folder in sorted(made, key=lambda folder: -len(folder.parts)):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
         raise
 
 

@@ -38,7 +38,7 @@ def rows(source: str | os.PathLike[str], limit: int | None = None) -> list[tuple
 
     Args:
         source: a file, gzipped or not; a directory that `datasets` can load, maybe with `:SPLIT`; or a data set of the
-            Hub, `ID[/CONFIG][@REVISION]:SPLIT`, maybe behind `hf://datasets/`.
+            Hub, `ID[/CONFIG][@REVISION]:SPLIT`, maybe behind `hf://datasets/`. SPLIT may be a slice, `test[:100]`.
         limit: how many to read; default all.
 
     Returns:
@@ -175,7 +175,7 @@ def _of_data_set(source: str) -> Rows:
         if is_folder and any((Path(place) / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
             found = datasets.load_from_disk(place)
         elif is_folder:
-            found = datasets.load_dataset(place)
+            found = datasets.load_dataset(place, split=split)
         else:
             found = datasets.load_dataset(hub["id"], hub["config"], revision=hub["revision"], split=split)
     except Exception as error:  # of the network, of files, of columns that differ
