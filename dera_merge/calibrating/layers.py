@@ -153,10 +153,9 @@ def _sizes(inner: LowRankRows | MixedRows) -> tuple[int, int]:
 
 def bendable(pair: Pair) -> dict[str, str]:
     """Linear modules that Δ changes → the name of their weight in θ(λ). Raises DeraError where there are none."""
-    tensors = pair.tensors
     names = {}
     for module in pair.architecture.linear:
-        name = pair.architecture.stored_name(f"{module}.weight", tensors)
+        name = pair.layout.name(f"{module}.weight")
         if name is not None and not pair.names.is_same(name):
             names[module] = name
     if not names:
@@ -205,7 +204,7 @@ def learned(pair: Pair, layers: dict[str, Bent]) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for name, layer in layers.items():
         parts[name] = _part(layer, layer.module in pair.architecture.transposed)
-        bias = pair.architecture.stored_name(f"{layer.module}.bias", pair.tensors)
+        bias = pair.layout.name(f"{layer.module}.bias")
         if bias is not None and not pair.names.is_same(bias):  # the gain is that of the whole layer
             parts[bias] = Part(parts[name].gain)
     return parts

@@ -150,7 +150,6 @@ def _tree_for(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
 def _put(stored: Stored, model: PreTrainedModel, architecture: Architecture) -> None:
     """Replace a loaded model's weights by their requantised ones."""
     parameters, weights = model.state_dict(), stored.requantised  # the state shares memory with the model
+    groups = architecture.layout(stored.checkpoint.tensors).group_of if weights else {}
     for key in weights.keys if weights else ():
-        if (place := architecture.stored_name(key, parameters)) is None:
-            raise DeraError(f"transformers stores {key} under another name, so its quantised form cannot be put in")
-        parameters[place].copy_(weights.rows(key, 0, None))
+        parameters[groups[key].targets[0]].copy_(weights.rows(key, 0, None))

@@ -10,16 +10,18 @@ import torch
 
 from ..errors import DeraError
 from ..files.buffers import Buffers
-from ..files.checkpoint import REAL, Checkpoint, TensorInfo, slices, total_bytes
+from ..files.checkpoint import REAL, Checkpoint, slices, total_bytes
 from ..merging.recipe import FIGURES, PARTIAL, RECIPE, read_recipe
 from ..merging.storage import Storage
 from ..merging.tally import ENOUGH, NO_CHANGE, doubt
 from ..merging.theta import Slice, Sums
 from ..models.adapter import Adapter
+from ..models.layout import Key
 from ..models.names import layer_kind
 from ..models.pair import Pair
 from ..models.source import Source, load_config
 from ..models.trust import Trust
+from ..models.weights import Stored
 from .report import Report
 
 # Where a moved weight lands, in ulps of the output dtype at θ_ref.
@@ -105,26 +107,29 @@ def inspect_pair(
         names = pair.names
     except DeraError as error:
         return {"problem": str(error), "layers": {}, "total": None, "tensors": {}, "lost": [], "doubt": None}
-    checkpoint = None
+    other, places = None, {}
     if merged is not None:
         source = Source.locate(merged, trust=pair.trust)
-        checkpoint = Checkpoint(source.folder, allow_pickle=pair.trust.pickle)
+        other = Stored(Checkpoint(source.folder, allow_pickle=pair.trust.pickle))
+        places = _places(pair, other)
     storage = Storage.of(names, dtype, None)
     sums: dict[str, torch.Tensor] = {}  # ‖Δ‖², ‖θ_ref‖², weights, then a count for each of STEPS
     kept: dict[str, Sums] = {}
     buffers = Buffers()
     for number, (name, info) in enumerate(names.tensors.items(), 1):
         kind = info.dtype if dtype is None else dtype
-        key = _stored_as(pair, checkpoint, name, info) if checkpoint else None
+        key = places.get(name)
         for start, stop in slices(info) if not names.is_opaque(name) else ():
             row = sums.setdefault(layer_kind(name), torch.zeros(3 + len(STEPS), dtype=torch.float64))
             piece = Slice.read(names, name, start, stop, storage, buffers)[0]
             row += _moments(piece, kind)
-            if checkpoint is None and piece.aligned is not None:
+            if other is None and piece.aligned is not None:
                 piece.at(1.0, sums=kept.setdefault(name, Sums()))
-            elif checkpoint is not None and key is not None:
-                kept.setdefault(name, Sums()).add(piece.against(checkpoint.read(key, start, stop)))
-        if checkpoint is not None and key is None and not names.is_same(name):
+            elif other is not None and key is not None:
+                rows = torch.empty((stop - start, *info.row_shape), dtype=other.info(key).dtype)
+                other.rows(key, start, stop, rows, buffers)
+                kept.setdefault(name, Sums()).add(piece.against(rows))
+        if other is not None and key is None and not names.is_same(name):
             kept[name] = Sums(square=1.0, error=1.0)  # `merged` lacks it, so nothing of Δ is kept
         if progress:
             progress(number, len(names.tensors))
@@ -155,14 +160,19 @@ def inspect_pair(
     return {"problem": problem, "layers": layers, "total": total, "tensors": changed, "lost": lost, "doubt": said}
 
 
-def _stored_as(pair: Pair, checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | None:
-    """The name of a tensor in a checkpoint that another tool wrote; None where it has none."""
-    key = name if name in checkpoint.tensors else pair.architecture.stored_name(name, checkpoint.tensors)
-    if key is not None and checkpoint.tensors[key].shape != info.shape:
-        raise DeraError(
-            f"{checkpoint.folder} has {key} of shape {list(checkpoint.tensors[key].shape)}, expected {list(info.shape)}"
-        )
-    return key
+def _places(pair: Pair, other: Stored) -> dict[str, Key]:
+    """Where a checkpoint that another tool wrote has the tensors of θ(λ); those that it lacks are not there."""
+    places: dict[str, Key] = {name: name for name in pair.tensors if name in other.checkpoint.tensors}
+    if len(places) < len(pair.tensors):  # it may have them in another layout
+        layout = pair.architecture.layout(other.checkpoint.tensors)
+        for name in [name for name in pair.tensors if name in pair.layout.group_of and name not in places]:
+            if (key := layout.of_another(pair.layout, name, {})) is not None:
+                places[name] = key
+    for name, key in places.items():
+        if (shape := other.info(key).shape) != pair.tensors[name].shape:
+            folder, expected = other.checkpoint.folder, list(pair.tensors[name].shape)
+            raise DeraError(f"{folder} has {name} of shape {list(shape)}, expected {expected}")
+    return places
 
 
 def _moments(piece: Slice, dtype: torch.dtype) -> torch.Tensor:

@@ -254,7 +254,7 @@ def _extracted(pair: Pair, rank: int, seed: int) -> list[Module]:
     """Δ of each linear layer that changes, by randomised SVD."""
     modules = []
     for module in pair.architecture.linear:
-        name = pair.architecture.stored_name(f"{module}.weight", pair.tensors)
+        name = pair.layout.name(f"{module}.weight")
         if name is None or pair.names.is_same(name):
             continue
         transposed = module in pair.architecture.transposed
@@ -290,7 +290,7 @@ def _delta(names: Names, name: str) -> torch.Tensor:
 
 def _left_out(pair: Pair) -> dict[str, float]:
     """Tensors that change and are no linear layer: name → ‖Δ‖²."""
-    linear = {pair.architecture.stored_name(f"{module}.weight", pair.tensors) for module in pair.architecture.linear}
+    linear = {pair.layout.name(f"{module}.weight") for module in pair.architecture.linear}
     changed = {}
     for name in pair.tensors.keys() - linear:
         if not pair.names.is_same(name) and (square := _delta(pair.names, name).double().square().sum().item()):

@@ -115,7 +115,7 @@ def _set_lam(model: PreTrainedModel, lam: float | Sequence[float]) -> None:
     dial: _Dial = model._dera_dial
     (lam,) = dial.pair.known([lam])
     parameters = model.state_dict()  # shares memory with the model
-    groups = dial.pair.architecture.layout(dial.pair.tensors).group_of
+    groups = dial.pair.layout.group_of
     if all(name in groups and groups[name].is_renamed for name in dial.pair.tensors):
         for name, weight in dial.weights(lam):
             parameters[groups[name].targets[0]].copy_(weight)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -32,7 +32,6 @@ class Architecture:
     Attributes:
         shapes: parameter and buffer names in memory → shape.
         tied: name → the name that it shares its tensor with (`lm_head.weight` → `model.embed_tokens.weight`).
-        prefix: `base_model_prefix`, which some checkpoints leave out (`transformer.` in GPT-2's).
         transposed: modules that store their weight as (in, out).
         linear: linear modules, the head left out.
         decoder: what names in memory of the text decoder begin with; a wrapped model has it deeper inside.
@@ -42,7 +41,6 @@ class Architecture:
 
     shapes: dict[str, tuple[int, ...]]
     tied: dict[str, str]
-    prefix: str
     transposed: frozenset[str]
     linear: tuple[str, ...]
     decoder: str
@@ -63,7 +61,6 @@ class Architecture:
         return cls(
             {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
             dict(getattr(model, "all_tied_weights_keys", None) or {}),
-            f"{model.base_model_prefix}.",
             frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
             tuple(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head),
             f"{decoder or model.base_model_prefix}.",
@@ -74,22 +71,6 @@ class Architecture:
     def layout(self, tensors: Mapping[str, TensorInfo]) -> Layout:
         """How a checkpoint's tensors become this model's."""
         return Layout(self.model, self.shapes, tensors)
-
-    def stored_name(self, name: str, stored: Any) -> str | None:
-        """The name in `stored` of the tensor `name`, with or without the base model's prefix; None if there is none."""
-        for candidate in (name, f"{self.prefix}{name}", name.removeprefix(self.prefix)):
-            if candidate in stored:
-                return candidate
-        return None
-
-    def owns(self, owner: str, name: str) -> bool:
-        """Whether `name` shares the tensor `owner`, each with or without the base model's prefix."""
-        shared = self.owner(name)
-        return shared is not None and shared.removeprefix(self.prefix) == owner.removeprefix(self.prefix)
-
-    def owner(self, name: str) -> str | None:
-        """The tensor that `name` is tied to by the config, or None."""
-        return self.tied.get(name) or self.tied.get(f"{self.prefix}{name}")
 
 
 def empty_model(folder: Path, trust: Trust = NOTHING) -> PreTrainedModel:

@@ -48,13 +48,14 @@ class Runs:
         starts = torch.cat([torch.zeros(min(1, len(rows)), dtype=torch.int64), (~follows).nonzero().flatten() + 1])
         return cls(starts.tolist(), which[starts].tolist(), rows[starts].tolist(), len(rows))
 
-    def each(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `of` takes."""
-        starts = torch.tensor(self.starts, dtype=torch.int64)
-        lengths = torch.diff(starts, append=torch.tensor([self.total]))
-        within = torch.arange(self.total) - starts.repeat_interleave(lengths)
-        which, rows = (torch.tensor(values, dtype=torch.int64) for values in (self.which, self.rows))
-        return which.repeat_interleave(lengths), rows.repeat_interleave(lengths) + within
+    @classmethod
+    def joined(cls, runs: Sequence[tuple[int, int, int]], total: int) -> Runs:
+        """From (first row, the other tensor, the row there) of runs, of which one may go on where another ends."""
+        kept: list[tuple[int, int, int]] = []
+        for start, which, row in runs:
+            if not kept or kept[-1][1] != which or kept[-1][2] + start - kept[-1][0] != row:
+                kept.append((start, which, row))
+        return cls(*(tuple(values) for values in zip(*kept, strict=True)), total)
 
     def within(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """The runs of rows [start, stop): first and last row (exclusive), the other tensor, the row there."""
@@ -205,9 +206,14 @@ class Layout:
         """The tensor `name` of memory in the files; None where they do not hold it."""
         group = self.groups.get(name)
         if group is None or group.is_renamed:
-            return group and group.sources[0]
+            return self.name(name)
         runs, columns = group.forward(name)
         return self._assembled(self.shapes[name], group.sources, runs, [columns] * len(group.sources))
+
+    def name(self, name: str) -> str | None:
+        """What the files call a tensor of memory; None where they hold it in other shapes, or not at all."""
+        group = self.groups.get(name)
+        return group.sources[0] if group and group.is_renamed else None
 
     def of_another(self, other: Layout, key: str, homes: Mapping[str, str]) -> Key | None:
         """The tensor that another checkpoint stores as `key`, in this one's files; None where they do not hold it.
@@ -228,26 +234,20 @@ class Layout:
         if any(other.shapes[one] != self.shapes[two] for one, two in zip(group.targets, names, strict=True)):
             return self.key(names[0])  # of another shape, which the caller says
         runs, transposed = group.backward(key)
-        which, rows = runs.each()
-        tensors: list[str] = []
-        columns: list[bool] = []
-        its_which, its_row = torch.full_like(which, -1), torch.zeros_like(rows)
-        for number, name in enumerate(names):
-            forward, by_columns = self.groups[name].forward(name)
-            tensor_of, row_of = forward.each()
-            here = which == number
-            its_which[here] = tensor_of[rows[here]] + len(tensors)
-            its_row[here] = row_of[rows[here]]
-            tensors += self.groups[name].sources
-            columns += [by_columns] * len(self.groups[name].sources)
-        if (its_which < 0).any():
-            raise DeraError(f"{key} holds rows that no model uses, and the other side stores it in another layout")
-        used = its_which.unique()
-        runs = Runs.of(torch.searchsorted(used, its_which), its_row)
-        tensors, columns = [tensors[index] for index in used], [columns[index] for index in used]
-        found = self._assembled(other.tensors[key].shape, tensors, runs, columns, transposed)
-        alone = len(used) == 1 and found.runs.is_whole() and found.columns[0] == transposed
-        return found.tensors[0] if alone and self.tensors[found.tensors[0]].shape == found.info.shape else found
+        places: dict[tuple[int, str], tuple[int, bool]] = {}  # number of the target, source → its number, by columns
+        found: list[tuple[int, int, int]] = []
+        for first, last, number, row in runs.within(0, runs.total):
+            if number < 0:
+                raise DeraError(f"{key} holds rows that no model uses, and the other side stores it in another layout")
+            mine = self.groups[names[number]]
+            forward, by_columns = mine.forward(names[number])
+            for start, _, which, line in forward.within(row, row + last - first):
+                place = places.setdefault((number, mine.sources[which]), (len(places), by_columns))
+                found.append((first + start - row, place[0], line))
+        tensors, columns = [source for _, source in places], [by_columns for _, by_columns in places.values()]
+        made = self._assembled(other.tensors[key].shape, tensors, Runs.joined(found, runs.total), columns, transposed)
+        alone = len(tensors) == 1 and made.runs.is_whole() and columns[0] == transposed
+        return tensors[0] if alone and self.tensors[tensors[0]].shape == made.info.shape else made
 
     def _assembled(
         self, shape: tuple[int, ...], tensors: Sequence[str], runs: Runs, columns: Sequence[bool],

@@ -157,8 +157,7 @@ class _Matching:
 
     def output_name(self, name: str) -> str:
         """The name of a tensor of memory in θ(λ): as REF stores it."""
-        group = self.layouts[0].groups.get(name)
-        return group.sources[0] if group and group.is_renamed else name
+        return self.layouts[0].name(name) or name
 
     def as_stored(self, pieces: Pieces) -> Pieces:
         """What is done to tensors of memory, by the names and in the layout of θ(λ)."""

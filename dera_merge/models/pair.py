@@ -21,6 +21,7 @@ from . import tokenizer
 from .architecture import Architecture
 from .checks import base_quantization_of, check_apart, check_configs, check_files
 from .ends import Ending, Told, ending
+from .layout import Layout
 from .names import Names, is_requantised, match
 from .side import Side, open_sides
 from .source import CONTEXT, Source
@@ -183,6 +184,11 @@ class Pair:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The tensors of θ(λ), in REF's names, shapes and dtypes. Raises as `names` does."""
         return self.names.tensors
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the tensors of θ(λ) become those of REF's model in memory. Raises as `names` does."""
+        return self.architecture.layout(self.tensors)
 
     # Tokenizer, generation config, sizes
 

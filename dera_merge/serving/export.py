@@ -44,8 +44,7 @@ def held_once(pair: Pair) -> bool:
         return False
     if pair.requantises or pair.stacked or pair.names.unties:
         return False
-    names = {f"{module}.weight" for module in pair.architecture.linear}
-    linear = {pair.architecture.stored_name(name, pair.tensors) for name in names}
+    linear = {pair.layout.name(f"{module}.weight") for module in pair.architecture.linear}
     return all(
         name in linear and all(isinstance(piece, LowRank) for piece in pieces)
         for weights in pair.names.weights
