@@ -6,6 +6,7 @@ memory. Oracles: a state dict interpolated in memory, and PEFT's own unmerged fo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import Gemma3ForConditionalGeneration as Gemma3
 
 from dera_merge import DeraError, DeraWarning, ModelPair
 from dera_merge.files.checkpoint import Checkpoint
+from dera_merge.models.adapter import Adapter
 from dera_merge.models.architecture import Architecture
 from dera_merge.models.names import match
 from dera_merge.models.side import Side
@@ -74,8 +76,9 @@ def made(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("family", CONVERTED)
-@pytest.mark.parametrize("ref_in_memory", [False, True])
+@pytest.mark.parametrize(
+    ("family", "ref_in_memory"), [*((family, False) for family in CONVERTED), ("mixtral", True), ("nemotron_h", True)]
+)
 def test_two_layouts_of_one_model_merge_to_the_interpolation_of_what_transformers_loads(made, tmp_path, family, ref_in_memory):
     folders = made(family, 0, ref_in_memory), made(family, 1, not ref_in_memory)
     assert weights(folders[0]).keys() != weights(folders[1]).keys()
@@ -107,7 +110,7 @@ def test_lora_on_experts_and_attention_is_pefts_forward_in_the_file_and_live(mad
     assert_is_pefts(base, tmp_path / "adapter", tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral"])
 def test_dora_and_tokens_beside_it_are_pefts_forward_in_the_file_and_live(made, tmp_path, family):
     base = made(family, 0)
     torch.manual_seed(5)
@@ -152,19 +155,25 @@ def gemmas(tmp_path_factory) -> list[Path]:
     return folders
 
 
-def matched(*folders: Path):
-    """The tensors of θ(λ) for these models, and where each has them."""
+def matched(*folders: Path, adapter: Path | None = None):
+    """The tensors of θ(λ) for these models, and where each has them; `adapter` is on the first one."""
     sides = []
     for folder in folders:
         source = Source(folder.name, folder)
         sides.append(Side(source, source, None, Checkpoint(folder), load_config(source)))
+    if adapter:
+        sides.append(replace(sides[0], source=Source(adapter.name, adapter), adapter=Adapter(adapter)))
     return match(sides, lambda: Architecture.of(folders[0]))
 
 
 def aligned_in(names) -> dict[str, torch.Tensor]:
     """The aligned model's tensors by the names of θ(λ)."""
     _, aligned = names.weights
-    return {name: aligned.stored.whole(key) for name, key in aligned.keys.items()}
+    tensors = {name: aligned.stored.whole(key) for name, key in aligned.keys.items()}
+    for name, tensor in tensors.items():
+        rows = tensor.view(names.tensors[name].rows, *names.tensors[name].row_shape)
+        aligned.adapt(name, 0, len(rows), rows)
+    return tensors
 
 
 def test_wrapped_models_are_one_whatever_release_named_their_tensors(gemmas):
@@ -194,6 +203,27 @@ def test_a_text_model_beside_a_wrapped_one_is_its_text_and_the_towers_stay_refs(
     stored = weights(wrapped)
     for name, tensor in read.items():
         assert torch.equal(tensor, stored[f"language_model.{name}"])
+
+
+@pytest.mark.parametrize("decoder", ["model.language_model", "language_model.model"])
+def test_a_wrapped_models_adapter_adds_its_sum_whatever_release_named_its_modules(gemmas, tmp_path, decoder):
+    stored = weights(gemmas[0])
+    torch.manual_seed(3)
+    factors = {}
+    for number in range(2):
+        module = f"{decoder}.layers.{number}.self_attn.q_proj"
+        factors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(2, 32)
+        factors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(32, 2)
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    LoraConfig(r=2, lora_alpha=4, target_modules=r".*language_model.*\.q_proj").save_pretrained(tmp_path)
+    read = aligned_in(matched(gemmas[0], adapter=tmp_path))
+    assert read.keys() == stored.keys()
+    for name, tensor in stored.items():
+        module = f"base_model.model.{name.removesuffix('.weight').replace('language_model.model', decoder)}"
+        change = torch.zeros_like(tensor)
+        if f"{module}.lora_A.weight" in factors:
+            change = 2 * factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"]
+        torch.testing.assert_close(read[name], tensor + change, rtol=1e-5, atol=1e-6)
 
 
 # Linear layers of transformers 4, those of its experts and its router among them, which release 5 has as parameters.
