@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import DeraError
 
-_NAMES = ("cache", "past_key_values")
+_NAMES = ("cache", "past_key_values", "cache_params")
 _OF_OUTPUTS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 # What the installed transformers calls a cache among the arguments of `generate` and in outputs.
 CACHE = next((name for name in _NAMES if name in _OF_OUTPUTS), _NAMES[0])  # `doors.check` reports any third name
@@ -79,6 +79,12 @@ def arguments_of(model: torch.nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
+def takes_more(model: torch.nn.Module) -> bool:
+    """Whether a model's forward hands on arguments that it does not name."""
+    kinds = (argument.kind for argument in inspect.signature(model.forward).parameters.values())
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
 def name_among(arguments: Collection[str]) -> str | None:
     """What a forward with these arguments calls its cache; None if it takes none (some recurrent models)."""
     return next((name for name in _NAMES if name in arguments), None)
@@ -95,7 +101,9 @@ def given(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     return past_key_values if cache is None else cache
 
 
-def empty(model: PreTrainedModel, settings: GenerationConfig | None = None, most_tokens: int | None = None) -> Cache:
+def empty(
+    model: PreTrainedModel, settings: GenerationConfig | None = None, most_tokens: int | None = None
+) -> Cache | None:
     """A new cache for a model.
 
     Args:
@@ -103,18 +111,19 @@ def empty(model: PreTrainedModel, settings: GenerationConfig | None = None, most
         settings: its `cache_implementation` says which kind (transformers' names); None gives one that grows.
         most_tokens: how many tokens a cache of fixed size has room for.
 
+    Returns:
+        None where the model takes no cache from outside: openai-gpt and XLM read every token in each pass, RWKV and
+        XLNet hand on a state of their own.
+
     Raises:
-        DeraError: the model keeps no cache of keys and values, or there is no such kind for a mixture.
+        DeraError: there is no such kind for a mixture.
     """
     config = model.config.get_text_config(decoder=True)
-    takes_one = name_among(arguments_of(model)) is not None and model._supports_default_dynamic_cache()
-    grows = DynamicCache(config=config) if takes_one else None
-    # State-space models take a cache too, but need their own input preparation beside it.
-    if grows is None or (grows.layers and all(grows.is_linear)):
-        raise DeraError(f"{type(model).__name__} keeps no cache of keys and values; pass use_cache=False")
+    if name_among(arguments_of(model)) is None or not model._supports_default_dynamic_cache():
+        return None
     kind = settings.cache_implementation if settings is not None else None
     if kind in (None, "dynamic"):
-        return grows
+        return DynamicCache(config=config)
     if kind == "offloaded":
         return DynamicCache(config=config, offloading=True)
     if kind == "paged":

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..errors import DeraError
 from . import caches
-from .lambda_model import Lam, LambdaModel, causal_output, run_with_cache
+from .hooks import Sides, sees
+from .lambda_model import Lam, LambdaModel, Passes, causal_output
 from .rows import Strength
 
 
@@ -31,10 +33,18 @@ class DialForCausalLM(LambdaModel):
     def __init__(
         self, rows: PreTrainedModel, lam: float | Sequence[float] = 1.0, vocab_size: int | None = None, models: int = 1
     ) -> None:
-        super().__init__(rows, lam, vocab_size or rows.config.vocab_size, models)
+        super().__init__(rows, lam, vocab_size or rows.config.get_text_config(decoder=True).vocab_size, models)
         self.rows = rows
-        self._arguments = caches.arguments_of(rows)
+        self._passes = Passes(rows)
         self.eval()
+
+    @property
+    def asked(self) -> PreTrainedModel:
+        return self.rows
+
+    @property
+    def towers(self) -> tuple[PreTrainedModel, ...]:
+        return (self.rows,)
 
     def forward(
         self,
@@ -53,16 +63,18 @@ class DialForCausalLM(LambdaModel):
         """Logits of θ_ref + λΔ, (batch, kept tokens, vocabulary), in the model's dtype. Arguments as for any model."""
         strength: Strength = self.rows.dera_strength
         cache = caches.given(cache, past_key_values)
-        given = dict(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
-            logits_to_keep=logits_to_keep, **kwargs,
-        )  # fmt: skip
-        given = {key: value for key, value in given.items() if key in self._arguments}
+        if sees(kwargs) and self.rows.dera_sees_apart:
+            raise DeraError("the adapter changes how images are seen, which a dial cannot do by row; decode exactly")
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "use_cache": use_cache, "logits_to_keep": logits_to_keep,
+        }  # fmt: skip
         lams = self._lams(lam, len(input_ids)).to(input_ids.device)
+        more = {key: value[0] if isinstance(value, Sides) else value for key, value in kwargs.items()}
         with strength.of(lams, input_ids.shape[1]):
-            output = run_with_cache(self.rows, self._arguments, given, cache)
-        logits, past = output.logits[..., : self.config.vocab_size], getattr(output, caches.CACHE, None)
-        return causal_output(logits, past, labels, return_dict)
+            output = self._passes.run(given, more, cache)
+        logits, past = output.logits[..., : self.config.vocab_size], output.get(caches.CACHE)
+        return causal_output(logits, past, labels, return_dict, self._passes.state(output))
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.rows.get_input_embeddings()

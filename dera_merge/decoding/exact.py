@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import DeraError
@@ -33,7 +34,8 @@ from . import caches, settings
 from .caches import PairCache, RowsCache
 from .config import DeraConfig
 from .dial import DialForCausalLM
-from .lambda_model import Lam, LambdaModel, causal_output, run_with_cache
+from .hooks import Sides, at, sees
+from .lambda_model import Lam, LambdaModel, Passes, causal_output
 from .load import load_sides
 from .mix import mix, shares_of
 from .plausibility import PlausibilityMask
@@ -64,8 +66,7 @@ class DeraForCausalLM(LambdaModel):
     Raises:
         ValueError: λ is not finite (a tensor given to `forward` is not looked at), or has another length than the
             batch.
-        DeraError: what is asked for would not be exact: another kind of cache, `generate_batch`, guidance,
-            `inputs_embeds`.
+        DeraError: what is asked for would not be exact: another kind of cache, `generate_batch`, `inputs_embeds`.
     """
 
     def __init__(
@@ -77,15 +78,16 @@ class DeraForCausalLM(LambdaModel):
         as_configured: bool = False,
     ) -> None:
         aligned = [aligned] if isinstance(aligned, PreTrainedModel) else list(aligned)
-        super().__init__(ref, lam, min(model.config.vocab_size for model in (ref, *aligned)), len(aligned))
+        sizes = (model.config.get_text_config(decoder=True).vocab_size for model in (ref, *aligned))
+        super().__init__(ref, lam, min(sizes), len(aligned))
         self._configure(aligned[0].generation_config, as_configured)
         self.config.architectures = [type(self).__name__]  # what serving engines look for
         self.ref = ref
         self.aligned = aligned[0]
         self.others = torch.nn.ModuleList(aligned[1:])
         self.rows = rows
-        self._arguments = [caches.arguments_of(model) for model in self.sides]
-        self._arguments_of_rows = frozenset() if rows is None else caches.arguments_of(rows)
+        self._passes = [Passes(model) for model in self.sides]
+        self._pass_of_rows = None if rows is None else Passes(rows)
         self.eval()
 
     def _configure(self, config: GenerationConfig, as_configured: bool) -> None:
@@ -97,6 +99,14 @@ class DeraForCausalLM(LambdaModel):
     def sides(self) -> tuple[PreTrainedModel, ...]:
         """The reference and each aligned model."""
         return self.ref, self.aligned, *self.others
+
+    @property
+    def asked(self) -> PreTrainedModel:
+        return self.ref
+
+    @property
+    def towers(self) -> tuple[PreTrainedModel, ...]:
+        return self.sides
 
     def forward(
         self,
@@ -128,43 +138,53 @@ class DeraForCausalLM(LambdaModel):
         self._check_cache(cache)
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise DeraError("a mixture has no attentions or hidden states of its own; ask model.ref or model.aligned")
+        together = self.rows is not None and not sees(kwargs) and not isinstance(cache, PairCache)
         if cache is None and use_cache:
-            cache = self._new_cache()
-
-        shared = dict(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=bool(use_cache),
-            logits_to_keep=logits_to_keep, **kwargs,
-        )  # fmt: skip
-        run = self._a_pass_each if self.rows is None else self._one_pass
-        ref, *aligned = run(shared, cache)
+            cache = self._new_cache(together)
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "use_cache": bool(use_cache), "logits_to_keep": logits_to_keep,
+        }  # fmt: skip
+        (ref, *aligned), state = (self._one_pass if together else self._a_pass_each)(given, kwargs, cache)
         logits = mix([ref, *aligned], shares_of(self._lams(lam, len(input_ids)).to(ref.device)))
         if plausibility is not None:
             kept = logits_to_keep if isinstance(logits_to_keep, int) else 0  # which not every architecture heeds
             plausibility.watch(aligned[0][:, -kept:, : logits.shape[-1]].to(logits.device))
-        return causal_output(logits, cache, labels, return_dict)
+        return causal_output(logits, state.pop(caches.CACHE, cache), labels, return_dict, state)
 
-    def _a_pass_each(self, shared: dict[str, Any], cache: PairCache | None) -> list[torch.Tensor]:
-        """Logits of each model, run by itself on its device."""
-        logits: dict[int, torch.Tensor] = {}
+    def _a_pass_each(
+        self, given: dict[str, Any], more: dict[str, Any], cache: PairCache | None
+    ) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """Logits of each model, run by itself on its device; and the state that all hand on, if not in `cache`."""
+        outputs: dict[int, Any] = {}
         # An accelerator works on while the host goes to the next model, so those that block come last.
         order = sorted(range(len(self.sides)), key=lambda number: self.sides[number].device.type == "cpu")
         for number in order:
-            model = self.sides[number]
-            inner = None if cache is None else cache.caches[number]
-            names = self._arguments[number]
-            inputs = {key: _to(value, model.device) for key, value in shared.items() if key in names}
-            logits[number] = run_with_cache(model, names, inputs, inner).logits
-        return [logits[number] for number in range(len(order))]
+            own = {key: value[number] if isinstance(value, Sides) else value for key, value in more.items()}
+            model, inner = self.sides[number], None if cache is None else cache.caches[number]
+            outputs[number] = self._passes[number].run(at(given, model), at(own, model), inner)
+        ordered = [outputs[number] for number in range(len(order))]
+        states = [passes.state(output) for passes, output in zip(self._passes, ordered, strict=True)]
+        state: dict[str, Any] = {key: Sides(own[key] for own in states) for key in states[0]}
+        if cache is None and all(isinstance(output.get(caches.CACHE), Cache) for output in ordered):
+            state[caches.CACHE] = PairCache(*(output[caches.CACHE] for output in ordered))  # of a kind of their own
+        return [output.logits for output in ordered], state
 
-    def _one_pass(self, shared: dict[str, Any], cache: RowsCache | None) -> list[torch.Tensor]:
-        """Logits of each model, from one pass over a batch that has every sequence once for each side."""
-        ids, sides = shared["input_ids"], len(self.sides)
-        names = self._arguments_of_rows
-        inputs = {key: _repeated(value, len(ids), sides) for key, value in shared.items() if key in names}
+    def _one_pass(
+        self, given: dict[str, Any], more: dict[str, Any], cache: RowsCache | None
+    ) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """As `_a_pass_each`, from one pass over a batch that has every sequence once for each side."""
+        ids, sides = given["input_ids"], len(self.sides)
+        own = {key: value[0] if isinstance(value, Sides) else _repeated(key, value, len(ids), sides)
+               for key, value in more.items()}  # fmt: skip
+        given = {key: _repeated(key, value, len(ids), sides) for key, value in given.items()}
         shares = torch.eye(sides, dtype=self.rows.dtype, device=ids.device)[:, 1:].repeat_interleave(len(ids), 0)
-        inner = None if cache is None else cache.inner
         with self.rows.dera_strength.of(shares if sides > 2 else shares[:, 0], ids.shape[1]):
-            return list(run_with_cache(self.rows, names, inputs, inner).logits.chunk(sides))
+            output = self._pass_of_rows.run(given, own, None if cache is None else cache.inner)
+        state: dict[str, Any] = {key: Sides([value]) for key, value in self._pass_of_rows.state(output).items()}
+        if cache is None and isinstance(output.get(caches.CACHE), Cache):
+            state[caches.CACHE] = RowsCache(output[caches.CACHE], sides)
+        return list(output.logits.chunk(sides)), state
 
     def generate(
         self,
@@ -218,28 +238,27 @@ class DeraForCausalLM(LambdaModel):
         self._check_cache(cache)
         if cache is not None or generation_config.use_cache is False:
             return
-        cache = model_kwargs[caches.CACHE] = self._new_cache(generation_config, max_cache_length)
+        together = self.rows is not None and not sees(model_kwargs)
+        if (cache := self._new_cache(together, generation_config, max_cache_length)) is None:
+            return
+        model_kwargs[caches.CACHE] = cache
         if generation_config.is_assistant:  # it will be rolled back
             cache.activate_past_recording()
 
-    def _new_cache(self, *settings: Any) -> PairCache | RowsCache:
-        """An empty cache for all models; settings as for `caches.empty`."""
-        if self.rows is not None:
-            return RowsCache(caches.empty(self.rows, *settings), len(self.sides))
-        return PairCache(*(caches.empty(model, *settings) for model in self.sides))
+    def _new_cache(self, together: bool, *settings: Any) -> PairCache | RowsCache | None:
+        """An empty cache for all models, as rows of one or each by itself; settings and None as of `caches.empty`."""
+        if together:
+            inner = caches.empty(self.rows, *settings)
+            return None if inner is None else RowsCache(inner, len(self.sides))
+        inners = [caches.empty(model, *settings) for model in self.sides]
+        return None if None in inners else PairCache(*inners)
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        known: int = 0,
-        speculation: Speculation | None = None,
-        **kwargs: Any,
+        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, known: int = 0, **kwargs: Any
     ) -> dict[str, Any]:
-        """transformers' own, except that assisted decoding, too, reads only what is new of a cached conversation.
+        """The reference's own, except that assisted decoding, too, reads only what is new of a cached conversation.
 
-        `known`: tokens of it that were cached before an assisted call. `speculation` is named so that `generate` takes
-        it; no forward pass looks at it.
+        `known`: tokens of it that were cached before an assisted call.
         """
         if known and next_sequence_length is None:
             next_sequence_length = input_ids.shape[1] - known
@@ -253,7 +272,12 @@ class DeraForCausalLM(LambdaModel):
         assistant_model: Any = None,
         **kwargs: Any,
     ) -> Any:
-        cache = model_kwargs[caches.CACHE]
+        if (cache := model_kwargs.get(caches.CACHE)) is None:
+            raise DeraError(f"{type(self.ref).__name__} has no cache that could be rolled back; decode without a draft")
+        if sees(model_kwargs):
+            raise DeraError("a draft reads no images; decode without one")
+        if generation_config.guidance_scale not in (None, 1):
+            raise DeraError("guidance reads one token after another, so no draft can be checked; decode without one")
         if known := cache.get_seq_length():
             model_kwargs["known"] = known
             if kwargs["input_ids"].shape[1] <= known:
@@ -276,7 +300,8 @@ class DeraForCausalLM(LambdaModel):
         )  # fmt: skip
 
     def _check_cache(self, cache: Any) -> None:
-        if cache is not None and not isinstance(cache, RowsCache if self.rows is not None else PairCache):
+        kinds = PairCache if self.rows is None else (PairCache, RowsCache)
+        if cache is not None and not isinstance(cache, kinds):
             raise DeraError(
                 f"a {type(cache).__name__} holds other keys and values than exact DeRa's of both models; leave "
                 f"{caches.CACHE} out, or pass the cache that an earlier call of this model returned"
@@ -392,19 +417,13 @@ class DeraForCausalLM(LambdaModel):
         return model
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    """A tensor, or the tensors in a dict, on a device; anything else as it is."""
-    if isinstance(value, dict):
-        return {key: _to(inner, device) for key, inner in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _repeated(value: Any, batch: int, sides: int) -> Any:
+def _repeated(key: str, value: Any, batch: int, sides: int) -> Any:
     """What belongs to each sequence, for the sequences as the rows of each side, one side after another."""
     if isinstance(value, dict):
-        return {key: _repeated(inner, batch, sides) for key, inner in value.items()}
-    if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch:
-        return torch.cat([value] * sides)
+        return {name: _repeated(name, inner, batch, sides) for name, inner in value.items()}
+    axis = 1 if key == "position_ids" and isinstance(value, torch.Tensor) and value.ndim == 3 else 0  # of M-RoPE
+    if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[axis] == batch:
+        return torch.cat([value] * sides, axis)
     return value
 
 

@@ -17,11 +17,15 @@ from ..lambdas import Vector, known, numbers
 from ..models import doors
 from . import caches
 from .config import DeraConfig
+from .hooks import ReferenceHooks, check_generates
+
+# Outputs that bear the name of an argument, but are no state; and caches, which have a way of their own.
+_NO_STATE = frozenset({"cache", "past_key_values", "attention_mask", "image_hidden_states"})
 
 Lam = float | Sequence[float] | Sequence[Sequence[float]] | torch.Tensor
 
 
-class LambdaModel(PreTrainedModel, GenerationMixin):
+class LambdaModel(ReferenceHooks, PreTrainedModel, GenerationMixin):
     """What the two kinds of model have in common: λ as an argument of `generate` and `forward`."""
 
     config_class = DeraConfig
@@ -33,7 +37,7 @@ class LambdaModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, like: PreTrainedModel, lam: float | Sequence[float], vocab_size: int, models: int = 1) -> None:
         doors.check("exact decoding")
-        text_config = copy.deepcopy(like.config)
+        text_config = copy.deepcopy(like.config.get_text_config(decoder=True))
         text_config.vocab_size = vocab_size
         super().__init__(
             DeraConfig(text_config, dtype=like.dtype, attn_implementation=like.config._attn_implementation)
@@ -63,10 +67,7 @@ class LambdaModel(PreTrainedModel, GenerationMixin):
         doors.check("exact decoding")
         if kwargs.get("inputs_embeds") is not None:
             raise DeraError("λ models take tokens; pass input_ids")
-        configs = (args[0] if args else kwargs.get("generation_config"), self.generation_config)
-        scales = [kwargs.get("guidance_scale"), *(config.guidance_scale for config in configs if config is not None)]
-        if next((scale for scale in scales if scale is not None), 1) != 1:
-            raise DeraError("guidance_scale would call the mixture without its λ; it is not supported")
+        check_generates(self.asked)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         lam = lam.tolist() if isinstance(lam, torch.Tensor) else lam
         lams = self._lams(lam, 1 if ids is None else len(ids)).to(self.device)
@@ -107,21 +108,54 @@ class LambdaModel(PreTrainedModel, GenerationMixin):
 
 
 def causal_output(
-    logits: torch.Tensor, past: Cache | None, labels: torch.Tensor | None, return_dict: bool | None
+    logits: torch.Tensor,
+    past: Cache | None,
+    labels: torch.Tensor | None,
+    return_dict: bool | None,
+    state: dict[str, Any],
 ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-    """transformers' output, with the mean cross-entropy in nats where there are labels; as a tuple if so asked."""
+    """transformers' output, with the mean cross-entropy in nats where there are labels; as a tuple if so asked.
+
+    `state`: what the next pass takes beside a cache, in the architecture's own names.
+    """
     loss = None
     if labels is not None:
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
         )
     output = CausalLMOutputWithPast(loss=loss, logits=logits, **{caches.CACHE: past})
+    for name, value in state.items():
+        output[name] = value
     return output.to_tuple() if return_dict is False else output
 
 
-def run_with_cache(model: PreTrainedModel, names: frozenset[str], given: dict[str, Any], cache: Cache | None) -> Any:
-    """A forward pass that gets its cache under the name that the model's forward, with arguments `names`, has for it.
+class Passes:
+    """How a model is called: with the arguments that its forward takes, and its cache by the name that it has there.
 
-    `given`: other arguments, those in `names` only. An architecture without `position_ids`, say, derives its own.
+    Args:
+        model: which.
     """
-    return model(**given) if cache is None else model(**given, **{caches.name_among(names) or caches.CACHE: cache})
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.names = caches.arguments_of(model)
+        self.takes_more = caches.takes_more(model)
+
+    def run(self, given: dict[str, Any], more: dict[str, Any], cache: Cache | None) -> Any:
+        """A forward pass.
+
+        Args:
+            given: arguments of any causal model. Those that its forward does not name are left out: an architecture
+                without `position_ids`, say, derives its own.
+            more: what this architecture's own preparation of inputs adds.
+            cache: keys and values, or None.
+        """
+        inputs = {key: value for key, value in given.items() if key in self.names}
+        inputs |= {key: value for key, value in more.items() if key in self.names or self.takes_more}
+        if cache is not None:
+            inputs[caches.name_among(self.names) or caches.CACHE] = cache
+        return self.model(**inputs)
+
+    def state(self, output: Any) -> dict[str, Any]:
+        """What of a pass's output the next one takes, a cache of another kind than transformers' own left out."""
+        return {key: output[key] for key in output if key in self.names - _NO_STATE and output[key] is not None}

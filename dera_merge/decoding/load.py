@@ -13,6 +13,7 @@ from ..errors import DeraError
 from ..files.atomic import load_json
 from ..models.adapter import Adapter
 from ..models.architecture import LOADING, Architecture
+from ..models.kinds import model_class
 from ..models.pair import Pair
 from ..models.side import Side
 from ..models.trust import NOTHING, Trust
@@ -72,22 +73,23 @@ def load_model(
         folder: of the checkpoint.
         dtype, device: in what and where.
         trust: what may be read and run.
-        kind: transformers' class to load it with; default: `AutoModelForCausalLM`.
+        kind: transformers' class to load it with; default: the one that its config names.
         brought: tensors that it may lack, because an adapter brings them.
         kwargs: passed to `from_pretrained`.
 
     Raises:
         DeraError: transformers cannot load it, or would make a tensor up.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     stored = vars(kwargs["config"]) if "config" in kwargs else load_json(folder / "config.json")
     quantised = kwargs.get("quantization_config") or stored.get("quantization_config")
     if quantised and "device_map" not in kwargs:
         kwargs["device_map"] = {"": device}  # quantised weights are made where they stay
     try:
+        config = kwargs.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=trust.code)
         with LOADING:
-            model, report = (kind or AutoModelForCausalLM).from_pretrained(
+            model, report = (kind or model_class(config)).from_pretrained(
                 folder, dtype=dtype, use_safetensors=None if trust.pickle else True, trust_remote_code=trust.code,
                 output_loading_info=True, **kwargs,
             )  # fmt: skip

@@ -142,7 +142,8 @@ def in_rows(base: PreTrainedModel, ref: PreTrainedModel, *aligned: PreTrainedMod
 
     Returns:
         A model of the same class that shares all weights and acts as the aligned one, with its `Strength` as
-        `model.dera_strength`; None where rows cannot be told apart: mixtures of experts regroup their tokens, and of
+        `model.dera_strength`, and as `model.dera_sees_apart` whether sides differ outside of the text decoder and its
+        head; None where rows cannot be told apart: mixtures of experts regroup their tokens, and of
         modules that differ only those are mixed that are linear in their weights and do nothing but map their input.
     """
     if any("expert" in name for name, _ in base.named_modules()):
@@ -174,6 +175,10 @@ def in_rows(base: PreTrainedModel, ref: PreTrainedModel, *aligned: PreTrainedMod
     if not all(walk(c, m, [side.get_submodule(c) for side in (ref, *aligned)]) for c, m in base.named_children()):
         return None
     model.dera_strength = strength
+    text = {id(module) for end in (base.get_decoder(), base.get_output_embeddings()) if end is not None
+            for module in end.modules()}  # fmt: skip
+    ours = (name for name, module in model.named_modules() if isinstance(module, LowRankRows | MixedRows))
+    model.dera_sees_apart = not all(id(base.get_submodule(name)) in text for name in ours)
     return model.eval()
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import DeraError
 from ..models import doors
@@ -108,9 +109,11 @@ def trace_of(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.Mod
 def decoder_of(model: PreTrainedModel) -> tuple[str, torch.nn.Module]:
     """What makes hidden states of tokens: its name in the model, and the module. All around it is the head.
 
-    It is transformers' `get_decoder`; where that is the model itself (Llama 4), the child with most of the weights.
+    It is transformers' `get_decoder`; where that is the model itself (Llama 4), the child with most of the weights. Of
+    a class that wraps a text decoder it is all that comes before the head, because that looks for images first.
     """
-    decoder = model.get_decoder()
+    wraps = model.config.get_text_config() is not model.config
+    decoder = model.base_model if wraps and model.base_model is not model else model.get_decoder()
     if decoder is model:
         outputs = model.get_output_embeddings()
         children = [child for child in model.children() if child is not outputs]
@@ -121,28 +124,26 @@ def decoder_of(model: PreTrainedModel) -> tuple[str, torch.nn.Module]:
 _OF_ANY_MODULE = frozenset(vars(torch.nn.Module()))
 
 
+class _Output(BaseModelOutputWithPast):
+    """A decoder's output, without caches, attentions, router logits, and whatever else a model asks of its own."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _Replay(torch.nn.Module):
     """Stands in for a decoder: what comes in as `inputs_embeds` goes out as its last hidden state.
 
     It keeps what else a model asks of its decoder (a multiplier of the logits, in Falcon-H1), but no weights.
     """
 
-    class _Output:
-        def __init__(self, hidden: torch.Tensor) -> None:
-            self.last_hidden_state = hidden
-
-        def __getitem__(self, index: int) -> torch.Tensor:
-            return self.last_hidden_state
-
-        def __getattr__(self, name: str) -> None:  # no caches, attentions, router logits
-            return None
-
     def __init__(self, decoder: torch.nn.Module) -> None:
         super().__init__()
         self.__dict__ |= {name: value for name, value in vars(decoder).items() if name not in _OF_ANY_MODULE}
 
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> Any:
-        return self._Output(inputs_embeds)
+        return _Output(last_hidden_state=inputs_embeds)
 
 
 def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = None) -> Head:

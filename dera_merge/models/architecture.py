@@ -13,6 +13,7 @@ import torch
 from ..errors import DeraError
 from ..files.checkpoint import TensorInfo
 from . import doors
+from .kinds import model_class
 from .layout import Layout
 from .trust import NOTHING, Trust
 
@@ -75,11 +76,13 @@ class Architecture:
 
 def empty_model(folder: Path, trust: Trust = NOTHING) -> PreTrainedModel:
     """The model that `folder/config.json` describes, on the meta device. Raises DeraError where transformers cannot."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.code)
         with LOADING, torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust.code)
+            found = model_class(config)
+            auto = hasattr(found, "from_config")
+            return found.from_config(config, trust_remote_code=trust.code) if auto else found(config)
     except (ValueError, OSError, KeyError, AttributeError, TypeError, ImportError) as error:
         raise DeraError(f"transformers cannot build the model that {folder}/config.json describes: {error}") from error

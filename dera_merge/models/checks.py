@@ -34,12 +34,13 @@ def check_configs(ref: Side, aligned: Side, trust: Trust = NOTHING) -> None:
     Releases of transformers write different keys for one model, and spell some otherwise. So what two files say is
     compared first, which takes no time, and where that differs, what transformers makes of them.
     """
-    in_ref, in_aligned = (_with_one_rope(side.config) for side in (ref, aligned))
+    in_ref, in_aligned = (_flat(side.config) for side in (ref, aligned))
     if _differing(in_ref, in_aligned):
         built = [_as_built(side, trust) for side in (ref, aligned)]
         if built[0] is not None and built[1] is not None:
-            in_ref, in_aligned = built
-    for key in ("architectures", "model_type", *_SAME_MEANING):
+            in_ref, in_aligned = (_flat(config) for config in built)
+    keys = [key for key in in_ref | in_aligned if key.rpartition(".")[2] in _SAME_MEANING]
+    for key in ("architectures", "model_type", *keys):
         if in_ref.get(key) != in_aligned.get(key):
             raise DeraError(
                 f"the two are different models: {key} is {in_ref.get(key)!r} in {ref.base.name} "
@@ -76,8 +77,8 @@ def check_apart(ref: Side, aligned: Side) -> None:
 
 def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """The keys in which two configs differ and that may change what a model computes."""
-    keys = sorted(first.keys() | second.keys())
-    return [key for key in keys if first.get(key) != second.get(key) and not _MAY_DIFFER.fullmatch(key)]
+    keys = sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
+    return [key for key in keys if not any(map(_MAY_DIFFER.fullmatch, key.split(".")))]
 
 
 def _as_built(side: Side, trust: Trust) -> dict[str, Any] | None:
@@ -88,6 +89,17 @@ def _as_built(side: Side, trust: Trust) -> dict[str, Any] | None:
         return AutoConfig.from_pretrained(side.base.folder, trust_remote_code=trust.code).to_dict()
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError):
         return None
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with those of its parts (`text_config`, `vision_config`) laid open: `text_config.hidden_act`, say."""
+    flat = {}
+    for key, value in _with_one_rope(config).items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            flat |= {f"{key}.{inner}": part for inner, part in _flat(value).items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def _with_one_rope(config: dict[str, Any]) -> dict[str, Any]:

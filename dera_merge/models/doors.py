@@ -77,6 +77,8 @@ class Door:
 _GENERATION = "transformers:GenerationMixin"
 _MODEL = "transformers:PreTrainedModel"
 _BATCHES = "it would decode the mixture as one model; it is refused under this name"
+_ASKED = "the reference's own is asked: architectures answer in their own way"
+_LOOK = "each model looks at images with its own tower"
 _DECLARED = "declares which kinds of attention the models inside may have"
 _OUTPUT = "transformers.modeling_outputs:CausalLMOutputWithPast"
 _CACHE = "transformers.cache_utils:Cache"
@@ -93,6 +95,18 @@ DOORS: tuple[Door, ...] = (
     Door("exact decoding", _GENERATION, "_get_candidate_generator", "a draft gets no λ; our own draft is put in here",
          ("generation_config", "input_ids", "logits_processor", "model_kwargs", "assistant_model")),
     Door("exact decoding", _GENERATION, "_supports_default_dynamic_cache", "tells models with a cache of their own"),
+    Door("exact decoding", _GENERATION, "_validate_model_kwargs", _ASKED, ("model_kwargs",)),
+    Door("exact decoding", _GENERATION, "_prepare_position_ids_for_generation", _ASKED,
+         ("inputs_tensor", "model_kwargs")),
+    Door("exact decoding", _GENERATION, "_expand_inputs_for_generation", _ASKED, ("expand_size", "input_ids")),
+    Door("exact decoding", _GENERATION, "_update_model_kwargs_for_generation", _ASKED, ("outputs", "model_kwargs")),
+    Door("exact decoding", _GENERATION, "_supports_logits_to_keep", _ASKED),
+    Door("exact decoding", _MODEL, "_is_stateful", _ASKED),
+    Door("exact decoding", _GENERATION, "_maybe_prepare_encoder_kwargs_for_generation", _LOOK,
+         ("inputs_tensor", "model_kwargs")),
+    Door("exact decoding", _GENERATION, "_expand_multimodal_outputs", _LOOK, ("expand_size",)),
+    Door("exact decoding", _GENERATION, "_get_logits_processor", "guidance runs the mixture once more, at the call's λ",
+         ("model_kwargs",)),
     Door("exact decoding", _GENERATION, "generate_batch", _BATCHES),
     Door("exact decoding", _GENERATION, "init_continuous_batching", _BATCHES),
     Door("exact decoding", _GENERATION, "continuous_batching_context_manager", _BATCHES),

@@ -178,5 +178,5 @@ def _check_tensor(
 
 def _is_padding(sides: tuple[Side, Side], ref: TensorInfo, aligned: TensorInfo) -> bool:
     """Whether it is a vocabulary matrix of which one side has more rows than the other."""
-    sizes = [side.config.get("vocab_size") for side in sides]
+    sizes = [side.text.get("vocab_size") for side in sides]
     return ref.shape[1:] == aligned.shape[1:] and [ref.shape[0], aligned.shape[0]] == sizes

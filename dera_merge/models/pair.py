@@ -215,12 +215,12 @@ class Pair:
     @cached_property
     def new_tokens(self) -> bool:
         """Whether an aligned model's tokenizer uses rows of the vocabulary that REF does not have."""
-        rows = self.ref.config.get("vocab_size")
+        rows = self.ref.text.get("vocab_size")
         return any(self._brings_tokens(side, rows) for side in self.sides[1:])
 
     def _brings_tokens(self, side: Side, rows: int | None) -> bool:
         """Whether a side's tokenizer has ids beyond REF's `rows` of the vocabulary."""
-        side_rows = side.config.get("vocab_size")
+        side_rows = side.text.get("vocab_size")
         if rows is None or side_rows is None or side_rows <= rows:
             return False
         folder = tokenizer.tokenizer_folder((side, self.ref)) or self.tokenizer_folder
@@ -254,14 +254,14 @@ class Pair:
     @property
     def vocab_size(self) -> int:
         """Rows of the vocabulary that all models have. Raises DeraError where no config says how many."""
-        if sizes := [side.config["vocab_size"] for side in self.sides if side.config.get("vocab_size")]:
+        if sizes := [side.text["vocab_size"] for side in self.sides if side.text.get("vocab_size")]:
             return min(sizes)
         raise DeraError(f"{self.ref.base.name}/config.json states no vocab_size; add it: the rows of its embeddings")
 
     @property
     def context_length(self) -> int | None:
         """How many tokens all models take; None where their configs do not say."""
-        return min((side.config[key] for side in self.sides for key in CONTEXT if side.config.get(key)), default=None)
+        return min((side.text[key] for side in self.sides for key in CONTEXT if side.text.get(key)), default=None)
 
     def opened_as(self) -> dict[str, Any]:
         """What `from_pretrained` needs to open this pair again."""

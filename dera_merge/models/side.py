@@ -11,7 +11,7 @@ from ..errors import DeraError, warn
 from ..files.checkpoint import Checkpoint
 from .adapter import Adapter
 from .damage import leave_out_value_head
-from .kinds import check_kind
+from .kinds import check_kind, text_config
 from .quantized import holds_quantised
 from .source import Source, load_config
 from .stacking import on_another, stacks, warn_of_one_base
@@ -31,6 +31,7 @@ class Side:
         adapter: None where the side is a full model.
         checkpoint: of the base.
         config: the base's config.json.
+        text: what it says of the text decoder, for its sizes.
         below: REF's adapter, where this side's is stacked on it.
     """
 
@@ -39,6 +40,7 @@ class Side:
     adapter: Adapter | None
     checkpoint: Checkpoint
     config: dict[str, Any]
+    text: dict[str, Any]
     below: tuple[Adapter, ...] = ()
 
     @property
@@ -116,7 +118,8 @@ def open_sides(
         check_kind(home, config)
         if home.folder not in opened:
             opened[home.folder] = leave_out_value_head(Checkpoint(home.folder, allow_pickle=trust.pickle))
-        return Side(source, home, adapter, opened[home.folder], config, below)
+        text = text_config(home.folder, config, trust)
+        return Side(source, home, adapter, opened[home.folder], config, text, below)
 
     if base and base.is_adapter:
         raise DeraError(f"--base {base.name} is an adapter; give the full model that the adapters were trained on")

@@ -32,7 +32,7 @@ from ..models.ends import generation_settings
 from ..models.pair import Pair
 from ..models.pieces import LowRank
 from ..models.side import Side
-from ..models.source import GENERATION, load_config
+from ..models.source import GENERATION
 from ..progress import Progress
 
 Places = dict[str, tuple[Path, list[Path]]]  # name in the directory → the folder where a model lies, its weight files
@@ -205,7 +205,7 @@ def _config(pair: Pair, stage: Path, lam: float) -> dict[str, Any]:
     home = next(stage / name for name in ("base", "ref") if (stage / name).is_dir())
     text = AutoConfig.from_pretrained(home, trust_remote_code=pair.trust.code)
     text.name_or_path = ""  # else the temporary directory of this export
-    text.vocab_size = min(load_config(side.base)["vocab_size"] for side in pair.sides)  # the rows that both have
+    text.get_text_config(decoder=True).vocab_size = pair.vocab_size
     names = {name: name for name in ("ref", "aligned", "base") if (stage / name).is_dir()}
     config = DeraConfig(text, lam=lam, pair=names, architectures=["DeraForCausalLM"], dtype=text.dtype)
     made = {"exported": {name: side.source.pinned for name, side in zip(("ref", "aligned"), pair.sides, strict=True)}}

@@ -9,7 +9,6 @@ from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    GenerationConfig,
     LogitsProcessorList,
     TextIteratorStreamer,
     pipeline,
@@ -335,11 +334,9 @@ REFUSALS = {
     "a foreign cache": lambda m: m.generate(torch.tensor([[5]]), past_key_values=DynamicCache(), max_new_tokens=2),
     "generate_batch": lambda m: m.generate_batch([[5, 6]]),
     "a paged cache": lambda m: m.generate(torch.tensor([[5, 6]]), cache_implementation="paged", max_new_tokens=2),
-    "guidance": lambda m: m.generate(torch.tensor([[5]]), guidance_scale=2.0, max_new_tokens=2),
-    "guidance by a config": lambda m: m.generate(
-        torch.tensor([[5]]), generation_config=GenerationConfig(guidance_scale=2.0, max_new_tokens=2)
+    "guidance of a draft": lambda m: m.generate(
+        torch.tensor([[5, 6]]), guidance_scale=2.0, assistant_model=tiny_llama(2), max_new_tokens=2
     ),
-    "guidance by a config, unnamed": lambda m: m.generate(torch.tensor([[5]]), GenerationConfig(guidance_scale=0.0)),
     "embeddings": lambda m: m.generate(inputs_embeds=torch.zeros(1, 2, 32), max_new_tokens=2),
     "an ensemble with the draft": lambda m: m.generate(
         torch.tensor([[5]]), assistant_model=tiny_llama(2), assistant_ensemble_weight=0.5, max_new_tokens=2
@@ -361,6 +358,35 @@ REFUSALS = {
 def test_what_would_not_be_exact_is_refused(exact, what):
     with pytest.raises(DeraError):
         REFUSALS[what](exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negative", [None, [[9, 41, 6]]])
+def test_guidance_is_of_the_mixture_at_the_calls_lambda(models, exact, negative):
+    """h = u + s·(h_λ - u), both log-softmax, u after the negative prompt, or the last token alone; λ per sequence too."""
+    options = {"max_new_tokens": 6, "do_sample": False, "guidance_scale": 1.7}
+    if negative:
+        options["negative_prompt_ids"] = torch.tensor(negative)
+    prompt = PROMPTS[0]
+
+    def last(ids, lam):
+        ref, aligned = (model(torch.tensor([ids])).logits[0, -1].double() for model in models)
+        return torch.log_softmax(ref + lam * (aligned - ref), -1)
+
+    for lam in (0.0, 0.4, 2.0):
+        ids, other = list(prompt), list(negative[0] if negative else prompt[-1:])
+        for _ in range(6):
+            h, u = last(ids, lam), last(other, lam)
+            ids.append(int((u + 1.7 * (h - u)).argmax()))
+            other.append(ids[-1])
+            if ids[-1] == 1:
+                break
+        assert exact.generate(torch.tensor([prompt]), lam=lam, **options)[0].tolist() == ids
+    if not negative:
+        rows = exact.generate(torch.tensor([prompt] * 2), lam=[0.4, 2.0], **options)
+        for row, lam in zip(rows, (0.4, 2.0), strict=True):
+            alone = exact.generate(torch.tensor([prompt]), lam=lam, **options)[0]
+            assert row[: len(alone)].tolist() == alone.tolist()
 
 
 @pytest.mark.parametrize("lam", [float("nan"), float("inf"), [0.1, 0.2, 0.3]])
@@ -572,9 +598,9 @@ def test_a_quantised_checkpoint_is_read_as_it_is(llama, tmp_path):
         torch.testing.assert_close(exact(ids).logits.double(), plain, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_state_space_models_keep_no_cache_of_keys_and_values_and_say_so(padded):
-    """Mamba decodes without a cache as the plain loop does; with one it is refused, whatever its argument is called."""
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_state_space_models_decode_as_the_plain_loop_and_as_themselves(use_cache):
+    """Mamba keeps a state in the place of keys and values, and its argument has had another name."""
     from transformers import MambaConfig, MambaForCausalLM
 
     made = []
@@ -583,9 +609,9 @@ def test_state_space_models_keep_no_cache_of_keys_and_values_and_say_so(padded):
         sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
         made.append(MambaForCausalLM(MambaConfig(**sizes, pad_token_id=0, eos_token_id=1)).eval())
     exact = DeraForCausalLM(*made)
-    inputs = left_padded(PROMPTS) if padded else {"input_ids": torch.tensor([PROMPTS[2]])}
-    with pytest.raises(DeraError, match="MambaForCausalLM keeps no cache of keys and values; pass use_cache=False"):
-        exact.generate(**inputs, max_new_tokens=3, do_sample=False)
-    if not padded:
-        output = exact.generate(**inputs, max_new_tokens=3, do_sample=False, use_cache=False, lam=0.4)
-        assert new_tokens(output, len(PROMPTS[2])) == [two_model_loop(made, PROMPTS[2], 0.4, 3)]
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": use_cache}
+    ids = torch.tensor([PROMPTS[2]])
+    assert new_tokens(exact.generate(ids, lam=0.4, **options), 7) == [two_model_loop(made, PROMPTS[2], 0.4, 5)]
+    for lam in (0, 1):
+        inputs = left_padded(PROMPTS)
+        assert torch.equal(exact.generate(**inputs, lam=lam, **options), made[lam].generate(**inputs, **options))

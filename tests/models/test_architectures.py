@@ -127,12 +127,21 @@ def test_lora_on_experts_that_are_stored_fused_equals_pefts_forward(tmp_path):
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_encoder_decoders_and_vision_models_are_refused_in_one_line(tmp_path):
+def test_what_is_no_decoder_of_text_is_refused_in_one_line_that_says_what_it_is(tmp_path):
     t5 = tf.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     tf.T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
-    (tmp_path / "vl").mkdir()
-    (tmp_path / "vl" / "config.json").write_text('{"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}')
-    for name, kind in (("t5", "encoder-decoder"), ("vl", "vision-language")):
-        with pytest.raises(DeraError, match=kind) as refusal:
+    for name, config in {
+        "audio": '{"architectures": ["VoxtralForConditionalGeneration"], "model_type": "voxtral", "audio_config": {}}',
+        "diffusion": '{"architectures": ["DiffusionGemmaForBlockDiffusion"], "model_type": "diffusion_gemma"}',
+        "encoder": '{"architectures": ["BertForMaskedLM"], "model_type": "bert"}',
+        "nothing": "{}",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    for name, kind in {
+        "t5": "an encoder-decoder model", "audio": "an audio model", "diffusion": "a diffusion model",
+        "encoder": "BertForMaskedLM, not a causal", "nothing": "a model that names no architecture, not a causal",
+    }.items():  # fmt: skip
+        with pytest.raises(DeraError, match=f"{kind}.*; dera-merge takes decoders that write text") as refusal:
             ModelPair.from_pretrained(tmp_path / name, tmp_path / name)
         assert "\n" not in str(refusal.value)

@@ -160,7 +160,7 @@ def matched(*folders: Path, adapter: Path | None = None):
     sides = []
     for folder in folders:
         source = Source(folder.name, folder)
-        sides.append(Side(source, source, None, Checkpoint(folder), load_config(source)))
+        sides.append(Side(source, source, None, Checkpoint(folder), load_config(source), load_config(source)))
     if adapter:
         sides.append(replace(sides[0], source=Source(adapter.name, adapter), adapter=Adapter(adapter)))
     return match(sides, lambda: Architecture.of(folders[0]))
