@@ -9,8 +9,7 @@ from pathlib import Path
 from ..errors import DeraError, DeraWarning
 from ..measuring.inspection import inspect_pair
 from ..models.adapter import Adapter
-from ..models.architecture import Architecture
-from ..models.damage import PREFIX, find_idle, why_misnamed, why_unknown
+from ..models.damage import find_idle, why_misnamed, why_unknown
 from ..models.pair import Pair
 from ..models.source import Source
 from ..models.trust import Trust
@@ -95,7 +94,7 @@ def check_adapter(findings: Findings, source: Source, base: str | None, trust: T
         _check_fit(findings, source, home, trust, bool(base), progress)
     elif adapter.is_plain and not adapter.unmergeable:
         with findings.refusals("adapter_model"):
-            adapter.bind(_implied(adapter), _no_base, _no_base)
+            adapter.check_alone()
     return None
 
 
@@ -162,22 +161,3 @@ def _check_fit(findings: Findings, source: Source, home: str, trust: Trust, whol
                 f"of {len(lost)} of {len(result['tensors'])} tensors",
                 "merge with --dtype float32",
             )
-
-
-def _implied(adapter: Adapter) -> Architecture:
-    """The base that an adapter's own shapes speak of, so that what needs no base can be checked without one."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    tensors = {key.removeprefix(PREFIX): info.shape for key, info in adapter.checkpoint.tensors.items()}
-    for key, shape in tensors.items():
-        for a, b in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
-            other = tensors.get(key.removesuffix(a) + b, ())
-            if key.endswith(a) and len(shape) == len(other) == 2:
-                size = (other[0], shape[1])
-                shapes[key.removesuffix(a) + ".weight"] = size if "embedding" not in a else size[::-1]
-        if not key.rpartition(".lora_")[0]:
-            shapes[key.replace(".base_layer.", ".")] = shape
-    return Architecture(shapes, {}, "", frozenset(), (), object)
-
-
-def _no_base(*_: object) -> None:
-    raise DeraError("its base is needed to check more; pass --base")

@@ -279,14 +279,8 @@ class Adapter:
             if copied in keys and not trained and COPY.search(keys[copied]):
                 self._fits(weight, self.checkpoint.tensors[keys[copied]].shape, architecture)
                 pieces.append((weight, Replacement(self.checkpoint, keys.pop(copied))))
-        for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-            if a not in keys and b not in keys:
-                continue
-            if a not in keys or b not in keys:
-                raise DeraError(
-                    f"{self.folder}: module {module} has {a if a in keys else b} but no {b if a in keys else a}"
-                )
-            pieces.append((weight, self._low_rank(module, keys.pop(a), keys.pop(b), architecture)))
+        for a, b in self._take_factors(module, keys):
+            pieces.append((weight, self._low_rank(module, a, b, architecture)))
         for suffix, key in keys.items():
             if suffix not in ("weight", "bias") or not self._saved_whole(module, suffix):
                 raise DeraError(f"{self.folder}: key {key} is not merged yet; decode it exactly, or merge it with PEFT")
@@ -295,14 +289,45 @@ class Adapter:
             pieces.append((name, Replacement(self.checkpoint, key)))
         return pieces
 
+    def check_alone(self) -> None:
+        """Check of a plain adapter what needs no base: pairs of factors, their shapes, ranks, scales.
+
+        Raises:
+            DeraError: its file does not match its config.
+        """
+        for module, keys in self._modules().items():
+            for a, b in self._take_factors(module, keys):
+                self._scale(module, a, b)
+
+    def _take_factors(self, module: str, keys: dict[str, str]) -> list[tuple[str, str]]:
+        """The keys of a module's factors A and B, which leave `keys`."""
+        found = []
+        for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+            if a not in keys and b not in keys:
+                continue
+            if a not in keys or b not in keys:
+                raise DeraError(
+                    f"{self.folder}: module {module} has {a if a in keys else b} but no {b if a in keys else a}"
+                )
+            found.append((keys.pop(a), keys.pop(b)))
+        return found
+
     def _low_rank(self, module: str, a: str, b: str, architecture: Architecture) -> LowRank:
         """The sum s·BA of the factors under the keys `a` and `b`, after checks of shape, rank and scale."""
+        scale = self._scale(module, a, b)
+        into, out = self.checkpoint.tensors[a].shape[1], self.checkpoint.tensors[b].shape[0]
+        transposed = "lora_embedding" in a or module in architecture.transposed
+        self._fits(f"{module}.weight", (into, out) if transposed else (out, into), architecture)
+        return LowRank(self.checkpoint, a, b, scale, transposed)
+
+    def _scale(self, module: str, a: str, b: str) -> float:
+        """The scale s of s·BA. Raises DeraError where the factors do not multiply, or are not as the config says."""
         shape_a, shape_b = self.checkpoint.tensors[a].shape, self.checkpoint.tensors[b].shape
         if len(shape_a) != 2 or len(shape_b) != 2 or shape_b[1] != shape_a[0]:
             raise DeraError(
                 f"{self.folder}: {module} has A of shape {shape_a} and B of {shape_b}, which do not multiply"
             )
-        (rank, into), (out, _) = shape_a, shape_b
+        rank = shape_a[0]
         stated = self._pattern("rank_pattern", module, self.config.get("r"))
         if rank < 1:
             raise DeraError(f"{self.folder}: {module} has rank 0, so it changes nothing; save the adapter again")
@@ -311,10 +336,7 @@ class Adapter:
         alpha = self._pattern("alpha_pattern", module, self.config.get("lora_alpha"))
         if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise DeraError(f"{self.folder}: lora_alpha is {alpha!r}, expected a number")
-        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        transposed = "lora_embedding" in a or module in architecture.transposed
-        self._fits(f"{module}.weight", (into, out) if transposed else (out, into), architecture)
-        return LowRank(self.checkpoint, a, b, scale, transposed)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _fits(self, name: str, shape: tuple[int, ...], architecture: Architecture) -> None:
         """Raise DeraError where the base has no parameter of this name and shape."""
