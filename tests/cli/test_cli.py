@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -267,7 +268,7 @@ def test_control_characters_in_names_are_escaped():
     assert_one_line(done, 1, "\\x1b")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_a_killed_merge_is_marked_as_partial_and_resumes(llama, tmp_path, number, code):
     """A 60 MB merge, killed once its first shard is there."""
     big = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8, "head_dim": 64}
@@ -281,7 +282,8 @@ def test_a_killed_merge_is_marked_as_partial_and_resumes(llama, tmp_path, number
     os.kill(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
-    assert said == ("interrupted\n" if number == signal.SIGINT else "")
+    go_on = shlex.join(["dera-merge", *command, "--resume"])
+    assert said == (f"interrupted; go on with: {go_on}\n" if number != signal.SIGKILL else "")
     assert (tmp_path / "out" / PARTIAL).exists()
     assert not (tmp_path / "out" / "config.json").exists()
     resumed = run(*command, "--resume")
