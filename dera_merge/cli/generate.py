@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -22,6 +23,9 @@ def run(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt through the chat template as a user's turn.")
     ] = False,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A file with an image that the user's turn shows; repeatable.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0, the default, is greedy.")] = None,
     as_configured: Annotated[
@@ -63,8 +67,8 @@ def run(
 
     kind = None if compute_dtype == "auto" else compute_dtype
     text = decode(
-        pair, value, prompt, mode=mode, chat=chat, max_new_tokens=max_new_tokens, temperature=temperature,
-        as_configured=as_configured, seed=seed,
+        pair, value, prompt, mode=mode, chat=chat, images=image or [], max_new_tokens=max_new_tokens,
+        temperature=temperature, as_configured=as_configured, seed=seed,
         device=places if len(places) == 2 else places[0], compute_dtype=kind, load_in=load_in,
         plausibility=plausibility,
         path=path,

@@ -17,6 +17,7 @@ from ..errors import DeraError, warn
 from ..files.atomic import json_bytes, load_json
 from ..models.ends import Ending
 from ..models.pair import Pair
+from ..models.processor import processor_files
 from ..models.source import GENERATION, TOKENIZER_FILES
 
 # Paths of the machine that a config or a tokenizer was saved on.
@@ -56,7 +57,8 @@ def companions(pair: Pair) -> dict[str, bytes]:
         warn("neither side brings a tokenizer; the output has none")
     else:
         files = tokenizer_files(folder, code)
-    return files | {name: path.read_bytes() for name, path in code.items()}
+    seen = {file.name: file for file in processor_files((pair.aligned, pair.ref))}
+    return files | {name: path.read_bytes() for name, path in (seen | code).items()}
 
 
 def generation_file(ending: Ending) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from ..files.atomic import fsync_folder, json_bytes, load_json, sha256_of, write
 from ..files.checkpoint import DTYPE_NAMES
 from ..files.room import alone, check_space
 from ..models.pair import Pair
-from ..models.source import GENERATION, TOKENIZER_FILES
+from ..models.source import GENERATION, PROCESSOR_FILES, TOKENIZER_FILES
 from .recipe import CONFIGS, PARTIAL, RECIPE, verify
 from .storage import Layout, total_bytes
 from .tally import Tally, doubt
@@ -117,6 +117,7 @@ class Output:
             "model.safetensors.index.json",
             GENERATION,
             *TOKENIZER_FILES,
+            *PROCESSOR_FILES,
         }
         for record in (RECIPE, PARTIAL):
             data = load_json(self.folder / record) if (self.folder / record).is_file() else None

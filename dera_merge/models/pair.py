@@ -23,12 +23,13 @@ from .checks import base_quantization_of, check_apart, check_configs, check_file
 from .ends import Ending, Told, ending
 from .layout import Layout
 from .names import Names, is_requantised, match
+from .processor import load_processor, processor_files
 from .side import Side, open_sides
 from .source import CONTEXT, Source
 from .trust import NOTHING, Trust
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +212,19 @@ class Pair:
         if loaded.pad_token is None:
             loaded.pad_token = loaded.eos_token or next(iter(loaded.get_vocab()))
         return loaded
+
+    @cached_property
+    def processor(self) -> ProcessorMixin:
+        """What turns images and messages into a model's inputs: ALIGNED's if it brings one, else REF's.
+
+        Raises:
+            DeraError: neither brings one, or it cannot be loaded.
+        """
+        if not (files := processor_files((self.aligned, self.ref))):
+            raise DeraError(
+                f"neither {self.ref.source.name} nor {self.aligned.source.name} brings a processor for images"
+            )
+        return load_processor(files[0].parent, self.tokenizer, self.trust)
 
     @cached_property
     def new_tokens(self) -> bool:

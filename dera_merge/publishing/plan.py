@@ -15,7 +15,7 @@ from ..errors import DeraError, warn
 from ..files.atomic import json_bytes
 from ..measuring.report import Report
 from ..merging.recipe import CONFIGS, FIGURES, RECIPE, verify, weights_digest
-from ..models.source import GENERATION, TOKENIZER_FILES
+from ..models.source import GENERATION, PROCESSOR_FILES, TOKENIZER_FILES
 from ..pages.fidelity import plot_fidelity
 from ..progress import Progress
 from . import card
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 PLOT = "fidelity.png"
-_REPLACED = {*CONFIGS, GENERATION, *TOKENIZER_FILES, RECIPE, FIGURES, PLOT}
+_REPLACED = {*CONFIGS, GENERATION, *TOKENIZER_FILES, *PROCESSOR_FILES, RECIPE, FIGURES, PLOT}
 _WEIGHTS = re.compile(
     r".*\.safetensors(\.index\.json)?|(pytorch_model|adapter_model).*\.bin(\.index\.json)?|tf_model\.h5|flax_model\.msgpack"
 )

@@ -32,7 +32,7 @@ from ..models.ends import generation_settings
 from ..models.pair import Pair
 from ..models.pieces import LowRank
 from ..models.side import Side
-from ..models.source import GENERATION
+from ..models.source import GENERATION, PROCESSOR_FILES
 from ..progress import Progress
 
 Places = dict[str, tuple[Path, list[Path]]]  # name in the directory → the folder where a model lies, its weight files
@@ -183,7 +183,8 @@ def _put(file: Path, target: Path, copy: bool) -> bool:
 
 def _describe(folder: Path, target: Path, base: str, code: bool, quantised: bool) -> None:
     """Copy the small files beside a model's weights; an adapter's config gets `base` as its base."""
-    files = {file.name: file for pattern in ["*.index.json", *["*.py"] * code] for file in folder.glob(pattern)}
+    patterns = [*PROCESSOR_FILES, "*.index.json", *["*.py"] * code]
+    files = {file.name: file for pattern in patterns for file in folder.glob(pattern)}
     for file in files.values():
         shutil.copyfile(file, target / file.name)
     for name, content in tokenizer_files(folder, files).items():

@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from .images import is_content, joined
+
 Turns = list[dict[str, Any]]
 T = TypeVar("T", str, Turns)
 
@@ -116,7 +118,7 @@ def _conversation(value: Any, name: str, system: Any = None) -> Asked:
 
 
 def _turns(value: Any, name: str) -> Turns:
-    """Turns as chat templates take them; content that is a list of parts (texts, images) stays as it is."""
+    """Turns as chat templates take them; of parts that are all texts one text, as not every template knows parts."""
     problem = ValueError(f'{name} is not a list of {{"role": …, "content": …}}')
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise problem
@@ -128,8 +130,9 @@ def _turns(value: Any, name: str) -> Turns:
             if role is None:
                 raise ValueError(f'{name} has a turn from {turn["from"]!r}; known are {", ".join(ROLES)}')
             turn = {"role": role, "content": turn["value"]}
-        if not isinstance(turn.get("role"), str) or not isinstance(turn.get("content", ""), str | list):
+        if not isinstance(turn.get("role"), str) or not is_content(turn.get("content", "")):
             raise problem
+        turn = turn | ({"content": joined(turn["content"])} if "content" in turn else {})
         if "content" not in turn and "tool_calls" not in turn:
             raise problem
         turns.append(turn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from ..decoding.speculation import Speculation
 from ..errors import DeraError
 from ..merging.live import live
 from ..models.pair import Pair
+from .images import inputs_of, turn
 from .prompts import encode
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def decode(
     *,
     mode: Mode = "exact",
     chat: bool = False,
+    images: Sequence[str | os.PathLike[str]] = (),
     max_new_tokens: int = 64,
     temperature: float | None = None,
     as_configured: bool = False,
@@ -48,7 +51,8 @@ def decode(
     Args:
         pair: the two models.
         lam: λ; with several aligned models, a number for each.
-        prompt: raw text, or with `chat` a user's turn.
+        prompt: raw text, or with `chat` or images a user's turn.
+        images: files of images that the turn shows before the prompt; the pair's processor reads them.
         mode: `"exact"` runs both models, `"merged"` θ_ref + λΔ, `"speculative"` lets the merged model draft and both
             verify (Leviathan et al., 2023): the output is exact DeRa's.
         max_new_tokens: in tokens.
@@ -77,13 +81,19 @@ def decode(
     if plausibility:
         pair.only_pair("the plausibility mask is")
     tokenizer = pair.tokenizer
-    entry = {"messages": [{"role": "user", "content": prompt}]} if chat else prompt
-    (encoded,) = encode([entry], tokenizer)
+    if images:
+        if mode == "speculative":
+            raise DeraError("a draft reads no images; --mode exact and merged do")
+        inputs = inputs_of(turn(prompt, [Path(image) for image in images])["messages"], pair.processor)
+    else:
+        entry = {"messages": [{"role": "user", "content": prompt}]} if chat else prompt
+        (encoded,) = encode([entry], tokenizer)
+        ids = torch.tensor([encoded.ids])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    count = inputs["input_ids"].shape[1]
     limit = pair.context_length
-    if limit and len(encoded.ids) + max_new_tokens > limit:
-        raise DeraError(
-            f"{len(encoded.ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit}"
-        )
+    if limit and count + max_new_tokens > limit:
+        raise DeraError(f"{count} prompt tokens and {max_new_tokens} new ones are more than the model's {limit}")
     if mode == "merged" and (load_in or plausibility):
         raise DeraError(
             "quantised loading and the plausibility mask are for exact decoding; merge first, or leave them out"
@@ -99,9 +109,7 @@ def decode(
         model = live(pair, lam, device=main_device, compute_dtype=compute_dtype, path=path)
     else:
         loading = {"quantization_config": quantised(load_in)} if load_in else {}
-        model = DeraForCausalLM.from_pair(
-            pair, lam, dtype=compute_dtype, device=device, as_configured=True, **loading
-        )
+        model = DeraForCausalLM.from_pair(pair, lam, dtype=compute_dtype, device=device, as_configured=True, **loading)
     speculation = Speculation()
     if mode == "speculative":
         if (
@@ -115,17 +123,14 @@ def decode(
     if plausibility:
         options["logits_processor"] = LogitsProcessorList([PlausibilityMask(plausibility)])
     applied, left_out = _configure(model, temperature, as_configured)
-    ids = torch.tensor([encoded.ids], device=main_device)
+    inputs = {name: _for(model, value, main_device) for name, value in inputs.items()}
     set_seed(seed)
-    output = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id, **options,
-    )  # fmt: skip
-    new = output[0, len(encoded.ids) :].tolist()
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options)
+    new = output[0, count:].tolist()
     result = {
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "token_ids": new,
-        "prompt_tokens": len(encoded.ids),
+        "prompt_tokens": count,
         "exact": mode != "merged" and not plausibility and not as_configured,
         "applied": applied,
         "left_out": left_out,
@@ -134,6 +139,13 @@ def decode(
         keys = ("acceptance_rate", "tokens_per_verification", "drafted", "verifications")
         result |= {key: getattr(speculation, key) for key in keys}
     return result
+
+
+def _for(model: PreTrainedModel, value: Any, device: torch.device) -> Any:
+    """An input on the device of a model, pixels in its dtype."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, model.dtype if value.is_floating_point() else None)
 
 
 def _configure(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DeraError
+from . import images
 from .forms import Asked, Turns, asked
 from .tables import rows
 
@@ -69,9 +70,10 @@ def read(source: str | os.PathLike[str], limit: int | None = None) -> list[dict[
     Raises:
         DeraError: the file cannot be read, or a row asks nothing.
     """
-    entries = []
+    entries, folder = [], Path(source).parent
     for where, row in rows(source, limit):
         try:
+            row = images.located(row, folder)
             asked(row)
         except ValueError as error:
             raise DeraError(f"{source}, {where}: {error}") from error
@@ -108,6 +110,8 @@ def _encoded(number: int, entry: str | dict[str, Any], tokenizer: PreTrainedToke
         text, ids, what = it.text, tokenizer(it.text)["input_ids"], it.text
     elif not tokenizer.chat_template:
         raise DeraError('the tokenizer has no chat template; give prompts as text or {"prompt": …}')
+    elif any(images.parts(it.turns)):
+        raise DeraError(f"prompt {number} shows an image, which only generate takes; leave it out here")
     else:
         try:
             text = tokenizer.apply_chat_template(it.turns, tokenize=False, add_generation_prompt=True)

@@ -1,0 +1,121 @@
+"""Prompts that show images: parts of messages, `{"type": "image", "path": …}`, and what a processor makes of them.
+
+Only local files are opened: a prompt file must not make this machine fetch an address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DeraError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import ProcessorMixin
+
+
+def is_content(content: Any) -> bool:
+    """Whether it is what a message may say: a text, or a list of parts, each a text or an image."""
+    if isinstance(content, str):
+        return True
+    return isinstance(content, list) and bool(content) and all(map(_is_part, content))
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    return any(part.get("type") == kind and isinstance(part.get(key), str) for kind, key in _PARTS)
+
+
+_PARTS = (("text", "text"), ("image", "path"))
+
+
+def parts(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The images among the parts of messages, in order."""
+    for message in messages:
+        if isinstance(message.get("content"), list):
+            yield from (part for part in message["content"] if part["type"] == "image")
+
+
+def joined(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """What a message says; parts that are all texts as one text, since templates of text models know no parts."""
+    if isinstance(content, str) or any(part["type"] != "text" for part in content):
+        return content
+    return "\n".join(part["text"] for part in content)
+
+
+def located(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A row in whose conversations the paths of images are absolute; relative ones are so to `folder`.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+
+    def found(part: Any) -> Any:
+        if not isinstance(part, dict) or part.get("type") != "image" or not _is_part(part):
+            return part
+        if not (folder / part["path"]).is_file():
+            raise ValueError(f"there is no image {part['path']}")
+        return part | {"path": str((folder / part["path"]).resolve())}
+
+    def seen(turn: Any) -> Any:
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), list):
+            return turn
+        return turn | {"content": [found(part) for part in turn["content"]]}
+
+    return {name: [seen(turn) for turn in value] if isinstance(value, list) else value for name, value in row.items()}
+
+
+def turn(prompt: str, images: list[Path]) -> dict[str, Any]:
+    """A user's turn that shows images, and then says something."""
+    shown = [{"type": "image", "path": str(path)} for path in images]
+    try:
+        return located({"messages": [{"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}]}, Path())
+    except ValueError as error:
+        raise DeraError(str(error)) from None
+
+
+def inputs_of(messages: list[dict[str, Any]], processor: ProcessorMixin) -> dict[str, torch.Tensor]:
+    """What a model takes: `input_ids` and `attention_mask`, both (1, tokens), and pixels as the architecture has them.
+
+    Args:
+        messages: whose images are local files.
+        processor: of the pair; its chat template is used, or its tokenizer's where it has none.
+
+    Raises:
+        DeraError: an image cannot be read, or the chat template refuses the messages.
+    """
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if not template:
+        raise DeraError("neither the processor nor the tokenizer has a chat template, which says where an image goes")
+    told = [
+        message | {"content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message["content"], str) else
+        message | {"content": [_opened(part) for part in message["content"]]}
+        for message in messages
+    ]  # fmt: skip
+    try:
+        inputs = processor.apply_chat_template(
+            told, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+    except Exception as error:  # templates and image libraries raise what they like
+        raise DeraError(f"the processor refuses the messages: {error}") from error
+    return dict(inputs)
+
+
+def _opened(part: dict[str, Any]) -> dict[str, Any]:
+    """A part with its image in the place of the path. Raises DeraError where it cannot be read."""
+    if part["type"] != "image":
+        return part
+    try:
+        from PIL import Image
+
+        with Image.open(part["path"]) as image:
+            return {"type": "image", "image": image.convert("RGB")}
+    except ImportError as error:
+        raise DeraError("reading images needs Pillow: pip install pillow") from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DeraError(f"the image {part['path']} cannot be read: {error}") from error
