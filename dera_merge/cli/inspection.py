@@ -89,11 +89,27 @@ def _kept_line(delta: dict[str, Any], where: str) -> str:
     return f"Nothing is lost in {where}: of {len(rows)} changed tensors {least}{noise}."
 
 
+def _layout_parts(layout: dict[str, Any] | None, works: dict[str, Any] | None) -> list[str]:
+    """How a full model's files are laid out, and what will not work on it."""
+    if layout is None or works is None:
+        return []
+    parts = [f"layers at {layout['prefix']}"] if layout["prefix"] else []
+    parts += [f"experts {layout['experts']}"] if layout["experts"] else []
+    parts += [f"{name} of {weights:,} parameters" for name, weights in layout["towers"].items()]
+    parts += [f"{layout['mtp']} tensors that predict further tokens"] if layout["mtp"] else []
+    reasons: dict[str, list[str]] = {}
+    for what, answer in works.items():
+        if answer is not True and not (what == "images" and not layout["towers"]):
+            reasons.setdefault(answer, []).append(what.replace("_", " "))
+    return parts + [f"no {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
 def _model_line(model: dict[str, Any]) -> str:
     kind = (
         model["adapter"] + f" adapter of {model['base']}" if model["kind"] == "adapter" else str(model["architecture"])
     )
     parts = [kind, f"{model['parameters']:,} parameters", "/".join(model["dtypes"]), f"{model['bytes'] / 1e6:.1f} MB"]
+    parts += _layout_parts(model.get("layout"), model.get("works"))
     if model.get("quantised"):
         parts.append("quantised")
     if model.get("partial"):

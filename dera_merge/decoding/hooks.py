@@ -19,7 +19,8 @@ from . import caches
 
 # Arguments of a mixture's passes that none of its models knows.
 OURS = ("lam", "plausibility", "speculation", "known")
-_IMAGES = ("pixel_", "image_", "video_", "mm_encoder_outputs")  # how arguments begin that bring images or videos
+# How arguments begin that bring images, videos or sounds.
+_IMAGES = ("pixel_", "image_", "video_", "input_features", "mm_encoder_outputs")
 
 
 class Sides(tuple[Any, ...]):
@@ -124,17 +125,17 @@ class ReferenceHooks(GenerationMixin):
         return processors
 
 
-def check_generates(model: PreTrainedModel) -> None:
+def check_generates(kind: type) -> None:
     """Raise DeraError where a class generates in a way of its own, past the hooks that a mixture can answer."""
-    if type(model).generate is not GenerationMixin.generate:
+    if kind.generate is not GenerationMixin.generate:
         raise DeraError(
-            f"{type(model).__name__} has a generate of its own, which runs one model and no mixture; merge it, or "
+            f"{kind.__name__} has a generate of its own, which runs one model and no mixture; merge it, or "
             "call forward for each token"
         )
 
 
 def sees(inputs: dict[str, Any]) -> bool:
-    """Whether there are images or videos among the inputs of a pass."""
+    """Whether there is more than text among the inputs of a pass."""
     return any(value is not None and key.startswith(_IMAGES) for key, value in inputs.items())
 
 

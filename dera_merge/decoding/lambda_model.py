@@ -67,7 +67,7 @@ class LambdaModel(ReferenceHooks, PreTrainedModel, GenerationMixin):
         doors.check("exact decoding")
         if kwargs.get("inputs_embeds") is not None:
             raise DeraError("λ models take tokens; pass input_ids")
-        check_generates(self.asked)
+        check_generates(type(self.asked))
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         lam = lam.tolist() if isinstance(lam, torch.Tensor) else lam
         lams = self._lams(lam, 1 if ids is None else len(ids)).to(self.device)

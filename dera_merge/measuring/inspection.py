@@ -22,6 +22,7 @@ from ..models.pair import Pair
 from ..models.source import Source, load_config
 from ..models.trust import Trust
 from ..models.weights import Stored
+from .layouts import described
 from .report import Report
 
 # Where a moved weight lands, in ulps of the output dtype at θ_ref.
@@ -36,6 +37,8 @@ _MANTISSA = {
 
 def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = False) -> dict[str, Any]:
     """What one model is: a checkpoint or an adapter, its size, dtypes, tokenizer, how it was made and measured.
+
+    Of a checkpoint also `layout` and `works`, see `layouts`.
 
     Args:
         name: a directory or a Hub id.
@@ -61,7 +64,8 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
         config = load_config(source)
         checkpoint = Checkpoint(source.folder, allow_pickle=allow_pickle)
         facts |= {"kind": "full", "architecture": (config.get("architectures") or [None])[0],
-                  "quantised": bool(config.get("quantization_config"))}  # fmt: skip
+                  "quantised": bool(config.get("quantization_config")),
+                  **described(source, config, checkpoint.tensors, Trust(allow_pickle, trust_remote_code))}  # fmt: skip
     infos = checkpoint.tensors.values()
     facts |= {
         "tensors": len(infos),

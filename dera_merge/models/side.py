@@ -13,7 +13,7 @@ from .adapter import Adapter
 from .damage import leave_out_value_head
 from .kinds import check_kind, text_config
 from .quantized import holds_quantised
-from .source import Source, load_config
+from .source import Source, check_sizes, load_config
 from .stacking import on_another, stacks, warn_of_one_base
 from .trust import Trust
 
@@ -119,6 +119,7 @@ def open_sides(
         if home.folder not in opened:
             opened[home.folder] = leave_out_value_head(Checkpoint(home.folder, allow_pickle=trust.pickle))
         text = text_config(home.folder, config, trust)
+        check_sizes(home, text)
         return Side(source, home, adapter, opened[home.folder], config, text, below)
 
     if base and base.is_adapter:

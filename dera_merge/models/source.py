@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,12 @@ def load_config(source: Source) -> dict[str, Any]:
     config = load_json(source.folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("architectures") or [], list):
         raise DeraError(f"{source.name}/config.json is not the config of a transformers model")
+    check_sizes(source, config)
+    return config
+
+
+def check_sizes(source: Source, config: Mapping[str, Any]) -> None:
+    """Raise DeraError where a size in a config, or in its text decoder's part, is no whole number."""
     for key in ("vocab_size", *CONTEXT):
         if not isinstance(config.get(key), int | None):
             raise DeraError(f"{source.name}/config.json: {key} is {config[key]!r}, expected a whole number")
-    return config
