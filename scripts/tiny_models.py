@@ -120,8 +120,8 @@ EXCEPTIONS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     },
     "recurrent_gemma": lambda s: {"num_hidden_layers": 3},
     "reformer": lambda s: {
-        "attn_layers": (["local", "lsh"] * s.layers)[: s.layers], "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [8, s.hidden - 8],
-        "num_hashes": 1, "hash_seed": 0,
+        "attn_layers": (["local", "lsh"] * s.layers)[: s.layers], "axial_pos_shape": [16, 16],
+        "axial_pos_embds_dim": [8, s.hidden - 8], "num_hashes": 1, "hash_seed": 0,
     },
     "rwkv": lambda s: {"attention_hidden_size": s.hidden},
     "step3p7_text": lambda s: {"sliding_window": 8},
