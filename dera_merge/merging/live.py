@@ -115,9 +115,10 @@ def _set_lam(model: PreTrainedModel, lam: float | Sequence[float]) -> None:
     dial: _Dial = model._dera_dial
     (lam,) = dial.pair.known([lam])
     parameters = model.state_dict()  # shares memory with the model
-    groups = dial.pair.layout.group_of
-    if all(name in groups and groups[name].is_renamed for name in dial.pair.tensors):
+    groups = dial.pair.layout.group_of  # the tensors that the model has
+    if all(group.is_renamed for group in groups.values()):
         for name, weight in dial.weights(lam):
-            parameters[groups[name].targets[0]].copy_(weight)
-    else:  # transformers stores some of these tensors under other names, or fused; it knows how
+            if name in groups:
+                parameters[groups[name].targets[0]].copy_(weight)
+    else:  # transformers stores some of these tensors fused; it knows how
         model.load_state_dict(dial.build(lam, model.dtype).state_dict())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -212,14 +213,18 @@ class Adapter:
 
     def _as_peft_reads(self, model: PeftModel | PreTrainedModel) -> set[str]:
         """The names that PEFT makes of those in the file, which may be those of another release of transformers."""
-        from peft import PeftConfig
-        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.checkpoint.tensors.items()}
+        if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+            return set(shapes)
+        from peft import PeftType
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+        kind = SimpleNamespace(peft_type=PeftType(self.config["peft_type"]))  # of the config it reads this alone
         try:
-            config = PeftConfig.from_pretrained(self.folder)
-            return set(convert_peft_adapter_state_dict_for_transformers(model, config, shapes))
-        except (ValueError, RuntimeError, TypeError):
+            return set(convert_peft_adapter_state_dict_for_transformers(model, kind, shapes))
+        except (ValueError, RuntimeError):
             return set(shapes)
 
     def bind(

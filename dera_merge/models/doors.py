@@ -125,6 +125,7 @@ DOORS: tuple[Door, ...] = (
     Door("models", _MODEL, "all_tied_weights_keys", "which tensors an architecture shares", instance=True),
     Door("models", "transformers.conversion_mapping", "get_model_conversion_mapping", "how files become memory",
          ("model",)),
+    Door("models", "transformers.conversion_mapping", "get_checkpoint_conversion_mapping", "whether a class has any"),
     Door("models", _LOADING, "rename_source_key", "the name in memory of a tensor in the files"),
     Door("models", _LOADING, "dot_natural_key", "the order in which experts are stacked"),
     Door("models", _LOADING, "WeightRenaming", "tells names that change from tensors that do"),
