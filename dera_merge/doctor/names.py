@@ -98,7 +98,7 @@ def check_names(
     if not moved:
         _say_unexpected(findings, unexpected, stored, config)
     _check_mtp(findings, stored, config)
-    _check_tie(findings, source, config, checkpoint, trust)
+    _check_tie(findings, source, checkpoint, trust)
     return None
 
 
@@ -240,28 +240,26 @@ def _check_mtp(findings: Findings, stored: Collection[str], config: dict[str, An
         )
 
 
-def _check_tie(
-    findings: Findings, source: Source, config: dict[str, Any], checkpoint: Checkpoint, trust: Trust
-) -> None:
-    """A head that config.json ties to the embeddings, and that differs from them."""
-    head = next((name for name in _HEADS if name in checkpoint.tensors), None)
-    if head is None:
+def _check_tie(findings: Findings, source: Source, checkpoint: Checkpoint, trust: Trust) -> None:
+    """Tensors that config.json ties to others, the head to the embeddings say, and that differ from them."""
+    if not any(name.endswith(_HEADS) for name in checkpoint.tensors):
         return
     try:
         architecture = Architecture.of(source.folder, trust)
     except DeraError:  # no causal model; what else is wrong has been said
         return
-    owner = architecture.owner(head)
-    embeddings = architecture.stored_name(owner, checkpoint.tensors) if owner else None
-    if embeddings is None:
-        return
-    infos = [checkpoint.tensors[name] for name in (head, embeddings)]
-    same = infos[0].shape == infos[1].shape and all(
-        torch.equal(checkpoint.read(head, *rows), checkpoint.read(embeddings, *rows)) for rows in slices(infos[0])
-    )
-    if not same:
-        findings.broken(
-            head,
-            f"config.json ties it to {embeddings}, and the two differ; vLLM and llama.cpp leave it out",
-            'set "tie_word_embeddings": false',
+    layout = architecture.layout(checkpoint.tensors)
+    for name, owner in architecture.tied.items():
+        ends = layout.name(name), layout.name(owner)
+        if ends[0] is None or ends[1] is None or ends[0] == ends[1]:
+            continue
+        infos = [checkpoint.tensors[end] for end in ends]
+        same = infos[0].shape == infos[1].shape and all(
+            torch.equal(*(checkpoint.read(end, *rows) for end in ends)) for rows in slices(infos[0])
         )
+        if not same:
+            findings.broken(
+                ends[0],
+                f"config.json ties it to {ends[1]}, and the two differ; vLLM and llama.cpp leave it out",
+                'set "tie_word_embeddings": false',
+            )
