@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -21,6 +23,8 @@ from ..texts.rewards import Reward
 Kind = Literal["exact", "merged"]
 Mode = Literal["exact", "merged", "speculative"]
 TEXTS = "texts.jsonl"
+FINISHED = "sweep.json"  # lies beside them once the report is written
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,8 @@ class Store:
         writes: whether this process writes (the first of several).
 
     Raises:
-        DeraError: what lies there was made by another call, or it is not said what is to become of it.
+        DeraError: what lies there was made by another call, or it is not said what is to become of it. (Texts of
+            another call whose report is written are kept under another name.)
     """
 
     def __init__(
@@ -151,6 +156,8 @@ class Store:
             first, *lines = self._file.read_text(encoding="utf-8").split("\n")
             same = _json(first) == self._head
             count = sum(bool(line) for line in lines)
+            if not same and not resume and (self._file.parent / FINISHED).is_file():
+                return self._set_aside(count)
             if not same:
                 raise DeraError(f"{self._file} holds {count} texts of another call or from other inputs; give another "
                                 "--output, or --overwrite throws them away")  # fmt: skip
@@ -167,6 +174,13 @@ class Store:
             if writes:
                 write_atomically(self._file, "".join(f"{line}\n" for line in [first, *whole]).encode())
             self._head = None
+
+    def _set_aside(self, count: int) -> None:
+        """Keep the texts of a finished sweep, which its report stands for, under another name."""
+        if self._writes:
+            names = (self._file.with_name(f"texts.{number}.jsonl") for number in itertools.count(1))
+            kept = self._file.rename(next(name for name in names if not name.exists()))
+            log.info(f"{count} texts of a finished sweep are kept as {kept}")
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Keep these, and append them to the file."""

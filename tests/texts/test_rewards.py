@@ -448,6 +448,15 @@ def test_sweep_gives_rewards_the_columns_and_turns_of_the_prompts(pair):
         sweep(pair, ROWS, [lambda completion, gold: 1.0], [0.0, 1.0], **HOW)
 
 
+def test_another_reward_in_the_place_of_a_finished_sweep_keeps_its_texts(pair, tmp_path):
+    sweep(pair, ROWS, ["length"], [0.0, 1.0], **HOW, out=tmp_path).save(tmp_path)
+    before = (tmp_path / "texts.jsonl").read_bytes()
+    sweep(pair, ROWS, [len], [0.0, 1.0], **HOW, out=tmp_path)
+    assert (tmp_path / "texts.1.jsonl").read_bytes() == before != (tmp_path / "texts.jsonl").read_bytes()
+    with pytest.raises(DeraError, match="of another call"):
+        sweep(pair, ROWS, ["lexicon"], [0.0, 1.0], **HOW, out=tmp_path, resume=True)
+
+
 def test_a_server_that_goes_in_the_middle_keeps_the_texts(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(servers, "PAUSES", (0.01,))
     left = [3]  # answers: the check, and two batches
