@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import threading
@@ -14,8 +15,11 @@ _stopped: list[int] = []  # signals that came
 
 
 def listen() -> None:
-    """From now on a signal to stop raises KeyboardInterrupt; one that is ignored (nohup) stays so."""
-    if threading.current_thread() is threading.main_thread():
+    """From now on a signal to stop raises KeyboardInterrupt; one that is ignored (nohup) stays so.
+
+    Of several processes the first alone listens: what waits for others, out of Python's reach, has to end at once.
+    """
+    if threading.current_thread() is threading.main_thread() and os.environ.get("RANK", "0") == "0":
         for number in _STOPS:
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(number, _stop)

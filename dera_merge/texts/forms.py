@@ -30,6 +30,7 @@ ROLES = {  # of ShareGPT's "from"
 }  # fmt: skip
 CONVERSATIONS = ("messages", "conversations", "conversation")
 QUESTIONS = ("question", "problem", "query", "input")
+SYSTEM = ("system", "system_prompt")
 KNOWN = ("prompt", *CONVERSATIONS, "instruction", *QUESTIONS, "chosen")
 PAIR = "`chosen` and `rejected`"
 ANSWER_MARK = "\n\nAssistant:"  # of HH
@@ -66,6 +67,7 @@ def asked(row: Any) -> Asked:
 
 def _asked(row: dict[str, Any]) -> Asked:
     pair = (row.get("chosen"), row.get("rejected"))
+    system = next((row[name] for name in SYSTEM if isinstance(row.get(name), str)), "")
     if isinstance(row.get("prompt"), list):
         return _conversation(row["prompt"], "`prompt`")
     if all(isinstance(side, list) for side in pair):
@@ -73,15 +75,15 @@ def _asked(row: dict[str, Any]) -> Asked:
         return replace(_conversation(_shared(chosen, rejected), PAIR), cut=False)
     for name in CONVERSATIONS:
         if name in row:
-            return _conversation(row[name], f"`{name}`", row.get("system"))
+            return _conversation(row[name], f"`{name}`", system)
     if "prompt" in row:
         return Asked(None, _text(row, "prompt"), "`prompt`")
     if "instruction" in row:
         more = [name for name in ("input", "context") if row.get(name)]
-        return _question(row, ["instruction", *more], row.get("system"))
+        return _question(row, ["instruction", *more], system)
     for name in QUESTIONS:
         if name in row:
-            return _question(row, [name], row.get("system"))
+            return _question(row, [name], system)
     if all(isinstance(side, str) for side in pair):
         return Asked(None, _shared_text(*pair), PAIR)
     names = ", ".join(map(repr, list(row)[:8])) or "nothing"
@@ -94,20 +96,20 @@ def _text(row: dict[str, Any], name: str) -> str:
     return row[name]
 
 
-def _question(row: dict[str, Any], names: list[str], system: Any) -> Asked:
+def _question(row: dict[str, Any], names: list[str], system: str) -> Asked:
     """A user's turn of these columns, maybe under a system prompt."""
     text = "\n\n".join(_text(row, name) for name in names)
     if not text.strip():
         raise ValueError(f'"{names[0]}" is empty')
-    above = [{"role": "system", "content": system}] if system and isinstance(system, str) else []
+    above = [{"role": "system", "content": system}] if system else []
     plain = "\n\n".join([*(turn["content"] for turn in above), text])
     return Asked([*above, {"role": "user", "content": text}], plain, " and ".join(f"`{name}`" for name in names))
 
 
-def _conversation(value: Any, name: str, system: Any = None) -> Asked:
+def _conversation(value: Any, name: str, system: str = "") -> Asked:
     """Turns without the assistant's last ones, maybe under a system prompt of a column of its own."""
     turns = _turns(value, name) if value else []
-    if system and isinstance(system, str) and turns and turns[0]["role"] != "system":
+    if system and turns and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
     kept = len(turns)
     while kept and turns[kept - 1]["role"] == "assistant":

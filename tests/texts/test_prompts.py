@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 from builders import tokenizer
@@ -200,6 +202,28 @@ def test_a_directory_is_a_data_set_with_splits(tmp_path, monkeypatch, chat):
     assert len(prompts.read(f"{tmp_path / 'set'}:train[:2]")) == 2
     with pytest.raises(DeraError, match="has the splits train, test"):
         prompts.read(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked_for"),
+    [
+        ("owner/set:test", ("owner/set", None, None, "test")),
+        ("hf://datasets/owner/set@v1.0:test_prefs[:500]", ("owner/set", None, "v1.0", "test_prefs[:500]")),
+        ("owner/set/main@refs/pr/3:train+test", ("owner/set", "main", "refs/pr/3", "train+test")),
+        ("hf://datasets/owner/set", ("owner/set", None, None, None)),
+    ],
+)
+def test_a_data_set_of_the_hub_is_named_with_its_split(name, asked_for, monkeypatch, tmp_path):
+    seen = []
+
+    def load_dataset(place, config, *, revision, split):
+        seen.append((place, config, revision, split))
+        return [{"question": "w5"}, {"question": "w6"}] if split else {"only": [{"question": "w5"}]}
+
+    fake = SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=lambda: None)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert prompts.read(name, limit=1) == [{"question": "w5"}]
+    assert seen == [asked_for]
 
 
 def test_rows_as_they_are_go_to_python_functions(llama, lora):
