@@ -165,7 +165,7 @@ def _same_base(adapter: Adapter, source: Source, ref: Source) -> Source:
     places = adapter.named_places()
     if name != ref.name and not any(place.resolve() == ref.folder for place in places):
         if places and (places[0] / "adapter_config.json").is_file():
-            raise DeraError(on_another(source, Source(str(places[0]), places[0]), ref,
+            raise DeraError(on_another(source, Source(str(places[0]), places[0].resolve()), ref,
                                        f"--base {ref.name} if that is the model with that adapter in it"))  # fmt: skip
         warn(f"the adapter {adapter.folder} names {name or 'no model'} as its base; it is applied to REF ({ref.name})")
     return ref
