@@ -104,7 +104,8 @@ def open_sides(
             adapter = Adapter(source.folder, trust.pickle)
             if (source.folder / "config.json").is_file() and any(source.folder.glob("model*.safetensors")):
                 warn(f"{source.name} holds an adapter and a full model; the adapter is read, as transformers does")
-            if reference and stacks(adapter, source, reference, stack):
+            on = reference.adapter if reference else None
+            if on and stacks(adapter, source, on, reference.source, stack):
                 home, below = reference.base, reference.adapters
             elif base:
                 home = base
@@ -112,8 +113,8 @@ def open_sides(
                 home = _same_base(adapter, source, reference.source)
             else:
                 home = named_base(adapter, source, trust, reference)
-            if reference and reference.adapter and stack is None and not below and home.folder == reference.base.folder:
-                warn_of_one_base(adapter, source, reference)
+            if on and stack is None and not below and home.folder == reference.base.folder:
+                warn_of_one_base(adapter, source, on, reference.source)
         config = load_config(home)
         check_kind(home, config)
         if home.folder not in opened:

@@ -8,34 +8,28 @@ model that it was merged into, or the base: then ALIGNED is the base and both ad
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
 
 from ..errors import warn
 from .adapter import Adapter
 from .source import Source
 
-if TYPE_CHECKING:
-    from .side import Side
-
 _ALIKE = 0.7  # cosine of two adapters' B above which one is the other trained further; new ones begin with B = 0
 _LOOKED_AT = 8  # modules
 
 
-def stacks(adapter: Adapter, source: Source, reference: Side, stack: bool | None) -> bool:
+def stacks(adapter: Adapter, source: Source, below: Adapter, ref: Source, stack: bool | None) -> bool:
     """Whether an aligned adapter stands on the reference's.
 
     Args:
         adapter, source: of the aligned model.
-        reference: the reference.
+        below, ref: the reference's adapter, and what was typed for it.
         stack: what the user says; None leaves it to the adapter's config, which may name the reference.
     """
-    if reference.adapter is None or stack is False:
-        return False
-    if not stack:
-        return _names(adapter, reference.source)
-    if is_further_trained(adapter, reference.adapter):
-        warn(f"{source.name} looks like {reference.source.name} trained further, and --stack puts it on top of that "
-             "again; without --stack it stands alone")  # fmt: skip
+    if stack is not True:
+        return stack is None and _names(adapter, ref)
+    if is_further_trained(adapter, below):
+        warn(f"{source.name} looks like {ref.name} trained further, and --stack puts it on top of that again; "
+             "without --stack it stands alone")  # fmt: skip
     return True
 
 
@@ -47,10 +41,10 @@ def on_another(source: Source, named: Source, ref: Source, otherwise: str) -> st
             f"as REF ({typed} …), or pass {otherwise}")  # fmt: skip
 
 
-def warn_of_one_base(adapter: Adapter, source: Source, reference: Side) -> None:
+def warn_of_one_base(adapter: Adapter, source: Source, below: Adapter, ref: Source) -> None:
     """Warn where two adapters have one base and nothing says whether one was trained on top of the other."""
-    if not is_further_trained(adapter, reference.adapter):
-        warn(f"{reference.source.name} and {source.name} are adapters of one base, and nothing says whether the second "
+    if not is_further_trained(adapter, below):
+        warn(f"{ref.name} and {source.name} are adapters of one base, and nothing says whether the second "
              "was trained with the first in place; it is taken to stand alone. --stack puts it on REF's adapter, "
              "--no-stack hides this line")  # fmt: skip
 
