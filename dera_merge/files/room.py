@@ -97,7 +97,9 @@ def check_space(root: Path, needed: int) -> None:
     while not place.exists():
         place = place.parent
     if (free := shutil.disk_usage(place).free) < needed:
-        raise DeraError(f"{root} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there")
+        unit, name = (1e9, "GB") if needed >= 1e9 else (1e6, "MB")
+        raise DeraError(f"{root} needs {needed / unit:.2f} {name}, but {free / unit:.2f} {name} are free there; make "
+                        "room, or give another --output")  # fmt: skip
 
 
 def is_full(error: OSError) -> bool:
