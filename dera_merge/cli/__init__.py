@@ -75,17 +75,19 @@ def _run() -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):  # typer makes an exit status of Ctrl-C
         return INTERRUPTED
-    except DeraError as error:
-        note(f"error: {one_line(error)}")
-    except Exception as error:  # what no one foresaw is one line too; the environment variable shows where it came from
-        if os.environ.get("DERA_MERGE_TRACEBACK"):
+    except Exception as error:
+        if endings.came():  # imports make errors of their own of an interrupt
+            return INTERRUPTED
+        if os.environ.get("DERA_MERGE_TRACEBACK") and not isinstance(error, DeraError):
             raise
         note(f"error: {_in_words(error)}")
     return 1
 
 
 def _in_words(error: Exception) -> str:
-    """What is wrong, and what to do."""
+    """What is wrong, and what to do; of what no one foresaw, how to see where it came from."""
+    if isinstance(error, DeraError):
+        return one_line(error)
     if isinstance(error, OSError) and is_full(error):
         then = f"go on with: {go_on}" if (go_on := _how_to_go_on()) else "try again"
         return f"the disk is full: {one_line(error)}; make room, then {then}"

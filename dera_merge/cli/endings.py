@@ -37,9 +37,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def came() -> bool:
+    """Whether a signal to stop came."""
+    return bool(_stopped)
+
+
 def check() -> None:
     """Raises KeyboardInterrupt where a signal came and its exception was lost, in a finaliser or a callback of C."""
-    if _stopped:
+    if came():
         raise KeyboardInterrupt
 
 
