@@ -165,7 +165,7 @@ def _of_data_set(source: str) -> Rows:
     hub = HUB.fullmatch(place)
     is_folder = Path(place).is_dir()
     if not is_folder and not (hub and (split or source.startswith("hf://"))):
-        raise DeraError(f"prompts {source}: there is no such file or directory; give {FORMS}")
+        raise DeraError(f"prompts {source} cannot be read: there is no such file or directory; give {FORMS}")
     try:
         import datasets
     except ImportError as error:
