@@ -197,8 +197,8 @@ class Layout:
             else:
                 keys, patterns = zip(*((key, pattern) for key, pattern in sources if pattern), strict=True)
                 group = Group(keys, (name,), self, converter, patterns)
-                if len(converter.target_patterns) > 1:
-                    group = Group(keys, tuple(self._convert(group, False)), self, converter, patterns)
+                if len(converter.target_patterns) > 1 and (made := self._convert(group, False)):
+                    group = Group(keys, tuple(made), self, converter, patterns)
             self.groups |= dict.fromkeys(group.targets, group)
             self.group_of |= dict.fromkeys(group.sources, group)
 
@@ -290,11 +290,8 @@ class Layout:
 
     def _attempt(self, group: Group, columns: bool) -> _Trace | None:
         """Where rows go, or columns that become rows; None where transformers does something else."""
-        try:
-            made = self._convert(group, columns)
-        except (RuntimeError, ValueError, IndexError):
-            return None
-        if any(name not in self.shapes for name in group.targets) or made.keys() != set(group.targets):
+        made = self._convert(group, columns)
+        if made is None or made.keys() != set(group.targets) or not made.keys() <= self.shapes.keys():
             return None
         if any(tuple(made[name].shape) != _narrow(self.shapes[name]) for name in group.targets):
             return None
@@ -316,18 +313,24 @@ class Layout:
         backward = [Runs.of(target[first:last], row[first:last]) for first, last in spans]
         return _Trace(columns, tuple(forward), tuple(backward))
 
-    def _convert(self, group: Group, columns: bool) -> dict[str, torch.Tensor]:
-        """What transformers makes of the numbers of all sources' rows (or columns), from 1 on: 0 is none's."""
+    def _convert(self, group: Group, columns: bool) -> dict[str, torch.Tensor] | None:
+        """What transformers makes of the numbers of all sources' rows (or columns), from 1 on: 0 is none's.
+
+        None where it cannot: a shape is not what the class expects, or a tensor is missing.
+        """
         converter, begin = copy.deepcopy(group.converter), 1
         for key, pattern in zip(group.sources, group.patterns, strict=True):
             shape = self.tensors[key].shape
             if columns and len(shape) < 2:
-                raise ValueError("a vector has no columns")
+                return None
             count = _lines(shape, columns)
             narrow = (*shape[:-2], 1, shape[-1]) if columns else _narrow(shape)
             converter.add_tensor(group.targets[0], key, pattern, torch.arange(begin, begin + count).view(narrow))
             begin += count
-        made = converter.convert(group.targets[0], model=_Narrow(self._model), config=self._model.config)
+        try:
+            made = converter.convert(group.targets[0], model=_Narrow(self._model), config=self._model.config)
+        except Exception:  # an operation of any kind, which raises whatever it meets
+            return None
         return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
 
 

@@ -6,6 +6,7 @@ memory. Oracles: a state dict interpolated in memory, and PEFT's own unmerged fo
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -275,3 +276,25 @@ def test_a_layer_that_the_model_reads_past_peft_is_refused_unless_nothing_was_le
                 ModelPair.from_pretrained(base, adapter).merge(tmp_path / "refused", [1.0])
         else:
             assert_is_pefts(base, adapter, tmp_path / "out")
+
+
+def test_files_that_lack_an_expert_are_refused_in_one_line(made, tmp_path):
+    folder, gone = tmp_path / "less", "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+    shutil.copytree(made("mixtral", 0), folder)
+    kept = {name: tensor for name, tensor in weights(folder).items() if name != gone}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    for pair in ((folder, made("mixtral", 1, True)), (made("mixtral", 1, True), folder)):
+        with pytest.raises(DeraError, match="do not make .*gate_up_proj.*is one missing") as refusal:
+            ModelPair.from_pretrained(*pair).merge(tmp_path / "out", [0.5])
+        assert "\n" not in str(refusal.value)
+
+
+def test_tensors_of_no_model_stay_refs_and_do_not_stop_a_pair_of_two_layouts(made, tmp_path):
+    folder, other, more = tmp_path / "mtp", made("qwen3_moe", 1, True), torch.randn(4, 4)
+    shutil.copytree(made("qwen3_moe", 0), folder)
+    save_file({**weights(folder), "mtp.fc.weight": more}, folder / "model.safetensors", {"format": "pt"})
+    pair = ModelPair.from_pretrained(folder, other)
+    with pytest.warns(DeraWarning, match="only one side has mtp.fc.weight, which no model that transformers builds uses"):
+        (merged,) = pair.merge(tmp_path / "out", [1.0])
+    assert torch.equal(weights(merged)["mtp.fc.weight"], more)
+    torch.testing.assert_close(logits(load(merged)), logits(load(other)))
