@@ -190,7 +190,7 @@ BAD = {
     "a file": (["merge", demo.FOLDER / "prompts.jsonl", demo.REF, "-l", "1"], 1, ["is a file"]),
     "shard size": (["merge", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--max-shard-size", "big"], 1, ["shard size"]),
     "device": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--device", "gpu9"], 1, ["gpu9"]),
-    "prompts": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompts", "/nonexistent"], 1, ["no such file"]),
+    "prompts": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompts", "/nonexistent"], 1, ["cannot be read"]),
     "approx": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--approx", demo.REF], 1, ["not written by dera-merge"]),
     "huge lambda": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1e30", "--max-new-tokens", "2"], 1, ["no finite logits"]),
     "meta": (["compare", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--device", "meta"], 1, ["meta"]),
