@@ -32,7 +32,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from family_checks import ADAPTERS, CELLS, NAMES, check
+from family_checks import ADAPTERS, CELLS, NAMES, NO_EXPERTS, check
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from tiny_models import Sizes, families
 
@@ -184,7 +184,7 @@ def written(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
             found = [record["cells"][cell] for cell in cells if cell in record["cells"]]
             worst = min(found, key=lambda cell: GRAVITY.index(cell["state"]), default={"state": "n/a", "why": ""})
             note = ""
-            if worst["state"] in ("refused", "wrong", "crash"):
+            if worst["state"] in ("refused", "wrong", "crash") or (worst["why"] and worst["why"] != NO_EXPERTS):
                 note = f"[^{notes.setdefault(general(worst['why']), len(notes) + 1)}]"
             row.append(MARKS[worst["state"]] + note)
         table.append(row)
@@ -209,8 +209,8 @@ def written(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         f"{len(built)} families that transformers could build, each as a tiny random pair in float32. ●",
         "is right, by an oracle that shares no code with dera-merge: state dicts interpolated in memory, loaded into",
         "the plain class, PEFT's forward with its adapter unmerged, a plain loop over mixed logits. *refused* is one",
-        "line that says why, before anything is written. – is where there is nothing to do, or where transformers or",
-        "PEFT do not agree with themselves.",
+        "line that says why, before anything is written. – is where there is nothing to do, or, with a note, where",
+        "transformers or PEFT do not agree with themselves.",
         "",
         "An adapter's column is merge, live model, exact forward and padded generation of it together: LoRA on the",
         "layers of attention, on all linear layers, on experts by `target_parameters`, and DoRA. *rows* is `dial`: a λ",

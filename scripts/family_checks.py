@@ -43,6 +43,7 @@ ATTENTION = set(
     "q_proj k_proj v_proj o_proj qkv_proj query_key_value c_attn q_attn Wqkv query key value q_lin v_lin q_b_proj "
     "kv_b_proj qkv in_proj x_proj Wq Wv query_proj project_q project_v q v c_proj qkv_linear receptance".split()
 )
+NO_EXPERTS = "no experts held in one tensor"
 BESIDE_MAMBA = {"out_proj", "conv1d"}  # which PEFT does not take in models with Mamba layers
 
 
@@ -372,7 +373,7 @@ class Family:
                 if parameter.ndim == 3
             }
             if not found:
-                raise NotApplicable("no experts held in one tensor")
+                raise NotApplicable(NO_EXPERTS)
             return {"target_modules": [], "target_parameters": sorted(found)}
         chosen = sorted(self.linear() & ATTENTION) or sorted(self.linear() - BESIDE_MAMBA)[:1]
         if not chosen:
