@@ -32,11 +32,13 @@ def check_configs(ref: Side, aligned: Side, trust: Trust = NOTHING) -> None:
     """Warn where two configs differ in what may matter. Raises DeraError where they are of different models.
 
     Releases of transformers write different keys for one model, and spell some otherwise. So what two files say is
-    compared first, which takes no time, and where that differs, what transformers makes of them.
+    compared first, which takes no time, and where that differs, what transformers makes of them. Of a text model beside
+    a wrapped one it is what both say of the text decoder.
     """
     in_ref, in_aligned = (_flat(side.config) for side in (ref, aligned))
     if _differing(in_ref, in_aligned):
-        built = [_as_built(side, trust) for side in (ref, aligned)]
+        mixed = len({"text_config" in side.config for side in (ref, aligned)}) == 2
+        built = [_as_built(side, trust, mixed) for side in (ref, aligned)]
         if built[0] is not None and built[1] is not None:
             in_ref, in_aligned = (_flat(config) for config in built)
     keys = [key for key in in_ref | in_aligned if key.rpartition(".")[2] in _SAME_MEANING]
@@ -81,12 +83,13 @@ def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     return [key for key in keys if not any(map(_MAY_DIFFER.fullmatch, key.split(".")))]
 
 
-def _as_built(side: Side, trust: Trust) -> dict[str, Any] | None:
-    """A config with all that transformers fills in; None where it does not know the model."""
+def _as_built(side: Side, trust: Trust, text: bool) -> dict[str, Any] | None:
+    """A config, or its text decoder's, with all that transformers fills in; None where it does not know the model."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(side.base.folder, trust_remote_code=trust.code).to_dict()
+        config = AutoConfig.from_pretrained(side.base.folder, trust_remote_code=trust.code)
+        return config.get_text_config(decoder=True).to_dict() | {"architectures": None} if text else config.to_dict()
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError):
         return None
 

@@ -7,7 +7,6 @@ memory. Oracles: a state dict interpolated in memory, and PEFT's own unmerged fo
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM
 from transformers import Gemma3ForConditionalGeneration as Gemma3
+from wrapped import class_of, tiny
 
 from dera_merge import DeraError, DeraWarning, ModelPair
-from dera_merge.files.checkpoint import Checkpoint
-from dera_merge.models.adapter import Adapter
 from dera_merge.models.architecture import Architecture
 from dera_merge.models.names import match
-from dera_merge.models.side import Side
-from dera_merge.models.source import Source, load_config
+from dera_merge.models.side import open_sides
+from dera_merge.models.source import Source
+from dera_merge.models.trust import NOTHING
 
 pytestmark = pytest.mark.core
 
@@ -158,12 +157,8 @@ def gemmas(tmp_path_factory) -> list[Path]:
 
 def matched(*folders: Path, adapter: Path | None = None):
     """The tensors of θ(λ) for these models, and where each has them; `adapter` is on the first one."""
-    sides = []
-    for folder in folders:
-        source = Source(folder.name, folder)
-        sides.append(Side(source, source, None, Checkpoint(folder), load_config(source), load_config(source)))
-    if adapter:
-        sides.append(replace(sides[0], source=Source(adapter.name, adapter), adapter=Adapter(adapter)))
+    sources = [Source.locate(folder) for folder in (*folders, *([adapter] if adapter else []))]
+    sides = open_sides(sources[0], sources[1:], None, NOTHING)
     return match(sides, lambda: Architecture.of(folders[0]))
 
 
@@ -276,6 +271,34 @@ def test_a_layer_that_the_model_reads_past_peft_is_refused_unless_nothing_was_le
                 ModelPair.from_pretrained(base, adapter).merge(tmp_path / "refused", [1.0])
         else:
             assert_is_pefts(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("ref_is_wrapped", [True, False])
+def test_a_text_model_and_a_wrapped_one_merge_decode_and_turn_as_one_pair(gemmas, tmp_path, ref_is_wrapped):
+    folders = (gemmas[0], gemmas[2]) if ref_is_wrapped else (gemmas[2], gemmas[0])
+    classes = (Gemma3, Gemma3ForCausalLM) if ref_is_wrapped else (Gemma3ForCausalLM, Gemma3)
+    ref, aligned = (logits(each.from_pretrained(folder).eval()) for each, folder in zip(classes, folders, strict=True))
+    assert (ref - aligned).abs().max() > 0.01
+    pair = ModelPair.from_pretrained(*folders)
+    with pytest.warns(DeraWarning, match="the other is made without"):
+        (folder,) = pair.merge(tmp_path / "out", [1.0])
+    torch.testing.assert_close(logits(classes[0].from_pretrained(folder).eval()), aligned)
+    live = pair.merged(0.5)
+    live.set_lam(1.0)
+    torch.testing.assert_close(logits(live), aligned)
+    torch.testing.assert_close(logits(pair.exact(0.5)), (ref + aligned) / 2, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5", "Mistral3"])
+def test_wrapped_models_under_the_names_of_two_releases_merge_to_the_interpolation(tmp_path, name):
+    models = [tiny(name, seed) for seed in (0, 1)]
+    folders = [save(model, tmp_path / str(n), save_original_format=n == 0) for n, model in enumerate(models)]
+    assert weights(folders[0]).keys() != weights(folders[1]).keys() or name == "Qwen3_5"
+    (folder,) = ModelPair.from_pretrained(*folders).merge(tmp_path / "out", [0.5])
+    merged = class_of(name).from_pretrained(folder).state_dict()
+    for key, ref in models[0].state_dict().items():
+        expected = (ref.double() + models[1].state_dict()[key].double()) / 2
+        torch.testing.assert_close(merged[key].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_files_that_lack_an_expert_are_refused_in_one_line(made, tmp_path):
