@@ -22,7 +22,8 @@ NOTE = "settings.json"
 class Ledger:
     """Results of finished steps, each a dict of arrays, kept in a directory; not kept without one.
 
-    As a context it keeps other runs out of that directory. An error or an interruption leaves the finished steps there.
+    As a context it keeps other runs out of that directory. An interruption, or a disk or a server that fails, leaves
+    the finished steps there; other errors leave nothing of a run that began afresh.
 
     Args:
         folder: of the steps alone, or None.
@@ -55,6 +56,9 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # Bad input leaves nothing; a disk, a server that is gone, or an earlier run's steps are another matter.
+        if isinstance(error, DeraError) and not self._resume and not isinstance(error.__cause__, OSError):
+            self._clear_all()
         self._lock.close()
 
     def _look(self) -> None:
@@ -104,9 +108,13 @@ class Ledger:
 
     def close(self) -> None:
         """Remove the steps, and the folders made for them if empty: their result is safe."""
+        self._clear_all()
+        if self._folder is not None:
+            remove_empty([self._folder, *self._made])
+
+    def _clear_all(self) -> None:
         if self._folder is not None and self._folder.is_dir():
             self._clear()
-            remove_empty([self._folder, *self._made])
 
     def _clear(self) -> None:
         """The note last, as without it the rest says nothing."""
