@@ -135,7 +135,6 @@ DOORS: tuple[Door, ...] = (
     Door("models", f"{_LOADING}:WeightConverter", "source_patterns", "which tensors it takes"),
     Door("models", f"{_LOADING}:WeightConverter", "target_patterns", "whether it makes one tensor or several"),
     Door("compare", "torch.nn:Module", "_modules", "a model with a stand-in for its decoder", instance=True),
-    Door("adapters", "peft:PeftModel", "active_peft_config", "tells prompts, which have no weights, from adapters"),
     Door("adapters", "peft.tuners.tuners_utils", "BaseTunerLayer", "the modules that an adapter changes"),
     Door("adapters", "peft.utils.other", "AuxiliaryTrainingWrapper", "the modules that an adapter changes"),
     Door("adapters", _WRAPPER, "unload_and_optionally_merge_module", "merges one module",

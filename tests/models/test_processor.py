@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from builders import tokenizer
+from commands import run
 from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 from wrapped import IMAGE, class_of, tiny
 
 from dera_merge import DeraError, ModelPair
-from dera_merge.cli import main
 from dera_merge.texts import prompts
 from dera_merge.texts.generate import decode
 
@@ -86,14 +86,11 @@ def test_a_merge_brings_the_processor_that_only_the_reference_had(folders, pair,
     assert pair.merge(tmp_path / "out", [0.5], overwrite=True) == [out], "its own files, the processor's included"
 
 
-def test_the_command_line_shows_an_image(folders, picture, capsys, monkeypatch):
+def test_the_command_line_shows_an_image(folders, picture):
     _, tokens = own(folders[1], folders[0], picture, "w5 w9")
-    command = ["generate", *map(str, folders), "-l", "1", "--prompt", "w5 w9", "--image", str(picture)]
-    monkeypatch.setattr("sys.argv", ["dera-merge", *command, "--max-new-tokens", str(NEW), "--device", "cpu", "--json"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code
-    assert json.loads(capsys.readouterr().out)["token_ids"] == tokens
+    command = ["generate", *folders, "-l", "1", "--prompt", "w5 w9", "--image", picture]
+    done = run(*command, "--max-new-tokens", NEW, "--device", "cpu", "--json")
+    assert json.loads(done.stdout)["token_ids"] == tokens, done.stderr
 
 
 def test_what_cannot_be_seen_is_refused_in_one_line(pair, picture, tmp_path):
