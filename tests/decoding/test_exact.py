@@ -16,7 +16,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dera_merge import DeraConfig, DeraError, DeraForCausalLM, ModelPair, PlausibilityMask, Speculation
-from dera_merge.decoding.caches import PairCache, RowsCache
+from dera_merge.decoding.caches import RowsCache
 
 pytestmark = pytest.mark.core
 
@@ -322,14 +322,6 @@ def test_labels_give_the_mean_cross_entropy(exact):
     assert output.loss.item() == pytest.approx(-log_p[range(6), PROMPTS[2][1:]].mean().item(), rel=1e-5)
 
 
-def other_form(model):
-    """A pair's cache for a model that keeps rows, and the other way round."""
-    config = model.ref.config
-    if model.rows is None:
-        return RowsCache(DynamicCache(config=config), 2)
-    return PairCache(DynamicCache(config=config), DynamicCache(config=config))
-
-
 REFUSALS = {
     "a foreign cache": lambda m: m.generate(torch.tensor([[5]]), past_key_values=DynamicCache(), max_new_tokens=2),
     "generate_batch": lambda m: m.generate_batch([[5, 6]]),
@@ -350,7 +342,9 @@ REFUSALS = {
     "speculation without a draft": lambda m: m.generate(torch.tensor([[5]]), speculation=Speculation(), max_new_tokens=2),
     "hidden states": lambda m: m(torch.tensor([[5]]), output_hidden_states=True),
     "saving what has no name": lambda m: DeraForCausalLM(m.ref, m.aligned).save_pretrained("/nonexistent"),
-    "a cache of the other form": lambda m: m(torch.tensor([[5]]), past_key_values=other_form(m)),
+    "a cache of rows for two models": lambda m: DeraForCausalLM(m.ref, m.aligned)(
+        torch.tensor([[5]]), past_key_values=RowsCache(DynamicCache(config=m.ref.config), 2)
+    ),
 }
 
 
