@@ -110,7 +110,7 @@ def calibrate(
     set_seed(seed)
 
     names = bendable(pair)
-    if len({side.text.get("vocab_size") for side in pair.sides}) > 1:
+    if len({side.vocabulary_rows for side in pair.sides}) > 1:
         raise DeraError("the two vocabularies are padded differently; paths are learned for pairs of one size only")
     length, tokenizer = pair.context_length, pair.tokenizer
     given = None if prompts is None else prompt_files.fitting(prompts, tokenizer, max_new_tokens, length)

@@ -75,6 +75,7 @@ def commands(result: Sweep, pair: Pair, path: Curve | None) -> list[str]:
     lam, names = lambdas.name(result.best["lambda"]), [pair.ref.source.name, pair.aligned.source.name]
     names += [word for side in pair.sides[2:] for word in ("--aligned", side.source.name)]
     names += ["--stack"] if pair.stacked else []
+    names += ["--new-tokens", "aligned"] if pair.brings_tokens else []
     words = ["dera-merge", "merge", *names, "-l", lam, "-o", "merged"]
     words += ["--path", path.name] if path else []
     check = ["dera-merge", "compare", *names, "-l", lam, "--approx", "merged", "-o", "report"]

@@ -40,6 +40,10 @@ Stack = Annotated[
     bool | None,
     typer.Option("--stack/--no-stack", help="ALIGNED's adapter was trained on top of REF's (or not: no warning then)."),
 ]
+NewTokens = Annotated[
+    Literal["aligned", "refuse"],
+    typer.Option(help="Tokens that only ALIGNED has: its rows at every λ (docs/method.md), or refused but at λ=1."),
+]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (with weights_only=True).")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let transformers run code from checkpoints.")
@@ -74,6 +78,7 @@ class Given:
     base: str | None = None
     base_quantization: BaseQuantisation | None = None
     stack: bool | None = None
+    new_tokens: Literal["aligned", "refuse"] = "refuse"
     allow_pickle: bool = False
     trust_remote_code: bool = False
     as_json: bool = False
@@ -94,7 +99,8 @@ class Given:
 
         return ModelPair.from_pretrained(
             self.ref, [self.aligned, *(self.more or ())], base=self.base, base_quantization=self.base_quantization,
-            stack=self.stack, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code,
+            stack=self.stack, new_tokens=self.new_tokens, allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
 
     def lams(self, texts: list[str]) -> list[Any]:
@@ -122,7 +128,7 @@ def with_models(
     behind: dict[str, tuple[Any, Any]] = {
         **({"more": (More, None)} if several else {}), "base": (Base, None),
         **({"base_quantization": (BaseQuantization, None)} if base_quantization else {}),
-        "stack": (Stack, None),
+        "stack": (Stack, None), "new_tokens": (NewTokens, "refuse"),
         "allow_pickle": (AllowPickle, False), "trust_remote_code": (TrustRemoteCode, False), "as_json": (AsJson, False),
     }  # fmt: skip
 

@@ -37,7 +37,7 @@ from .dial import DialForCausalLM
 from .hooks import Sides, at, sees
 from .lambda_model import Lam, LambdaModel, Passes, causal_output
 from .load import load_sides
-from .mix import mix, shares_of
+from .mix import mix, on_new_rows, shares_of
 from .plausibility import PlausibilityMask
 from .speculation import MergedDraft, Speculation
 
@@ -54,6 +54,8 @@ class DeraForCausalLM(LambdaModel):
         as_configured: keep what the aligned model's generation config says of warpers, penalties and beams. Without it
             only end and padding tokens, lengths and the like are taken over, so that `generate` gives exact DeRa's
             texts unless its caller asks for something else.
+        known_rows: of the vocabulary, that the reference really has; the further ones are new tokens of the aligned
+            model, whose log-probabilities stand there (`mix.on_new_rows`). None: all.
 
     Attributes:
         left_out: what was not taken over, name → value.
@@ -76,6 +78,7 @@ class DeraForCausalLM(LambdaModel):
         lam: float | Sequence[float] = 1.0,
         rows: PreTrainedModel | None = None,
         as_configured: bool = False,
+        known_rows: int | None = None,
     ) -> None:
         aligned = [aligned] if isinstance(aligned, PreTrainedModel) else list(aligned)
         sizes = (model.config.get_text_config(decoder=True).vocab_size for model in (ref, *aligned))
@@ -86,6 +89,7 @@ class DeraForCausalLM(LambdaModel):
         self.aligned = aligned[0]
         self.others = torch.nn.ModuleList(aligned[1:])
         self.rows = rows
+        ref.dera_known_rows = known_rows
         self._passes = [Passes(model) for model in self.sides]
         self._pass_of_rows = None if rows is None else Passes(rows)
         self.eval()
@@ -146,6 +150,8 @@ class DeraForCausalLM(LambdaModel):
             "use_cache": bool(use_cache), "logits_to_keep": logits_to_keep,
         }  # fmt: skip
         (ref, *aligned), state = (self._one_pass if together else self._a_pass_each)(given, kwargs, cache)
+        if self.ref.dera_known_rows is not None:
+            ref, aligned[0] = on_new_rows(ref, aligned[0], self.ref.dera_known_rows)
         logits = mix([ref, *aligned], shares_of(self._lams(lam, len(input_ids)).to(ref.device)))
         if plausibility is not None:
             kept = logits_to_keep if isinstance(logits_to_keep, int) else 0  # which not every architecture heeds
@@ -398,8 +404,7 @@ class DeraForCausalLM(LambdaModel):
         Raises:
             DeraError: ALIGNED's tokenizer uses tokens that REF does not have, or the models cannot be loaded.
         """
-        if pair.new_tokens:
-            raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; use ALIGNED alone (λ=1)")
+        pair.check_tokens(merged=False)
         places = [device, device] if isinstance(device, str | torch.device) else list(device)
         if len(places) != 2:
             raise DeraError(f"exact DeRa runs two models; {len(places)} devices were given, expected one or two")
@@ -410,7 +415,8 @@ class DeraForCausalLM(LambdaModel):
             lam = 1.0 if pair.models == 1 else [1 / pair.models] * pair.models
         config = pair.generation_config()
         ref, aligned, rows = load_sides(pair, dtype, devices, **kwargs)
-        model = cls(ref, aligned, lam=lam, rows=rows, as_configured=as_configured)
+        known = pair.ref.vocabulary_rows if pair.brings_tokens else None
+        model = cls(ref, aligned, lam=lam, rows=rows, as_configured=as_configured, known_rows=known)
         model.config.pair = pair.opened_as()
         if config:
             model._configure(config, as_configured)

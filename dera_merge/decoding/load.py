@@ -51,6 +51,8 @@ def load_sides(
             model = load_model(folder, dtype, device, pair.trust, **{"config": config, **kwargs})
             if requantise:
                 _put(pair.names.weights[number].stored, model, pair.architecture)
+            if pair.brings_tokens and folder == pair.ref.base.folder:
+                _grow(model, pair)
             bases[folder, device, requantise] = model
         base = bases[folder, device, requantise]
         return _with_adapters(base, side.adapters, device) if side.adapter else base
@@ -133,7 +135,7 @@ def _tree_for(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
             raise DeraError(
                 f"{adapter.folder} changes the base when it is loaded; that needs a base which is not quantised"
             )
-        return second_tree(base)
+        return adapter.resized(second_tree(base))
     # A second module tree over the same storages. The Parameter objects are new, so that an adapter which assigns to
     # `.data` cannot reach the reference; what is written in place (by PiSSA and its kind, or embeddings that came with
     # the adapter) gets a copy.
@@ -146,7 +148,25 @@ def _tree_for(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         id(p): torch.nn.Parameter(p.data.clone() if id(p) in written else p.data, requires_grad=False)
         for p in base.parameters()
     }
-    return copy.deepcopy(base, memo=dict(twins))
+    return adapter.resized(copy.deepcopy(base, memo=dict(twins)))
+
+
+def _grow(model: PreTrainedModel, pair: Pair) -> None:
+    """Give a model the rows of the vocabulary that it lacks: ALIGNED's, which stand at every λ."""
+    height = model.get_input_embeddings().weight.shape[0]
+    if height >= pair.vocab_size:
+        return
+    with LOADING:
+        model.resize_token_embeddings(pair.vocab_size, mean_resizing=False)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if pair.names.unties and ends[1] is not None and ends[0].weight is ends[1].weight:
+        model.config.tie_word_embeddings = False
+        ends[1].weight = torch.nn.Parameter(ends[0].weight.detach().clone(), requires_grad=False)
+    parameters = model.state_dict()  # the state shares memory with the model
+    for name, info in pair.tensors.items():
+        if info.rows > pair.names.ref.info(name).rows:
+            place = parameters[pair.layout.group_of[name].targets[0]]
+            place[height:] = pair.names.weights[1].effective(name, height, info.rows).to(place)
 
 
 def _put(stored: Stored, model: PreTrainedModel, architecture: Architecture) -> None:

@@ -169,6 +169,8 @@ def in_rows(base: PreTrainedModel, ref: PreTrainedModel, *aligned: PreTrainedMod
             )
         if not (isinstance(base, torch.nn.Linear | torch.nn.Embedding | Conv1D) or "Norm" in type(base).__name__):
             return False  # attention or a state-space layer, say: it has a cache, or methods besides forward
+        if isinstance(base, torch.nn.Linear) and len({getattr(side, "out_features", None) for side in sides}) > 1:
+            return False  # heads over vocabularies of different sizes
         model.set_submodule(name, MixedRows(sides[0], sides[1:], strength))
         return True
 

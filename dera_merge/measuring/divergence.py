@@ -16,7 +16,7 @@ import torch
 
 from ..lambdas import Lam, numbers
 from ..statistics.summary import aligned_name, covariance_name
-from .traces import Trace
+from .traces import Trace, logits_of
 
 HEAD_VALUES = 1 << 22  # logits of one model that exist at a time; below a few dozen tokens the head is slow
 REDUCE_VALUES = 1 << 18  # logits that a CPU reduces at a time in float64, so that they stay in its cache
@@ -78,7 +78,7 @@ def divergences(
     figures: dict[Lam, dict[str, list[torch.Tensor]]] = {lam: {} for lam, _ in approximations}
     device = exact[0].hidden.device
     for chunk, parts in chunks(len(exact[0].hidden), vocab_size, device):
-        sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in exact]
+        sides = logits_of(exact, chunk, vocab_size)
         approx_logits = [
             {name: trace.head(trace.hidden[chunk])[:, :vocab_size] for name, trace in traces.items()}
             for _, traces in approximations
@@ -145,7 +145,7 @@ def between_mixtures(
     """
     kl: dict[Lam, list[torch.Tensor]] = {lam: [] for lam in lams}
     for chunk, parts in chunks(len(exact[0].hidden), vocab_size, exact[0].hidden.device):
-        logits = [t.head(t.hidden[chunk])[:, :vocab_size] for t in (*exact, *other)]
+        logits = [*logits_of(exact, chunk, vocab_size), *logits_of(other, chunk, vocab_size)]
         for part in parts:
             log = [log_softmax(side_logits[part]) for side_logits in logits]
             ours, theirs = log[: len(exact)], log[len(exact) :]
@@ -174,7 +174,7 @@ def densities(
     logp, kl = [], []
     device = exact[0].hidden.device
     for chunk, parts in chunks(len(exact[0].hidden), vocab_size, device):
-        sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in exact]
+        sides = logits_of(exact, chunk, vocab_size)
         chosen = tokens[chunk].to(device)
         for part in parts:
             log_ref, *log_aligned = (log_softmax(side[part]) for side in sides)
@@ -206,7 +206,7 @@ def gram(exact: Sequence[Trace], vocab_size: int) -> np.ndarray:
     """The mean of `covariances` over all tokens, (models, models); `exact` as for `divergences`."""
     per_token = []
     for chunk, parts in chunks(len(exact[0].hidden), vocab_size, exact[0].hidden.device):
-        sides = [side.head(side.hidden[chunk])[:, :vocab_size] for side in exact]
+        sides = logits_of(exact, chunk, vocab_size)
         for part in parts:
             log_ref, *log_aligned = (log_softmax(side[part]) for side in sides)
             per_token.append(covariances(log_ref, log_aligned).cpu())

@@ -150,7 +150,9 @@ def inspect_pair(
     lost = [name for name, row in changed.items() if row["kept"] < ENOUGH]
     lost += [name for name, row in kept.items() if not row.square and row.error]  # changed where nothing should be
     layers = {kind: figures(row) for kind, row in sorted(sums.items())}
-    problem = "ALIGNED's tokenizer has tokens that REF has no embedding for; only λ=1" if pair.new_tokens else None
+    problem = None
+    if pair.brings_tokens and pair.new_tokens == "refuse":
+        problem = "ALIGNED's tokenizer has tokens that REF has no embedding for; only λ=1, or --new-tokens aligned"
     total, together = figures(sum(sums.values(), torch.zeros(3 + len(STEPS)))), Sums()
     for row in kept.values():
         if row.weights:
@@ -159,7 +161,7 @@ def inspect_pair(
     if together.square:
         total |= survival(together)
         said = None if merged is not None else doubt(total["kept"], total["error"], storage.rounding, 1.0)
-    elif not pair.new_tokens:
+    elif not pair.brings_tokens:
         problem = NO_CHANGE
     return {"problem": problem, "layers": layers, "total": total, "tensors": changed, "lost": lost, "doubt": said}
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..decoding.mix import on_new_rows
 from ..errors import DeraError
 from ..models import doors
 
@@ -45,6 +46,7 @@ class Trace:
 
     hidden: torch.Tensor
     head: Head
+    known_rows: int | None = None  # of the vocabulary, in a reference that lacks tokens of ALIGNED's
 
 
 def tokens_of(texts: Sequence[Text]) -> torch.Tensor:
@@ -103,7 +105,19 @@ def trace_of(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.Mod
         hidden |= dict(zip(batch, scored(states, chosen).split(sizes), strict=True))
     head = head_of(model, heads)
     _check_head(model, head, texts[0], hidden[0])
-    return Trace(torch.cat([hidden[index] for index in range(len(texts))]), head)
+    known_rows = getattr(model, "dera_known_rows", None)
+    return Trace(torch.cat([hidden[index] for index in range(len(texts))]), head, known_rows)
+
+
+def logits_of(sides: Sequence[Trace], chunk: slice, vocab_size: int) -> list[torch.Tensor]:
+    """What exact DeRa mixes of the tokens in `chunk`: logits (tokens, vocabulary) of the reference and aligned models.
+
+    Where ALIGNED's vocabulary grew, they are log-probabilities, as `mix.on_new_rows` defines.
+    """
+    logits = [side.head(side.hidden[chunk])[:, :vocab_size] for side in sides]
+    if (rows := sides[0].known_rows) is not None:
+        logits[:2] = on_new_rows(*logits[:2], rows)
+    return logits
 
 
 def decoder_of(model: PreTrainedModel) -> tuple[str, torch.nn.Module]:

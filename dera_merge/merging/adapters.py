@@ -112,6 +112,8 @@ def merge_adapters(
     if extract_rank:
         pair.only_pair("--extract-rank is")
     tensors = pair.tensors
+    if pair.names.vocabulary is not None:
+        raise DeraError("the vocabulary grew, and an adapter over the base does not hold new rows; --format full does")
     if extract_rank and pair.ref.adapter:
         raise DeraError("--extract-rank makes an adapter over REF, which must be a full model, not an adapter itself")
     if extract_rank and rank:
@@ -141,6 +143,10 @@ def merge_adapters(
     outputs = open_outputs(pair, out, lams, recipe, {FILE: layout}, resume=resume, overwrite=overwrite)
     config = _config(pair, modules, width)
     beside = _companions(pair)
+    if more := pair.ends_beyond_base():
+        tokens = ", ".join(map(str, more))
+        warn(f"engines end texts as the base's files say, and other files call {tokens} an end too; an adapter cannot "
+             "say so, name it as a stop token where you serve")  # fmt: skip
     with writing(outputs, overwrite=overwrite) as pending:
         if pending:
             figures = _write(pair.names, pending, modules, whole, layout, storage, curve, progress)

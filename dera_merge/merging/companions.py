@@ -77,6 +77,9 @@ def config_of(pair: Pair, ending: Ending, dtype: torch.dtype | None) -> dict[str
     config = cleaned(pair.ref.config, _code(pair), quantised=pair.ref.quantisation is not None)
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    if (rows := pair.names.vocabulary) is not None:
+        text = config.get("text_config") if "vocab_size" not in config else None
+        (text if isinstance(text, dict) else config)["vocab_size"] = rows
     if pair.names.unties:
         config["tie_word_embeddings"] = False
     return config | {key: value for key, value in ending.ids.items() if key in config or value is not None}

@@ -38,6 +38,8 @@ class _Dial:
     def build(self, lam: Lam, dtype: torch.dtype | str) -> PreTrainedModel:
         """A new model at λ, by transformers' own loading, which knows about tied, renamed and fused tensors."""
         config = self.pair.ref.built_config(self.pair.trust.code)
+        if self.pair.names.vocabulary is not None:
+            config.get_text_config(decoder=True).vocab_size = self.pair.names.vocabulary
         if self.pair.names.unties:
             config.tie_word_embeddings = False
         state = dict(self.weights(lam))
@@ -100,6 +102,7 @@ def live(
             λ.
     """
     (lam,) = pair.known([lam])
+    pair.check_tokens([lam])
     storage = Storage.of(pair.names, torch.float32 if dtype is None else dtype, rounding, seed)
     dial = _Dial(pair, storage, opened(path, pair, [lam]))
     model = dial.build(lam, compute_dtype or (torch.float32 if dtype is None else dtype)).to(device).eval()
@@ -114,6 +117,7 @@ def _set_lam(model: PreTrainedModel, lam: float | Sequence[float]) -> None:
     """Turn λ in place: the parameters become those of a fresh merge. Not while another thread generates."""
     dial: _Dial = model._dera_dial
     (lam,) = dial.pair.known([lam])
+    dial.pair.check_tokens([lam])
     parameters = model.state_dict()  # shares memory with the model
     groups = dial.pair.layout.group_of  # the tensors that the model has
     if all(group.is_renamed for group in groups.values()):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,13 +77,10 @@ def merge(
         raise DeraError(f"--shard {shard[0]}/{shard[1]} is not a share; give i/n with 1 ≤ i ≤ n")
     if shard and overwrite:
         raise DeraError("--shard does not go with --overwrite: one process would remove what another writes")
-    source, curve = pair, opened(path, pair, lams)
-    if pair.new_tokens:
-        if set(lams) != {1.0} or pair.models > 1:
-            raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; only λ=1 can be merged")
-        source = replace(pair, sides=(pair.aligned, pair.aligned))
-    storage = Storage.of(source.names, dtype, rounding, seed, allow_nonfinite)
-    shards = split_into_shards(storage.layout(source.names), max_shard_size)
+    curve = opened(path, pair, lams)
+    pair.check_tokens(lams)
+    storage = Storage.of(pair.names, dtype, rounding, seed, allow_nonfinite)
+    shards = split_into_shards(storage.layout(pair.names), max_shard_size)
     share = list(shards)[shard[0] - 1 :: shard[1]] if shard else list(shards)
 
     recipe = describe_pair(pair, curve) | {
@@ -99,10 +95,10 @@ def merge(
         for output in pending:
             output.look(share)
         if pending:
-            _write_shards(source.names, pending, share, storage, curve, progress)
+            _write_shards(pair.names, pending, share, storage, curve, progress)
         for output, end in zip(outputs, endings, strict=True):
             if output in pending and output.all_done() and (not together or output.claim()):
-                config = config_of(source, end, storage.dtype)
+                config = config_of(pair, end, storage.dtype)
                 output.finish("config.json", config, beside | generation_file(end))
     return [output.folder for output in outputs]
 

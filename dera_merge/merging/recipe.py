@@ -83,6 +83,7 @@ def describe_pair(pair: Pair, curve: Curve | None = None) -> dict[str, Any]:
         **({"others": [describe(side) for side in others]} if others else {}),
         "fingerprint": fingerprint(pair),
         **({"stack": True} if pair.stacked else {}),
+        **({"new_tokens": pair.new_tokens} if pair.brings_tokens else {}),
         "base_quantization": pair.base_quantization if pair.requantises else None,
         "path": curve.describe() if curve else "line",
         "versions": {name: _version(name) for name in ("dera-merge", "torch", "numpy", "numba")},

@@ -98,7 +98,11 @@ class Slice:
         """
         buffers = buffers or Buffers()
         ref, *aligned = names.weights
-        info, dtype = ref.info(name), storage.dtype_of(names, name)
+        info, dtype = names.tensors[name], storage.dtype_of(names, name)
+
+        def within(height: int) -> int:  # how many of these rows a tensor has
+            return max(0, min(stop, height) - start)
+
         shape = (stop - start, *info.row_shape)
         fields = (name, start * math.prod(info.row_shape), dtype, storage)
         if names.is_same(name):
@@ -109,22 +113,27 @@ class Slice:
             compute = torch.bfloat16  # the compiled kernel widens on the way
         else:
             compute = torch.float32 if dtype.itemsize == 2 else torch.float64
-        rows = buffers.take("ref", shape, compute)
-        ref.base_rows(name, start, stop, rows, buffers)
+        rows, base = buffers.take("ref", shape, compute), ref.info(name)
+        ref.base_rows(name, start, start + within(base.rows), rows[: within(base.rows)], buffers)
         aligned_rows: list[torch.Tensor | None] = []
         for number, side in enumerate(aligned, 1):
             side_rows = buffers.take(f"aligned {number}", shape, compute) if names.differs(name, number) else None
             aligned_rows.append(side_rows)
             if side_rows is None:
                 continue
-            if (side_info := side.info(name)) is info:
+            if (side_info := side.info(name)) is base:
                 side_rows.copy_(rows)
             else:
-                common = max(start, min(stop, side_info.rows))
-                side.base_rows(name, start, common, side_rows[: common - start], buffers)
-                side_rows[common - start :] = rows[common - start :]  # padding rows of the vocabulary that only REF has
+                common = within(side_info.rows)
+                side.base_rows(name, start, start + common, side_rows[:common], buffers)
             side.adapt(name, start, stop, side_rows)
         ref.adapt(name, start, stop, rows)
+        # Rows of the vocabulary that one side alone has are that side's at every λ.
+        known = within(ref.rows(name))
+        for side, side_rows in zip(aligned, aligned_rows, strict=True):
+            if side_rows is not None:
+                side_rows[within(side.rows(name)) :] = rows[within(side.rows(name)) :]
+                rows[known:] = side_rows[known:]
         return [cls(*fields, rows, side_rows, buffers) for side_rows in aligned_rows]
 
     def at(

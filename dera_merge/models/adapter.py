@@ -133,6 +133,31 @@ class Adapter:
         """Whether it brings the base's embeddings (`save_embedding_layers`), which PEFT writes into the base."""
         return any(COPY.search(key) for key in self.checkpoint.tensors)
 
+    @cached_property
+    def keys(self) -> set[str]:
+        """The keys of its tensors that count.
+
+        Of embeddings that grew and were trained whole, PEFT stores each three times: plainly, which counts, and under
+        the two names of its wrapper's parts.
+        """
+        keys = self.checkpoint.tensors.keys()
+        parts = {key: re.sub(r"\.(modules_to_save|original_module)\.", ".", key) for key in keys}
+        return {key for key in keys if parts[key] == key or parts[key] not in keys}
+
+    @cached_property
+    def vocabulary_rows(self) -> int | None:
+        """Rows of the embeddings that it brings whole, more or fewer than the base's; None: it brings none."""
+        tensors = self.checkpoint.tensors
+        return max((info.rows for key, info in tensors.items() if COPY.search(key)), default=None)
+
+    def resized(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with as many rows of the vocabulary as this adapter's embeddings have, in place."""
+        rows = self.vocabulary_rows
+        if rows is not None and model.get_input_embeddings().weight.shape[0] != rows:
+            with LOADING:
+                model.resize_token_embeddings(rows, mean_resizing=False)
+        return model
+
     @property
     def is_plain(self) -> bool:
         """Whether all that it does are sums s·BA and tensors that were trained whole."""
@@ -187,7 +212,7 @@ class Adapter:
         from peft import PeftModel, get_peft_model_state_dict
 
         doors.check("adapters")
-        stored = self.checkpoint.tensors.keys()  # before PEFT reads: pickles need permission
+        stored = self.keys  # before PEFT reads: pickles need permission
         self._check_patterns(name for name, _ in model.named_modules())
         try:
             with LOADING:
@@ -215,7 +240,7 @@ class Adapter:
         """The names that PEFT makes of those in the file, which may be those of another release of transformers."""
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-        shapes = {key: torch.empty(info.shape, device="meta") for key, info in self.checkpoint.tensors.items()}
+        shapes = {key: torch.empty(self.checkpoint.tensors[key].shape, device="meta") for key in self.keys}
         if get_checkpoint_conversion_mapping(model.config.model_type) is None:
             return set(shapes)
         from peft import PeftType
@@ -251,7 +276,7 @@ class Adapter:
         if not self.checkpoint.tensors:
             raise DeraError(f"{self.folder} holds no tensors; the adapter changes nothing")
         pieces: dict[str, list[Piece]] = {}
-        if self.is_plain and self._as_peft_reads(architecture.model) == self.checkpoint.tensors.keys():
+        if self.is_plain and self._as_peft_reads(architecture.model) == self.keys:
             self._check_patterns({name.rpartition(".")[0] for name in architecture.shapes})
             modules = self._modules()
             for module, keys in modules.items():
@@ -261,14 +286,15 @@ class Adapter:
                 raise DeraError(f"{self.folder} lacks tensors of {len(lacking)} modules that its config names "
                                 f"({lacking[0]}), which would stay the base's; save it again")  # fmt: skip
         else:  # PEFT knows what it does to the base, and the names that transformers 4 had for modules
-            adapted = PeftModules(self.folder, lambda model: self.load_onto(model, "cpu"), read_base, build())
+            model = self.resized(build())
+            adapted = PeftModules(self.folder, lambda model: self.load_onto(model, "cpu"), read_base, model)
             pieces |= {name: [piece] for name, piece in adapted.pieces()}
         return pieces
 
     def _modules(self) -> dict[str, dict[str, str]]:
         """The modules of a plain adapter: what follows their name in a key → the key."""
         modules: dict[str, dict[str, str]] = {}
-        for key in self.checkpoint.tensors:
+        for key in self.keys:
             suffix = _SUFFIX.search(key)
             if not key.startswith(PREFIX) or not suffix:
                 raise DeraError(f"{self.folder}: key {key!r} is none that a LoRA adapter has")
@@ -349,7 +375,8 @@ class Adapter:
             twin = same_place(name, architecture.shapes)
             why = f"the base's is {twin}, so rename the adapter's keys" if twin else "is it for another base?"
             raise DeraError(f"{self.folder} changes {name}, which the base model does not have; {why}")
-        if shape != architecture.shapes[name]:
+        grown = shape[:1] == (self.vocabulary_rows,) and shape[1:] == architecture.shapes[name][1:]
+        if shape != architecture.shapes[name] and not (grown and COPY.search(name)):
             raise DeraError(
                 f"{self.folder} does not fit the base: {name} is {list(architecture.shapes[name])} there, "
                 f"the adapter's change has {list(shape)}"

@@ -33,7 +33,8 @@ _WRAPPERS = {
 _INSIDE = re.compile(r"\.(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|_flat_param")
 _UNMERGED = re.compile(r"\.(base_layer|lora_[AB]|lora_embedding_[AB])(\.|$)")
 _NAMED = re.compile(
-    r"\.(lora_[AB]\.\w+\.weight|(lora_embedding_[AB]|(hada|lokr)_w[12](_[ab])?|ia3_l|modules_to_save)\.\w+(\.weight)?)$"
+    r"\.(lora_[AB]\.\w+\.weight|modules_to_save\.\w+\.(weight|bias)"
+    r"|(lora_embedding_[AB]|(hada|lokr)_w[12](_[ab])?|ia3_l)\.\w+(\.weight)?)$"
 )
 _OWN = re.compile(r"(^|\.)(lora_|hada_|lokr_|ia3_l|oft_)")
 

@@ -60,7 +60,7 @@ class Told:
     def tokenizer(self) -> list[int]:
         """The end token of its tokenizer, or its base's."""
         folder = tokenizer_folder([self.side])
-        return [] if folder is None else end_of_tokenizer(folder, self.side.config.get("vocab_size"))
+        return [] if folder is None else end_of_tokenizer(folder, self.side.vocabulary_rows)
 
     @property
     def is_silent(self) -> bool:
@@ -74,6 +74,12 @@ class Told:
         return _distinct([*(token for entry in told for token in _ids(entry.get("eos_token_id"))), *self.tokenizer])
 
     @cached_property
+    def of_base(self) -> list[int]:
+        """What its base alone ends with: by its generation config, or by its config."""
+        base = _ids((generation_settings(self.side.base.folder) or {}).get("eos_token_id"))
+        return base or _ids(_special(self.side.config)["eos_token_id"])
+
+    @cached_property
     def own(self) -> list[int]:
         """What ends this model alone, as transformers would have it.
 
@@ -82,10 +88,8 @@ class Told:
         """
         if verbatim := _ids((self.generation or {}).get("eos_token_id")):
             return verbatim
-        base = _ids((self.inherited or {}).get("eos_token_id"))
-        brings = self.side.adapter is None or self.side.source.has_tokenizer()
-        return _distinct([*(base or _ids(_special(self.side.config)["eos_token_id"])),
-                          *(self.tokenizer if brings or not base else ())])  # fmt: skip
+        brings = self.side.adapter is None or self.side.source.has_tokenizer() or self.inherited is None
+        return _distinct([*self.of_base, *(self.tokenizer if brings else ())])
 
     def ending(self) -> Ending:
         """How this side ends by itself."""

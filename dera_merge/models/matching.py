@@ -214,11 +214,7 @@ class _Matching:
 
     def changed(self, number: int, name: str, pieces: Sequence[Piece]) -> torch.Tensor:
         """A whole tensor of a side's base in float32, with what adapters do to it."""
-        key = self.key(number, name)
-        whole, info = self.bases[number].whole(key), self.bases[number].info(key)
-        for piece in pieces:
-            piece.apply(whole.view(info.rows, *info.row_shape), 0, info.rows)
-        return whole
+        return self.bases[number].whole(self.key(number, name), pieces)
 
     def check_read(self, number: int, name: str, pieces: Sequence[Piece]) -> None:
         """Raise DeraError where an adapter changes a weight that the model reads without the adapter."""
@@ -253,12 +249,11 @@ class _Matching:
 
     def digest(self, number: int, key: Key, pieces: Sequence[Piece], dtype: torch.dtype) -> bytes:
         """SHA-256 of a tensor of the files with what an adapter does to it, in this dtype, a few rows at a time."""
-        info, buffers, digest = self.bases[number].info(key), Buffers(), hashlib.sha256()
-        for start, stop in slices(info):
+        base, buffers, digest = self.bases[number], Buffers(), hashlib.sha256()
+        info = base.info(key)
+        for start, stop in slices(info, stop=base.height(key, pieces)):
             rows = buffers.take("rows", (stop - start, *info.row_shape), dtype)
-            self.bases[number].rows(key, start, stop, rows, buffers)
-            for piece in pieces:
-                piece.apply(rows, start, stop)
+            base.changed(key, pieces, start, stop, rows, buffers)
             if dtype == torch.float32:
                 rows.add_(0.0)  # -0 and +0 are one value
             digest.update(as_bytes(rows))

@@ -8,13 +8,14 @@ be.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import DeraError
 from ..files.checkpoint import REAL, TensorInfo, slices
 from .architecture import Architecture
+from .damage import COPY
 from .layout import Assembled
 from .matching import match_two
 from .pieces import Replacement
@@ -32,6 +33,7 @@ class Names:
         tensors: name → REF's tensor; the names, shapes and dtypes of θ(λ).
         weights: the effective weights of the reference, and then of each aligned model, by these names.
         unties: whether θ(λ) has two tensors where REF's config says that one is shared.
+        vocabulary: rows of the vocabulary, where they are more than REF's base has; its tensors are as tall then.
         quantised_modules: modules of which REF stores a tensor that is no real numbers.
     """
 
@@ -39,6 +41,7 @@ class Names:
     weights: tuple[Weights, ...]
     unties: bool
     quantised_modules: frozenset[str]
+    vocabulary: int | None = None
 
     @property
     def ref(self) -> Weights:
@@ -72,7 +75,7 @@ class Names:
 
 def match(
     sides: Sequence[Side], architecture: Callable[[], Architecture], base_quantization: str | None = None,
-    trust: Trust = NOTHING,
+    trust: Trust = NOTHING, new_tokens: bool = False,
 ) -> Names:  # fmt: skip
     """Put the weights of a reference and its aligned models in correspondence.
 
@@ -82,6 +85,8 @@ def match(
             one, and building it takes seconds.
         base_quantization: what the adapters' base was quantised to in training; None where it was not.
         trust: what may be read and run of the files.
+        new_tokens: whether rows of the vocabulary that only an aligned model has are tokens, not padding; then θ(λ) has
+            them.
 
     Raises:
         DeraError: they do not correspond, or are quantised.
@@ -109,9 +114,12 @@ def match(
         if odd := sorted(first.keys.keys() ^ ref_weights.keys.keys()):
             names = f"{side.source.name} and {aligned[0].source.name}"
             raise DeraError(f"{names} tie embeddings differently ({odd[0]}); they cannot be merged, decode exactly")
+    weights = (first, *(weights for _, weights, _ in matches))
     tensors = {name: first.info(name) for name in first.keys}
+    grown = _grown(tensors, weights if new_tokens else weights[:1])
+    tensors |= {name: replace(tensors[name], shape=(rows, *tensors[name].row_shape)) for name, rows in grown.items()}
     unties = any(unties for _, _, unties in matches)
-    return Names(tensors, (first, *(weights for _, weights, _ in matches)), unties, quantised)
+    return Names(tensors, weights, unties, quantised, max(grown.values(), default=None))
 
 
 def is_requantised(side: Side, ref: Side) -> bool:
@@ -128,6 +136,25 @@ def layer_kind(name: str) -> str:
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     inner = parts[numbers[-1] + 1 :] if numbers else parts[-1:]
     return ".".join(inner) or name
+
+
+def _grown(tensors: Mapping[str, TensorInfo], sides: Sequence[Weights]) -> dict[str, int]:
+    """Embeddings and head that some side has more rows of than REF's base, and how many.
+
+    Raises:
+        DeraError: one of them grew, and the rows of the other were not saved.
+    """
+    grown = {}
+    for name, info in tensors.items():
+        rows = max(weights.rows(name) for weights in sides if name in weights.keys)
+        if rows > info.rows:
+            grown[name] = rows
+    for name, info in tensors.items() if grown else ():
+        if name not in grown and COPY.search(name) and info.rows < max(grown.values()):
+            taller, rows = next(iter(grown.items()))
+            raise DeraError(f"{taller} has {rows} rows of the vocabulary, but {name} only {info.rows}; the others were "
+                            "not saved with the adapter: merge it where it was trained (merge_and_unload)")  # fmt: skip
+    return grown
 
 
 def _requantised(side: Side, architecture: Architecture, kind: str) -> Requantised:

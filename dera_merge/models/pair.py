@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .. import lambdas
 from ..errors import DeraError
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 
+NewTokens = Literal["aligned", "refuse"]
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """A reference model and an aligned model, or several; make one with `from_pretrained`.
@@ -42,11 +45,13 @@ class Pair:
         sides: the reference, and each aligned model.
         base_quantization: what the adapters' base was quantised to when they were trained; None and `"none"`: nothing.
         trust: what may be read and run of the files.
+        new_tokens: what becomes of tokens that only ALIGNED has.
     """
 
     sides: tuple[Side, ...]
     base_quantization: str | None = None
     trust: Trust = NOTHING
+    new_tokens: NewTokens = "refuse"
 
     @classmethod
     def from_pretrained(
@@ -57,6 +62,7 @@ class Pair:
         base: str | os.PathLike[str] | None = None,
         base_quantization: str | None = None,
         stack: bool | None = None,
+        new_tokens: NewTokens = "refuse",
         ref_revision: str | None = None,
         aligned_revision: str | None = None,
         allow_pickle: bool = False,
@@ -73,6 +79,9 @@ class Pair:
                 configs record, `"none"` the base as it is.
             stack: whether adapters of ALIGNED were trained on top of REF's adapter, so that an aligned model is REF's
                 adapter plus its own. None: where an adapter's config names REF; a warning where nothing says so.
+            new_tokens: what becomes of tokens that ALIGNED's tokenizer has and REF has no rows for. `"refuse"`: only
+                λ=1 is merged. `"aligned"`: ALIGNED's rows stand at every λ; exact decoding mixes log-probabilities
+                then, as `mix.on_new_rows` defines.
             ref_revision, aligned_revision: Hub revisions; several aligned models name theirs as `id@revision`.
             allow_pickle: read `.bin` files where there is no safetensors file (never without `weights_only=True`).
             trust_remote_code: let transformers run code that comes with the checkpoints.
@@ -97,7 +106,10 @@ class Pair:
             check_configs(sides[0], side, trust)
             check_apart(sides[0], side)
             tokenizer.check_tokenizers(sides[0], side, trust)
-        return cls(sides, quantised, trust)
+        pair = cls(sides, quantised, trust, new_tokens)
+        if new_tokens == "aligned" and pair.brings_tokens:
+            pair.only_pair("--new-tokens aligned is")
+        return pair
 
     # The sides
 
@@ -179,7 +191,7 @@ class Pair:
             DeraError: the sides' weights cannot be put in correspondence, or are quantised.
         """
         quantised = self.base_quantization if self.requantises else None
-        return match(self.sides, lambda: self.architecture, quantised, self.trust)
+        return match(self.sides, lambda: self.architecture, quantised, self.trust, self.brings_tokens)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -227,19 +239,31 @@ class Pair:
         return load_processor(files[0].parent, self.tokenizer, self.trust)
 
     @cached_property
-    def new_tokens(self) -> bool:
+    def brings_tokens(self) -> bool:
         """Whether an aligned model's tokenizer uses rows of the vocabulary that REF does not have."""
-        rows = self.ref.text.get("vocab_size")
+        rows = self.ref.vocabulary_rows
         return any(self._brings_tokens(side, rows) for side in self.sides[1:])
 
     def _brings_tokens(self, side: Side, rows: int | None) -> bool:
         """Whether a side's tokenizer has ids beyond REF's `rows` of the vocabulary."""
-        side_rows = side.text.get("vocab_size")
+        side_rows = side.vocabulary_rows
         if rows is None or side_rows is None or side_rows <= rows:
             return False
         folder = tokenizer.tokenizer_folder((side, self.ref)) or self.tokenizer_folder
         loaded = tokenizer.load_tokenizer(folder, self.ref.base.folder, self.trust)
         return max(loaded.get_vocab().values()) >= rows
+
+    def check_tokens(self, lams: Iterable[lambdas.Lam] = (), merged: bool = True) -> None:
+        """Raise DeraError where ALIGNED has tokens that REF has no rows for, and what to do with them is not said.
+
+        Args:
+            lams: λ that are wanted.
+            merged: in weight space, where ALIGNED alone is plain.
+        """
+        if self.brings_tokens and self.new_tokens == "refuse" and not (merged and {*lams} == {1.0}):
+            alone = "only λ=1 can be merged" if merged else "use ALIGNED alone (λ=1)"
+            raise DeraError(f"ALIGNED's tokenizer has tokens that REF has no embedding for; {alone}, or pass "
+                            "--new-tokens aligned: ALIGNED's rows at every λ")  # fmt: skip
 
     @cached_property
     def _told(self) -> list[Told]:
@@ -248,6 +272,11 @@ class Pair:
     def ending(self, lam: lambdas.Lam | None = None, say: bool = False) -> Ending:
         """Generation config and end tokens at λ; arguments as for `ends.ending`."""
         return ending(self._told, lam, say)
+
+    def ends_beyond_base(self) -> list[int]:
+        """End tokens that some side's files name, and not those of REF's base alone, which adapters are served over."""
+        named = dict.fromkeys(token for told in self._told for token in told.all)
+        return [token for token in named if token not in self._told[0].of_base]
 
     def generation_config(self) -> GenerationConfig | None:
         """transformers' own, for a model of which λ is turned: it ends where any side does. None where nothing says so.
@@ -267,8 +296,14 @@ class Pair:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the vocabulary that all models have. Raises DeraError where no config says how many."""
-        if sizes := [side.text["vocab_size"] for side in self.sides if side.text.get("vocab_size")]:
+        """Rows of the vocabulary that all models have; with ALIGNED's new tokens at every λ, ALIGNED's.
+
+        Raises:
+            DeraError: no config says how many.
+        """
+        if self.brings_tokens and self.new_tokens == "aligned":
+            return self.aligned.vocabulary_rows
+        if sizes := [rows for side in self.sides if (rows := side.vocabulary_rows)]:
             return min(sizes)
         raise DeraError(f"{self.ref.base.name}/config.json states no vocab_size; add it: the rows of its embeddings")
 
@@ -290,6 +325,8 @@ class Pair:
             opened["base"] = next(iter(homes.values())).pinned
         if on_top := {bool(side.below) for side in self.sides[1:] if side.adapter and self.ref.adapter}:
             opened |= {"stack": on_top.pop()} if len(on_top) == 1 else {}
+        if self.brings_tokens:
+            opened["new_tokens"] = self.new_tokens
         if self.base_quantization:
             opened["base_quantization"] = self.base_quantization
         return opened

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,8 +29,15 @@ ALL = slice(None)
 class Piece(Protocol):
     """One thing that an adapter does to one tensor."""
 
+    @property
+    def rows(self) -> int:
+        """How many rows the tensor has after it, where it brings them; a vocabulary may have grown. Else 0."""
+        ...
+
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         """Put the change into the tensor's rows [start, stop), float32 or float64, in place.
+
+        Rows of the vocabulary that it does not know stay as they are.
 
         Args:
             rows: these rows, or `columns` of them.
@@ -51,19 +59,26 @@ class LowRank:
     b: str
     scale: float
     transposed: bool
+    rows = 0
 
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         right = _factor(self.adapter, self.b if self.transposed else self.a, rows.dtype)
         if self.transposed:
             left, right = _factor(self.adapter, self.a, rows.dtype)[:, start:stop].T, right.T
         else:
-            left = self.adapter.read(self.b, start, stop).to(rows.dtype)
-        rows.addmm_(left, right[:, columns], alpha=self.scale)
+            left = self.adapter.read(self.b, *_within(self.adapter, self.b, start, stop)).to(rows.dtype)
+        rows[: len(left)].addmm_(left, right[:, columns], alpha=self.scale)
 
 
 @lru_cache(maxsize=4)  # the slices of one tensor come one after another, and each needs the whole factor
 def _factor(adapter: Checkpoint, key: str, dtype: torch.dtype) -> torch.Tensor:
     return adapter.read_whole(key).to(dtype)
+
+
+def _within(adapter: Checkpoint, key: str, start: int, stop: int) -> tuple[int, int]:
+    """Those of the rows [start, stop) that a tensor has."""
+    count = adapter.tensors[key].rows
+    return min(start, count), min(stop, count)
 
 
 @dataclass(frozen=True)
@@ -73,9 +88,13 @@ class Replacement:
     adapter: Checkpoint
     key: str
 
+    @property
+    def rows(self) -> int:
+        return self.adapter.tensors[self.key].rows
+
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
-        whole = self.adapter.read(self.key, start, stop)
-        rows.copy_(whole[:, columns] if whole.ndim > 1 else whole)
+        known = self.adapter.read(self.key, *_within(self.adapter, self.key, start, stop))
+        rows[: len(known)] = known[:, columns] if known.ndim > 1 else known
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +110,7 @@ class LowRankStack:
     left: torch.Tensor
     right: torch.Tensor
     scale: float
+    rows = 0
 
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         height = self.left.shape[1]
@@ -114,6 +134,7 @@ class Spread:
     pieces: tuple[Sequence[Piece], ...]
     runs: Runs
     height: int | None = None
+    rows = 0
 
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         assert columns == ALL  # it is the outermost
@@ -143,10 +164,15 @@ class ThroughPeft:
     module: str
     parameter: str
 
+    @property
+    def rows(self) -> int:
+        return self.modules.rows(self.module, self.parameter)
+
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         merged = self.modules.merged(self.module)[self.parameter]
         lines = merged.reshape(-1, merged.shape[-1]) if merged.ndim > 1 else merged
-        rows.copy_(lines[start:stop, columns] if merged.ndim > 1 else lines[start:stop])
+        known = lines[start:stop, columns] if merged.ndim > 1 else lines[start:stop]
+        rows[: len(known)] = known
 
 
 class PeftModules:
@@ -188,6 +214,11 @@ class PeftModules:
                 continue
             for parameter, _ in _base_of(module).named_parameters():
                 yield f"{name}.{parameter}", ThroughPeft(self, name, parameter)
+
+    def rows(self, name: str, parameter: str) -> int:
+        """Rows of a parameter, seen as `TensorInfo` sees them."""
+        shape = dict(_base_of(self.modules[name]).named_parameters())[parameter].shape
+        return math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
 
     def merged(self, name: str) -> dict[str, torch.Tensor]:
         """The parameters of one module with the adapter in them, float32. Raises DeraError where PEFT cannot."""

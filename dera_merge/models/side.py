@@ -49,6 +49,12 @@ class Side:
         return (*self.below, self.adapter) if self.adapter else ()
 
     @property
+    def vocabulary_rows(self) -> int | None:
+        """Rows of the vocabulary that it has: its adapter's, or else those of the base; None where nothing says."""
+        brought = [adapter.vocabulary_rows for adapter in self.adapters if adapter.vocabulary_rows]
+        return brought[-1] if brought else self.text.get("vocab_size")
+
+    @property
     def quantisation(self) -> str | None:
         """How the checkpoint is quantised: `fp8`, `gptq`, …; None where no tensor is, whatever its config says."""
         settings = self.config.get("quantization_config")

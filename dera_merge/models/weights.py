@@ -78,12 +78,26 @@ class Stored:
             first, last = max(start, block * width), min(stop, (block + 1) * width)
             out[first - start : last - start] = whole[:, first - block * width : last - block * width].T
 
-    def whole(self, key: Key) -> torch.Tensor:
-        """A tensor in its own shape, float32."""
-        info = self.info(key)
-        out = torch.empty((info.rows, *info.row_shape), dtype=torch.float32)
-        self.rows(key, 0, info.rows, out, Buffers())
-        return out.view(info.shape)
+    def height(self, key: Key, pieces: Sequence[Piece]) -> int:
+        """Rows of a tensor once adapters have done this to it, which may bring more of the vocabulary."""
+        return max(self.info(key).rows, *(piece.rows for piece in pieces), 0)
+
+    def changed(
+        self, key: Key, pieces: Sequence[Piece], start: int, stop: int, out: torch.Tensor, buffers: Buffers
+    ) -> None:
+        """Rows [start, stop) of a tensor with what adapters do to it; those that the base lacks begin as zeros."""
+        common = max(start, min(stop, self.info(key).rows))
+        self.rows(key, start, common, out[: common - start], buffers)
+        out[common - start :] = 0.0
+        for piece in pieces:
+            piece.apply(out, start, stop)
+
+    def whole(self, key: Key, pieces: Sequence[Piece] = ()) -> torch.Tensor:
+        """A tensor with what adapters do to it, float32; in its own shape, but for rows that they bring."""
+        info, height = self.info(key), self.height(key, pieces)
+        out = torch.empty((height, *info.row_shape), dtype=torch.float32)
+        self.changed(key, pieces, 0, height, out, Buffers())
+        return out.view(info.shape) if height == info.rows else out
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +117,16 @@ class Weights:
     def info(self, name: str) -> TensorInfo:
         """Where the base's tensor lies, and its shape and dtype there."""
         return self.stored.info(self.keys[name])
+
+    def rows(self, name: str) -> int:
+        """Rows of the effective tensor: an adapter may bring more of the vocabulary than its base has."""
+        return self.stored.height(self.keys[name], self.pieces.get(name, ()))
+
+    def effective(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Effective rows [start, stop), float32."""
+        rows = torch.empty((stop - start, *self.info(name).row_shape))
+        self.stored.changed(self.keys[name], self.pieces.get(name, ()), start, stop, rows, Buffers())
+        return rows
 
     def base_rows(self, name: str, start: int, stop: int, out: torch.Tensor, buffers: Buffers) -> None:
         """Rows [start, stop) of the base's tensor, any adapter left out, into `out`, in its dtype."""

@@ -172,6 +172,7 @@ def command(recipe: dict[str, Any]) -> str:
         words += ["--extract-rank", str(recipe["extract_rank"])] if recipe.get("extract_rank") else []
     words += [word for key in ("dtype", "rounding", "seed") for word in (f"--{key}", str(recipe.get(key)))]
     words += ["--base-quantization", str(recipe["base_quantization"])] if recipe.get("base_quantization") else []
+    words += ["--new-tokens", "aligned"] if recipe.get("new_tokens") == "aligned" else []
     words += ["--stack"] if recipe.get("stack") else []
     words += ["--path", "path.safetensors"] if isinstance(recipe.get("path"), dict) else []
     words += ["--allow-nonfinite"] if recipe.get("allow_nonfinite") else []

@@ -84,8 +84,9 @@ def export_exact(
     lam = float(lam) + 0.0
     if not math.isfinite(lam):
         raise DeraError(f"λ must be finite, not {lam}")
-    if pair.new_tokens:
-        raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for; use ALIGNED alone (λ=1)")
+    if pair.brings_tokens:
+        raise DeraError("ALIGNED's tokenizer has tokens that REF has no embedding for, and an engine mixes raw logits; "
+                        "use ALIGNED alone (λ=1), or merge with --new-tokens aligned")  # fmt: skip
     folder = Path(out).expanduser()
     _check(folder, pair, overwrite)
     ending = pair.ending(say=True)

@@ -79,6 +79,8 @@ def test_an_adapter_that_brings_a_tokenizer_with_another_end_ends_there(llama, l
     for number, (lams, expected) in enumerate((([1], {1, 5}), ([0], {1}), ([3], {1, 5}))):
         (folder,) = pair.merge(tmp_path / str(number), lams)
         assert ends(folder)[0] == expected
+    with pytest.warns(DeraWarning, match="call 5 an end too"):
+        pair.merge(tmp_path / "adapters", [0.5], format="adapter")
 
 
 def test_an_end_that_is_no_token_of_the_model_is_none(sides, tmp_path):
