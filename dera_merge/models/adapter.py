@@ -12,7 +12,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, KeysView
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -134,7 +134,7 @@ class Adapter:
         return any(COPY.search(key) for key in self.checkpoint.tensors)
 
     @cached_property
-    def keys(self) -> set[str]:
+    def keys(self) -> KeysView[str]:
         """The keys of its tensors that count.
 
         Of embeddings that grew and were trained whole, PEFT stores each three times: plainly, which counts, and under
@@ -142,7 +142,7 @@ class Adapter:
         """
         keys = self.checkpoint.tensors.keys()
         parts = {key: re.sub(r"\.(modules_to_save|original_module)\.", ".", key) for key in keys}
-        return {key for key in keys if parts[key] == key or parts[key] not in keys}
+        return dict.fromkeys(key for key in keys if parts[key] == key or parts[key] not in keys).keys()
 
     @cached_property
     def vocabulary_rows(self) -> int | None:
@@ -287,9 +287,22 @@ class Adapter:
                                 f"({lacking[0]}), which would stay the base's; save it again")  # fmt: skip
         else:  # PEFT knows what it does to the base, and the names that transformers 4 had for modules
             model = self.resized(build())
-            adapted = PeftModules(self.folder, lambda model: self.load_onto(model, "cpu"), read_base, model)
+            written = self.brings_base_tensors
+            adapted = PeftModules(self.folder, lambda model: self.load_onto(model, "cpu"), read_base, model, written)
             pieces |= {name: [piece] for name, piece in adapted.pieces()}
+            for name, key in self._copies():
+                if name in pieces:
+                    raise DeraError(f"{self.folder} brings the base's {name} and changes it; decode it exactly")
+                self._fits(name, self.checkpoint.tensors[key].shape, architecture)
+                pieces[name] = [Replacement(self.checkpoint, key)]
         return pieces
+
+    def _copies(self) -> Iterator[tuple[str, str]]:
+        """The base's embeddings that it brings and did not train: (parameter name, key)."""
+        for key in sorted(filter(COPY.search, self.keys)):
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if not self._saved_whole(name.removesuffix(".weight"), "weight"):
+                yield name, key
 
     def _modules(self) -> dict[str, dict[str, str]]:
         """The modules of a plain adapter: what follows their name in a key → the key."""

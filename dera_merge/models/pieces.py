@@ -185,11 +185,12 @@ class PeftModules:
         load: puts the adapter on a model.
         read_base: gives the whole base tensor of a parameter, by its name in memory, in float32.
         model: an empty one, which is used up.
+        written: whether PEFT writes base embeddings that came with the adapter; they get memory of their own.
     """
 
     def __init__(
         self, folder: Path, load: Callable[[PreTrainedModel], PeftModel], read_base: Callable[[str], torch.Tensor],
-        model: PreTrainedModel,
+        model: PreTrainedModel, written: bool = False,
     ) -> None:  # fmt: skip
         self._folder = folder
         self._read_base = read_base
@@ -198,7 +199,11 @@ class PeftModules:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
+        ends = (model.get_input_embeddings(), model.get_output_embeddings()) if written else ()
         _hollow(model)
+        for end in ends:
+            if end is not None:
+                end.weight = torch.nn.Parameter(end.weight.detach().clone(), requires_grad=False)
         root = load(model).get_base_model()
         self.modules: dict[str, torch.nn.Module] = {}
         for name, module in root.named_modules():

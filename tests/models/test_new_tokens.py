@@ -28,7 +28,7 @@ def logits(model, **options):
         return model(IDS, **options).logits.double()
 
 
-@pytest.fixture(params=["dense", "trained whole", "saved beside", "tied"])
+@pytest.fixture(params=["dense", "trained whole", "saved beside", "tied", "dora"])
 def grown(request, llama, tmp_path):
     """(REF, ALIGNED, the aligned model as transformers and PEFT load it)."""
     kind = request.param
