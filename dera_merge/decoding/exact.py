@@ -317,7 +317,8 @@ class DeraForCausalLM(LambdaModel):
         """θ_ref + λΔ over this mixture's own weights, λ for each row. Raises DeraError where none are shared."""
         if self.rows is None:
             raise DeraError(
-                "only models that share their weights (an adapter and its base) merge with a λ for each row"
+                "only an adapter and its base, which share their weights, merge with a λ for each row, and only where "
+                "rows of a batch can be told apart (not with experts)"
             )
         return DialForCausalLM(self.rows, self.lam, self.config.vocab_size, self.models)
 

@@ -34,7 +34,7 @@ def check_kind(source: Source, config: dict[str, Any]) -> None:
 
 def is_text_decoder(name: str) -> bool:
     """Whether a class is a causal language model by its name."""
-    return name.endswith(("ForCausalLM", "LMHeadModel", "BertGenerationDecoder"))
+    return name.endswith(("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "BertGenerationDecoder"))
 
 
 def is_wrapped(name: str, model_type: str | None) -> bool:
