@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import DeraError
-from ..files.atomic import load_json
 from ..files.checkpoint import REAL, Checkpoint
-from ..models.source import TOKENIZER_FILES
+from ..merging.companions import problem_of
+from ..models.ends import generation_settings
+from ..models.quantized import quantised_tensor
+from ..models.source import GENERATION, TOKENIZER_FILES
 from .findings import AGAIN, Findings
 
-_COMPANIONS = ("generation_config.json", *(name for name in TOKENIZER_FILES if name.endswith(".json")))
 _OTHER_QUANTISERS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-# What quantisers name their tensors, where the dtype alone does not tell.
-_PACKED = re.compile(r"(qweight|qzeros|weight_packed|_blocks|SCB|absmax|quant_map|weight_scale(_inv)?)$")
-_MASK = re.compile(r"(masked_bias|attn\.bias|attention\.bias|position_ids|inv_freq)$")  # buffers of old checkpoints
 
 
 def check_links(findings: Findings, folder: Path) -> None:
@@ -29,17 +26,14 @@ def check_links(findings: Findings, folder: Path) -> None:
 
 
 def check_companions(findings: Findings, folder: Path) -> None:
-    """JSON that is none, or is not what its name says."""
-    for name in _COMPANIONS:
-        if not (folder / name).is_file():
-            continue
-        try:
-            content = load_json(folder / name)
-        except DeraError as error:
-            findings.broken(name, str(error).replace("\n", " "), AGAIN)
-            continue
-        if not isinstance(content, dict) or (name == "tokenizer.json" and "model" not in content):
-            findings.broken(name, "it is JSON, but not what its name says", "put the file of this model there")
+    """Files of the tokenizer and of generation that cannot be what their names say."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file() and (problem := problem_of(folder / name)):
+            findings.broken(name, problem.replace("\n", " "), AGAIN)
+    try:
+        generation_settings(folder)
+    except DeraError as error:
+        findings.broken(GENERATION, str(error).removeprefix(f"{folder / GENERATION} ").replace("\n", " "), AGAIN)
 
 
 def check_config(findings: Findings, folder: Path, config: dict[str, Any], checkpoint: Checkpoint) -> None:
@@ -48,17 +42,8 @@ def check_config(findings: Findings, folder: Path, config: dict[str, Any], check
     _check_code(findings, folder, config)
 
 
-def packed_tensor(checkpoint: Checkpoint) -> str | None:
-    """The name of a tensor that quantisation made; None where all are plain."""
-    for name, info in checkpoint.tensors.items():
-        plain = info.dtype in REAL or str(info.dtype) in ("torch.bool", "torch.int64") or _MASK.search(name)
-        if _PACKED.search(name) or not plain:
-            return name
-    return None
-
-
 def _check_quantisation(findings: Findings, folder: Path, config: dict[str, Any], checkpoint: Checkpoint) -> None:
-    packed, stated = packed_tensor(checkpoint), dict(_quantisations(config))
+    packed, stated = quantised_tensor(checkpoint.tensors), dict(_quantisations(config))
     if packed is None:
         for place, settings in stated.items():
             method = settings.get("quant_method", "quantised") if isinstance(settings, dict) else settings

@@ -140,15 +140,15 @@ def _comes_along(entry: Any, code: Iterable[str]) -> bool:
 
 def _read(file: Path) -> bytes:
     """The content of a tokenizer's file, once it is what the name says."""
+    if problem := problem_of(file):
+        where = f", a link to {file.resolve()}" if file.is_symlink() else ""
+        raise DeraError(f"{file}{where}, is not what its name says: {problem}; mend or remove it")
+    return file.read_bytes()
+
+
+def problem_of(file: Path) -> str | None:
+    """Why a file of `TOKENIZER_FILES` cannot be what its name says; None where it can."""
     content = file.read_bytes() if file.stat().st_size <= _LIMIT else b""
-    if not (problem := _problem(file, content)):
-        return content
-    where = f", a link to {file.resolve()}" if file.is_symlink() else ""
-    raise DeraError(f"{file}{where}, is not what its name says: {problem}; mend or remove it")
-
-
-def _problem(file: Path, content: bytes) -> str | None:
-    """Why a file cannot be what its name says; None where it can."""
     if not content:
         return "it is empty or larger than 100 MB"
     if file.suffix == ".json":

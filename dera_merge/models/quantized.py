@@ -20,12 +20,15 @@ _OF_QUANTISED = re.compile(
 )
 
 
-def holds_quantised(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether there is any sign of quantised weights among a checkpoint's tensors; else its config says so wrongly."""
-    return any(
-        _OF_QUANTISED.search(name) or (name.endswith("weight") and info.dtype not in REAL)
-        for name, info in tensors.items()
-    )
+def quantised_tensor(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The first sign of quantised weights among a checkpoint's tensors; None where its config alone may say so."""
+    return next(
+        (
+            name for name, info in tensors.items()
+            if _OF_QUANTISED.search(name) or (name.endswith("weight") and info.dtype not in REAL)
+        ),
+        None,
+    )  # fmt: skip
 
 
 class Requantised:

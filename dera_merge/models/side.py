@@ -12,7 +12,7 @@ from ..files.checkpoint import Checkpoint
 from .adapter import Adapter
 from .damage import leave_out_value_head
 from .kinds import check_kind, text_config
-from .quantized import holds_quantised
+from .quantized import quantised_tensor
 from .source import Source, check_sizes, load_config
 from .stacking import on_another, stacks, warn_of_one_base
 from .trust import Trust
@@ -58,7 +58,7 @@ class Side:
     def quantisation(self) -> str | None:
         """How the checkpoint is quantised: `fp8`, `gptq`, …; None where no tensor is, whatever its config says."""
         settings = self.config.get("quantization_config")
-        if not settings or not holds_quantised(self.checkpoint.tensors):
+        if not settings or quantised_tensor(self.checkpoint.tensors) is None:
             return None
         return str(settings.get("quant_method", "quantised") if isinstance(settings, dict) else settings)
 

@@ -17,26 +17,23 @@ if TYPE_CHECKING:
 
 
 def is_content(content: Any) -> bool:
-    """Whether it is what a message may say: a text, or a list of parts, each a text or an image."""
+    """Whether it is what a message may say: a text, or a list of parts, each a text or something that is shown."""
     if isinstance(content, str):
         return True
     return isinstance(content, list) and bool(content) and all(map(_is_part, content))
 
 
 def _is_part(part: Any) -> bool:
-    if not isinstance(part, dict):
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return False
-    return any(part.get("type") == kind and isinstance(part.get(key), str) for kind, key in _PARTS)
-
-
-_PARTS = (("text", "text"), ("image", "path"))
+    return part["type"] != "text" or isinstance(part.get("text"), str)
 
 
 def parts(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The images among the parts of messages, in order."""
+    """What messages show beside their texts, in order."""
     for message in messages:
         if isinstance(message.get("content"), list):
-            yield from (part for part in message["content"] if part["type"] == "image")
+            yield from (part for part in message["content"] if part["type"] != "text")
 
 
 def joined(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
@@ -46,16 +43,18 @@ def joined(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     return "\n".join(part["text"] for part in content)
 
 
-def located(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def located(row: Any, folder: Path) -> Any:
     """A row in whose conversations the paths of images are absolute; relative ones are so to `folder`.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: something is shown that is no local file, or there is no such file.
     """
 
     def found(part: Any) -> Any:
-        if not isinstance(part, dict) or part.get("type") != "image" or not _is_part(part):
+        if not isinstance(part, dict) or part.get("type") in (None, "text"):
             return part
+        if part["type"] != "image" or not isinstance(part.get("path"), str):
+            raise ValueError('an image is {"type": "image", "path": …}, a local file')
         if not (folder / part["path"]).is_file():
             raise ValueError(f"there is no image {part['path']}")
         return part | {"path": str((folder / part["path"]).resolve())}
@@ -65,6 +64,8 @@ def located(row: dict[str, Any], folder: Path) -> dict[str, Any]:
             return turn
         return turn | {"content": [found(part) for part in turn["content"]]}
 
+    if not isinstance(row, dict):
+        return row
     return {name: [seen(turn) for turn in value] if isinstance(value, list) else value for name, value in row.items()}
 
 

@@ -114,10 +114,10 @@ def test_links_to_nothing_and_files_that_are_something_else(tmp_path):
     assert "a link to a file that is not there" in only(folder)
     (folder / "generation_config.json").unlink()
     (folder / "generation_config.json").write_text("[1]")
-    assert "broken: generation_config.json: it is JSON, but not what its name says" in lines(folder)[0]
+    assert "broken: generation_config.json: holds list, expected a JSON object" in lines(folder)[0]
     shutil.copy(FULL / "generation_config.json", folder)
     shutil.copy(FULL / "config.json", folder / "tokenizer.json")
-    assert "tokenizer.json: it is JSON, but not what its name says" in lines(folder)[0]
+    assert "tokenizer.json: it is JSON, but holds something else" in lines(folder)[0]
 
 
 def test_a_config_that_is_no_json(tmp_path):

@@ -154,7 +154,7 @@ def test_a_model_that_was_retrained_into_the_mixture_is_no_distance_from_it():
 
     pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA)
     same, other = pair.merged(1.0), AutoModelForCausalLM.from_pretrained(demo.REF, dtype=torch.float32)
-    (row,) = agreement(pair, {1.0: same}, demo.prompts()[:6], demo.reward, second=other, max_new_tokens=16)
+    (row,) = agreement(pair, {1.0: same}, demo.prompts()[:16], demo.reward, second=other, max_new_tokens=16)
     apart = {name: each["kl"] for name, each in row["from_retrained"].items()}
     assert max(apart["exact"], apart["aligned"], apart["merged"]) < 1e-6 < 0.03 < apart["second"]
     assert apart["ref"] == pytest.approx(apart["second"], rel=1e-6)
