@@ -13,7 +13,7 @@ from .theta import Sums
 
 ENOUGH = 0.9  # share of λΔ that must be kept; with less a tensor counts as lost
 # ‖error‖/‖λΔ‖ above which the noise is said. Errors are independent of each other and changes are not, so that as much
-# noise as λΔ does little; but at 3.9 a merge of the demo pair is no closer to exact DeRa than the reference is.
+# noise as λΔ does little; several times as much is a matter for compare.
 LOUD = 3.0
 NO_CHANGE = "Δ = 0: the two have the same weights, and every λ is the reference; give the model that was trained"
 

@@ -145,13 +145,14 @@ def find_idle(config: Mapping[str, Any], checkpoint: Checkpoint) -> Idle | None:
     if (idle := _IDLE.get(config["peft_type"])) is None or config.get("use_dora"):
         return None
     factors: dict[str, list[str]] = {}
+    saved = config.get("modules_to_save") or ()
     trained_whole = False
     for key in checkpoint.tensors:
         module, _, factor = key.removesuffix(".weight").rpartition(".")
         if _FACTOR.match(factor):
             factors.setdefault(module, []).append(key)
         else:
-            trained_whole = trained_whole or not COPY.search(key)
+            trained_whole = trained_whole or factor in saved or not COPY.search(key)
     if factors and config.get("lora_alpha") == 0 and not config.get("alpha_pattern"):
         return Idle(not trained_whole, "its lora_alpha is 0")
     untouched = [found for keys in factors.values() if (found := _find_all(checkpoint, keys, idle))]

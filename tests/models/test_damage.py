@@ -83,6 +83,18 @@ def test_what_peft_begins_with_is_dead_and_its_forward_is_the_bases(tmp_path, co
     assert damage.find_idle(trained.config, trained.checkpoint) is None
 
 
+def test_embeddings_that_were_trained_whole_are_a_change_beside_dead_factors(tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_llama(0), config)
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.1 * ("modules_to_save" in name)
+    model.save_pretrained(tmp_path / "new")
+    adapter = Adapter(tmp_path / "new")
+    idle = damage.find_idle(adapter.config, adapter.checkpoint)
+    assert not idle.all
+    assert "lora_B" in idle.why
+
+
 def test_one_model_given_twice_is_refused_however_it_is_stored(tmp_path, llama):
     assert "Δ = 0" in refusal(demo.REF, demo.REF)
     assert "Δ = 0" in refusal(demo.REF, copy(demo.REF, tmp_path / "copy"))
