@@ -132,6 +132,8 @@ def check_generates(kind: type) -> None:
             f"{kind.__name__} has a generate of its own, which runs one model and no mixture; merge it, or "
             "call forward for each token"
         )
+    if kind.__name__ == "xLSTMForCausalLM":  # make test-models finds other tokens than a loop over its logits
+        raise DeraError("generate of a mixture does not hand on xLSTM's state rightly yet; merge it, or call forward")
 
 
 def sees(inputs: dict[str, Any]) -> bool:

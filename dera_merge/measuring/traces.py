@@ -124,12 +124,13 @@ def decoder_of(model: PreTrainedModel) -> tuple[str, torch.nn.Module]:
     """What makes hidden states of tokens: its name in the model, and the module. All around it is the head.
 
     It is transformers' `get_decoder`; where that is the model itself (Llama 4), the child with most of the weights. Of
-    a class that wraps a text decoder it is all that comes before the head, because that looks for images first.
+    a class that wraps a text decoder it is all that comes before the head, because that looks for images first, and
+    likewise where the head is what bears the name (ModernBERT's decoder).
     """
-    wraps = model.config.get_text_config() is not model.config
+    outputs = model.get_output_embeddings()
+    wraps = model.config.get_text_config() is not model.config or model.get_decoder() is outputs
     decoder = model.base_model if wraps and model.base_model is not model else model.get_decoder()
     if decoder is model:
-        outputs = model.get_output_embeddings()
         children = [child for child in model.children() if child is not outputs]
         decoder = max(children, key=lambda child: sum(p.numel() for p in child.parameters()), default=model)
     return next(name for name, module in model.named_modules() if module is decoder), decoder

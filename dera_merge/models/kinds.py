@@ -58,9 +58,10 @@ def model_class(config: PreTrainedConfig) -> Any:
 
     name = (config.architectures or [""])[0]
     if is_wrapped(name, config.model_type) and not is_text_decoder(name):
-        return transformers.AutoModelForImageTextToText
-    auto = transformers.AutoModelForCausalLM
-    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+        auto, classes = transformers.AutoModelForImageTextToText, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    else:
+        auto, classes = transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    known = type(config) in classes or hasattr(config, "auto_map")
     return auto if known else getattr(transformers, name, auto)
 
 
