@@ -54,6 +54,9 @@ def examine(
     """
     trust = Trust(allow_pickle, trust_remote_code)
     source = Source.locate(name, trust=trust)
+    for other in (base, adapter):
+        if other is not None:  # a name that was mistyped says nothing about `name`
+            Source.locate(other, trust=trust)
     findings = Findings()
     if inner := _ours_inside(source.folder):
         kind: str | None = "several"
