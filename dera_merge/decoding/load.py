@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import DeraError
-from ..files.atomic import load_json
 from ..models.adapter import Adapter
 from ..models.architecture import LOADING, Architecture
 from ..models.kinds import model_class
@@ -84,12 +83,11 @@ def load_model(
     """
     from transformers import AutoConfig
 
-    stored = vars(kwargs["config"]) if "config" in kwargs else load_json(folder / "config.json")
-    quantised = kwargs.get("quantization_config") or stored.get("quantization_config")
-    if quantised and "device_map" not in kwargs:
-        kwargs["device_map"] = {"": device}  # quantised weights are made where they stay
     try:
         config = kwargs.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=trust.code)
+        quantised = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+        if quantised and "device_map" not in kwargs:
+            kwargs["device_map"] = {"": device}  # quantised weights are made where they stay
         with LOADING:
             model, report = (kind or model_class(config)).from_pretrained(
                 folder, dtype=dtype, use_safetensors=None if trust.pickle else True, trust_remote_code=trust.code,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DeraError
+from ..models.ends import ids_of
 from ..models.source import VOCABULARY_FILES
 from ..models.tokenizer import load_tokenizer
 from ..models.trust import Trust
@@ -57,7 +58,8 @@ def _ends(findings: Findings, folder: Path, config: dict[str, Any]) -> set[int] 
     """The ids that transformers ends at; None where its generation config cannot be read, with a finding."""
     if not (folder / "generation_config.json").is_file():
         inner = config.get("text_config")
-        return _ids(config.get("eos_token_id") or (inner.get("eos_token_id") if isinstance(inner, dict) else None))
+        outer = config.get("eos_token_id")
+        return set(ids_of(outer or (inner.get("eos_token_id") if isinstance(inner, dict) else None)))
     from transformers import GenerationConfig
 
     try:
@@ -75,12 +77,7 @@ def _ends(findings: Findings, folder: Path, config: dict[str, Any]) -> set[int] 
         findings.warn(
             "generation_config.json", f"transformers will not save it: {first}", "correct it, say do_sample: true"
         )
-    return _ids(settings.eos_token_id)
-
-
-def _ids(value: Any) -> set[int]:
-    values = value if isinstance(value, list) else [value]
-    return {number for number in values if isinstance(number, int) and number >= 0}
+    return set(ids_of(settings.eos_token_id))
 
 
 def _check_ends(findings: Findings, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:

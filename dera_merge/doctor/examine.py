@@ -23,6 +23,7 @@ from .names import build_config, check_names
 from .settings import check_companions, check_config, check_links
 
 _STILL = 0.95  # share of weights that did not move; training in bfloat16 with a small step leaves less than that
+_ROUNDED = "merge again in float32, or by dera-merge, which rounds stochastically"  # what to do about it
 PROGRAMS = ("transformers", "vLLM", "llama.cpp")
 
 
@@ -156,7 +157,7 @@ def _check_moved(findings: Findings, layers: Iterable[dict[str, Any]]) -> None:
     if weights and still / weights > _STILL and far < (weights - still) / 2:
         findings.warn("weights", f"{still / weights:.1%} of the weights of layers that differ are BASE's own, and most "
                       "others moved by one ulp, so that rounding may have taken the change",
-                      "merge again in float32, or by dera-merge, which rounds stochastically")  # fmt: skip
+                      _ROUNDED)  # fmt: skip
 
 
 def _check_against(
@@ -177,13 +178,12 @@ def _check_against(
         if result["problem"]:
             raise DeraError(result["problem"])
         rows, lost, error = result["tensors"], result["lost"], result["total"]["error"]
-        remedy = "merge again in float32, or by dera-merge, which rounds stochastically"
         if lost and lost[0] in rows:
             findings.broken(
                 lost[0],
                 f"it keeps {rows[lost[0]]['kept']:.1%} of what the adapter changes, and "
                 f"{len(lost)} of {len(rows)} tensors keep less than 90 %",
-                remedy,
+                _ROUNDED,
                 stops=False,
             )
         elif lost:
@@ -194,4 +194,4 @@ def _check_against(
                 stops=False,
             )
         elif error > LOUD:
-            findings.warn("weights", f"the noise of rounding is {error:.3g} times what the adapter changes", remedy)
+            findings.warn("weights", f"the noise of rounding is {error:.3g} times what the adapter changes", _ROUNDED)

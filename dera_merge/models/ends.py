@@ -71,13 +71,13 @@ class Told:
     def all(self) -> list[int]:
         """What any of its files calls an end; its own first."""
         told = [self.generation or {}, self.inherited or {}, _special(self.side.config)]
-        return _distinct([*(token for entry in told for token in _ids(entry.get("eos_token_id"))), *self.tokenizer])
+        return _distinct([*(token for entry in told for token in ids_of(entry.get("eos_token_id"))), *self.tokenizer])
 
     @cached_property
     def of_base(self) -> list[int]:
         """What its base alone ends with: by its generation config, or by its config."""
-        base = _ids((generation_settings(self.side.base.folder) or {}).get("eos_token_id"))
-        return base or _ids(_special(self.side.config)["eos_token_id"])
+        base = ids_of((generation_settings(self.side.base.folder) or {}).get("eos_token_id"))
+        return base or ids_of(_special(self.side.config)["eos_token_id"])
 
     @cached_property
     def own(self) -> list[int]:
@@ -86,7 +86,7 @@ class Told:
         A generation config of its own says it. Without one, config and tokenizer do, and an adapter's own tokenizer
         adds to what its base ends with.
         """
-        if verbatim := _ids((self.generation or {}).get("eos_token_id")):
+        if verbatim := ids_of((self.generation or {}).get("eos_token_id")):
             return verbatim
         brings = self.side.adapter is None or self.side.source.has_tokenizer() or self.inherited is None
         return _distinct([*self.of_base, *(self.tokenizer if brings else ())])
@@ -97,7 +97,7 @@ class Told:
         ids = _special(self.side.config)
         if self.inherited is None:
             settings = {key: value for key, value in ids.items() if value is not None}
-        if _ids(settings.get("eos_token_id")) != self.own:
+        if ids_of(settings.get("eos_token_id")) != self.own:
             settings["eos_token_id"] = ids["eos_token_id"] = _spelled(self.own)
         return Ending(settings, ids)
 
@@ -126,7 +126,7 @@ def ending(told: Sequence[Told], lam: Lam | None, say: bool = False) -> Ending:
     chosen = next((side.generation for side in (*aligned[:1], ref) if side.generation is not None), ref.inherited)
     ids = _special(ref.side.config)
     settings = dict(chosen) if chosen is not None else {key: value for key, value in ids.items() if value is not None}
-    if {*union} != {*_ids(settings.get("eos_token_id"))} or any({*side.all} != {*union} for side in told):
+    if {*union} != {*ids_of(settings.get("eos_token_id"))} or any({*side.all} != {*union} for side in told):
         settings["eos_token_id"] = ids["eos_token_id"] = _spelled(union)
         if say:
             each = "; ".join(f"{side.side.source.name}: {_listed(side.all)}" for side in told)
@@ -196,7 +196,7 @@ def _special(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config.get(key, inner.get(key)) for key in _IDS}
 
 
-def _ids(entry: Any) -> list[int]:
+def ids_of(entry: Any) -> list[int]:
     """`eos_token_id` as a list: files have a number, a list, or null."""
     return [token for token in (entry if isinstance(entry, list) else [entry]) if _is_id(token)]
 
