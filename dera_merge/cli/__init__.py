@@ -12,22 +12,30 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from .. import __version__
 from ..errors import DeraError, DeraWarning
 from ..files.room import is_full
-from . import calibrate, compare, demo, doctor, endings, export, generate, inspection, merge, push, sweep
+from . import calibrate, compare, demo, doctor, endings, export, generate, help, inspection, merge, push, sweep
 from .show import Notes, note, one_line
 
 INTERRUPTED = 130
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer carry
 
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dera-merge {__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="dera-merge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Turn alignment strength λ: exactly (two models), or merged into one, and measure how far apart the two are.",
+    rich_markup_mode=None, context_settings=help.WIDE,
+    epilog=f"First: {help.FIRST} makes the tiny pair that the examples of each command's --help run on.",
 )  # fmt: skip
 COMMANDS = {
     "merge": merge, "export-exact": export, "generate": generate, "compare": compare, "calibrate": calibrate,
@@ -35,7 +43,16 @@ COMMANDS = {
     "doctor": doctor,
 }  # fmt: skip
 for _name, _module in COMMANDS.items():
-    app.command(_name)(_module.run)
+    app.command(_name, cls=help.Command, epilog="\n".join(_module.EXAMPLES), context_settings=help.WIDE)(_module.run)
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Turn alignment strength λ: exactly (two models), or merged into one, and measure how far apart the two are."""
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:

@@ -9,37 +9,38 @@ import typer
 
 from ..errors import DeraError
 from .checks import choose_device, given_prompts
+from .help import how, where
 from .options import ComputeDtype, Device, Given, Lambdas, Limit, MaybePrompts, Resume, Seed, with_models
 from .show import print_json, progress, say
 
 PathKind = Literal["curve", "gains"]
+
+EXAMPLES = (
+    "dera-merge calibrate demo/reference demo/aligned-lora -l 0,2 -o path.safetensors",
+    "dera-merge calibrate demo/reference demo/aligned-lora -l 0,1 -o gains.safetensors --kind gains --texts 64",
+)
 
 
 @with_models()
 def run(
     given: Given,
     lam: Lambdas,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The path file to write (.safetensors).")],
+    output: Annotated[Path, where("-o", "--output", help="The path file to write (.safetensors).")],
     prompts: MaybePrompts = None,
     limit: Limit = None,
-    kind: Annotated[
-        PathKind, typer.Option(help="curve: gains and low-rank curves; gains: a number a layer.")
-    ] = "curve",
-    rank: Annotated[int, typer.Option(min=1, help="Of the curve.")] = 16,
-    texts: Annotated[int, typer.Option(min=1, help="How many to sample from exact DeRa.")] = 256,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of these texts.")] = 48,
-    passes: Annotated[int, typer.Option(min=1, help="How often to go over them.")] = 3,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Relative to the size of what it changes.")] = 0.02,
+    kind: Annotated[PathKind, how(help="curve: gains and low-rank curves; gains: a number a layer.")] = "curve",
+    rank: Annotated[int, how(min=1, help="Of the curve.")] = 16,
+    texts: Annotated[int, how(min=1, help="How many to sample from exact DeRa.")] = 256,
+    max_new_tokens: Annotated[int, how(min=1, help="Length of these texts.")] = 48,
+    passes: Annotated[int, how(min=1, help="How often to go over them.")] = 3,
+    learning_rate: Annotated[float, how(min=0.0, help="Relative to the size of what it changes.")] = 0.02,
     resume: Resume = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a path file and what a run left.")] = False,
+    overwrite: Annotated[bool, where("--overwrite", help="Replace a path file and what a run left.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
 ) -> None:
-    """Learn a path through the two models that follows exact DeRa, for merge, compare and generate --path.
-
-    Example: dera-merge calibrate my-sft my-dpo-lora -l 0,2 -o path.safetensors
-    """
+    """Learn a path that follows exact DeRa. merge, compare, sweep and generate take it with --path."""
     lams = given.lams(lam)
     if not 0 < learning_rate < 1:
         raise typer.BadParameter("must be between 0 and 1", param_hint="--learning-rate")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .checks import check_report_folder, choose_device, given_prompts
+from .help import how, what, where
 from .options import (
     ComputeDtype,
     Device,
@@ -31,42 +32,39 @@ from .show import fidelity_table, out, print_json, progress, say
 
 Texts = Literal["exact", "merged"]
 EXTRAS = ("floor", "ladder", "predict", "layers", "coupled")
+EXAMPLES = (
+    "dera-merge compare demo/reference demo/aligned-lora -l 0.25,0.5 -o report --max-kl 0.02",
+    "dera-merge compare demo/reference demo/aligned-lora -l 0.25,0.5 -o measured --approx merged",
+)
 
 
 @with_models(several=True)
 def run(
     given: Given,
     lam: Lambdas,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report.")],
+    output: Annotated[Path, where("-o", "--output", help="Directory of the report.")],
     prompts: MaybePrompts = None,
     limit: Limit = None,
-    approx: Annotated[
-        Path | None, typer.Option(help="A merged directory to measure, or the parent of lambda-*.")
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="How the merged model is stored.")] = "auto",
-    rounding: Annotated[Rounding | None, typer.Option(help="Default: stochastic for 16-bit storage.")] = None,
+    approx: Annotated[Path | None, what(help="A merged directory to measure, or the parent of lambda-*.")] = None,
+    dtype: Annotated[Dtype, how(help="How the merged model is stored.")] = "auto",
+    rounding: Annotated[Rounding | None, how(help="Default: stochastic for 16-bit storage.")] = None,
     path: PathFile = None,
-    texts: Annotated[Texts, typer.Option(help="Whose texts to sample and score.")] = "exact",
-    samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of sampled texts.")] = 64,
-    extras: Annotated[
-        str, typer.Option("--with", help=f"What else to measure: {', '.join(EXTRAS)}; all, or none.")
-    ] = "floor",
-    extra_prompts: Annotated[int, typer.Option(min=1, help="How many prompts floor, ladder and layers look at.")] = 8,
-    reward: Annotated[str | None, typer.Option(help="As for sweep; for --with coupled.")] = None,
+    texts: Annotated[Texts, how(help="Whose texts to sample and score.")] = "exact",
+    samples: Annotated[int, how(min=1, help="Texts for each prompt.")] = 1,
+    max_new_tokens: Annotated[int, how(min=1, help="Length of sampled texts.")] = 64,
+    extras: Annotated[str, how("--with", help=f"What else to measure: {', '.join(EXTRAS)}; all, or none.")] = "floor",
+    extra_prompts: Annotated[int, how(min=1, help="How many prompts floor, ladder and layers look at.")] = 8,
+    reward: Annotated[str | None, what(help="As for sweep; for --with coupled.")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     seed: Seed = 0,
-    max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 if kl is above this at any λ.")] = None,
-    min_top1: Annotated[float | None, typer.Option(help="Gate: exit 3 if top1 is below this at any λ.")] = None,
+    max_kl: Annotated[float | None, how(help="Gate: exit 3 if kl is above this at any λ.")] = None,
+    min_top1: Annotated[float | None, how(help="Gate: exit 3 if top1 is below this at any λ.")] = None,
     engine: SampleEngine = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
 ) -> None:
-    """Measure the merged model against exact DeRa, token by token.
-
-    Example: dera-merge compare my-sft my-dpo-lora -l 0:2:0.25 -o report --max-kl 0.02
-    """
+    """Measure the merged model against exact DeRa, token by token."""
     lams = given.lams(lam)
     wanted = _extras(extras, given.models > 1)
     if reward and "coupled" not in wanted:

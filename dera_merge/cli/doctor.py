@@ -6,22 +6,25 @@ from typing import Annotated
 
 import typer
 
+from .help import what
 from .options import AllowPickle, AsJson, TrustRemoteCode
 from .show import one_line, print_json, progress, say
+
+EXAMPLES = (
+    "dera-merge doctor demo/aligned-lora",
+    "dera-merge doctor merged/lambda-0.5 --base demo/reference --adapter demo/aligned-lora",
+)
 
 
 def run(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A model or an adapter: a directory or a Hub id.")],
-    base: Annotated[str | None, typer.Option(help="What it was made of: does it fit, is anything lost?")] = None,
-    adapter: Annotated[str | None, typer.Option(help="With --base: what was merged into DIR.")] = None,
+    base: Annotated[str | None, what(help="What it was made of: does it fit, is anything lost?")] = None,
+    adapter: Annotated[str | None, what(help="With --base: what was merged into DIR.")] = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is wrong with a model or an adapter that any tool has made, and what would load it.
-
-    Example: dera-merge doctor my-merge --base my-sft --adapter my-dpo-lora
-    """
+    """Say what is wrong with a model or an adapter of any tool. And say what would load it."""
     if adapter and not base:
         raise typer.BadParameter("needs --base, which it was merged into", param_hint="--adapter")
     from transformers.utils import logging

@@ -6,27 +6,26 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
+from .help import how, what, where
 from .options import Given, with_models
 from .show import print_json, progress, say
+
+EXAMPLES = (
+    "dera-merge export-exact demo/reference demo/aligned-lora -l 0.5 -o exact",
+    "dera-merge export-exact demo/reference demo/aligned-dense -o exact-dense",
+)
 
 
 @with_models(base_quantization=True)
 def run(
     given: Given,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The directory to write.")],
-    lam: Annotated[str, typer.Option("-l", "--lambda", help="λ of requests that bring none.")] = "1",
-    merge_adapter: Annotated[bool, typer.Option("--merge-adapter", help="Store an adapter's model whole.")] = False,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy weight files instead of linking them.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a directory that this command wrote.")
-    ] = False,
+    output: Annotated[Path, where("-o", "--output", help="The directory to write.")],
+    lam: Annotated[str, what("-l", "--lambda", help="λ of requests that bring none.")] = "1",
+    merge_adapter: Annotated[bool, how("--merge-adapter", help="Store an adapter's model whole.")] = False,
+    copy: Annotated[bool, where("--copy", help="Copy weight files instead of linking them.")] = False,
+    overwrite: Annotated[bool, where("--overwrite", help="Replace a directory that this command wrote.")] = False,
 ) -> None:
-    """Put both models into one directory, from which vLLM serves exact DeRa with a λ for each request.
-
-    Example: dera-merge export-exact my-sft my-dpo-lora -l 0.5 -o exact
-    """
+    """Write both models to one directory, for exact DeRa in vLLM. Each request there may bring its own λ."""
     value = given.lam([lam])
     pair = given.open()
     with progress("exporting") as tell:

@@ -8,45 +8,44 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .checks import choose_device
+from .help import how, what, where
 from .options import Dtype, Given, Lambdas, Mode, PathFile, Seed, with_models
 from .show import note, print_json, say
 
 LoadIn = Literal["4bit", "8bit"]
+
+EXAMPLES = (
+    'dera-merge generate demo/reference demo/aligned-lora -l 0.5 --prompt "The film"',
+    'dera-merge generate demo/reference demo/aligned-lora -l 2 --prompt "The film" --mode speculative',
+)
 
 
 @with_models(several=True, base_quantization=True)
 def run(
     given: Given,
     lam: Lambdas,
-    prompt: Annotated[str, typer.Option(help="Raw text, tokenized with the tokenizer's defaults (but see --chat).")],
-    mode: Annotated[Mode, typer.Option(help="Two models, one, or two with one drafting.")] = "exact",
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt through the chat template as a user's turn.")
-    ] = False,
+    prompt: Annotated[str, what(help="Raw text, tokenized with the tokenizer's defaults (but see --chat).")],
+    mode: Annotated[Mode, how(help="Two models, one, or two with one drafting.")] = "exact",
+    chat: Annotated[bool, what("--chat", help="Put the prompt through the chat template as a user's turn.")] = False,
     image: Annotated[
-        list[Path] | None, typer.Option(help="A file with an image that the user's turn shows; repeatable.")
+        list[Path] | None, what(help="A file with an image that the user's turn shows; repeatable.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="0, the default, is greedy.")] = None,
+    max_new_tokens: Annotated[int, how(min=1, help="Length of the answer.")] = 64,
+    temperature: Annotated[float | None, how(min=0.0, help="0, the default, is greedy.")] = None,
     as_configured: Annotated[
         bool,
-        typer.Option("--as-configured", help="Apply the model's generation_config.json. Not exact DeRa any more."),
+        how("--as-configured", help="Apply the model's generation_config.json. Not exact DeRa any more."),
     ] = False,
     seed: Seed = 0,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, …; cuda:0,cuda:1 puts REF and ALIGNED on two.")
-    ] = "auto",
-    compute_dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, else the checkpoint's.")] = "auto",
-    load_in: Annotated[LoadIn | None, typer.Option(help="Quantise both models on loading (bitsandbytes).")] = None,
+    device: Annotated[str, where(help="auto, cpu, cuda, …; cuda:0,cuda:1 puts REF and ALIGNED on two.")] = "auto",
+    compute_dtype: Annotated[Dtype, how(help="auto: float32 on CPU, else the checkpoint's.")] = "auto",
+    load_in: Annotated[LoadIn | None, how(help="Quantise both models on loading (bitsandbytes).")] = None,
     plausibility: Annotated[
-        float | None, typer.Option(help="α in (0, 1]: no token below α times ALIGNED's best. Not exact DeRa any more.")
+        float | None, how(help="α in (0, 1]: no token below α times ALIGNED's best. Not exact DeRa any more.")
     ] = None,
     path: PathFile = None,
 ) -> None:
-    """Decode one prompt at λ.
-
-    Example: dera-merge generate my-sft my-dpo-lora -l 0.5 --chat --prompt "What is rain?"
-    """
+    """Decode one prompt at λ."""
     value = given.lam(lam)
     if temperature and not 1e-3 <= temperature <= 1e3:
         raise typer.BadParameter("must be 0 (greedy) or from 0.001 to 1000", param_hint="--temperature")

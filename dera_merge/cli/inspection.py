@@ -7,22 +7,23 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from .help import how, what
 from .options import Dtype, Given, MaybeAligned, with_models
 from .show import PLAIN, note, out, print_json, progress, say
+
+EXAMPLES = (
+    "dera-merge inspect demo/reference",
+    "dera-merge inspect demo/reference demo/aligned-lora",
+)
 
 
 @with_models(aligned=MaybeAligned, base_quantization=True)
 def run(
     given: Given,
-    merged: Annotated[
-        str | None, typer.Option(help="A checkpoint merged at λ=1 by any tool: did it lose anything?")
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Count ulps of this dtype; auto: of each tensor's in REF.")] = "auto",
+    merged: Annotated[str | None, what(help="A checkpoint merged at λ=1 by any tool: did it lose anything?")] = None,
+    dtype: Annotated[Dtype, how(help="Count ulps of this dtype; auto: of each tensor's in REF.")] = "auto",
 ) -> None:
-    """Say what a model is, or how far two are apart and what would stop a merge.
-
-    Example: dera-merge inspect my-sft my-dpo-lora
-    """
+    """Say what a model is, or how far two are apart. Of two, also what would stop a merge."""
     from ..measuring.inspection import describe, inspect_pair
 
     if merged and not given.aligned:
@@ -98,9 +99,9 @@ def _layout_parts(layout: dict[str, Any] | None, works: dict[str, Any] | None) -
     parts += [f"{name} of {weights:,} parameters" for name, weights in layout["towers"].items()]
     parts += [f"{layout['mtp']} tensors that predict further tokens"] if layout["mtp"] else []
     reasons: dict[str, list[str]] = {}
-    for what, answer in works.items():
-        if answer is not True and not (what == "images" and not layout["towers"]):
-            reasons.setdefault(answer, []).append(what.replace("_", " "))
+    for use, answer in works.items():
+        if answer is not True and not (use == "images" and not layout["towers"]):
+            reasons.setdefault(answer, []).append(use.replace("_", " "))
     return parts + [f"no {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .help import how, what, where
 from .options import Dtype, Given, Lambdas, PathFile, Rounding, Seed, with_models
 from .show import note, print_json, progress, say
 
@@ -18,36 +19,32 @@ if TYPE_CHECKING:
 Format = Literal["full", "adapter"]
 QUIET = 0.01  # noise, in parts of ‖λΔ‖, that is not worth a word
 
+EXAMPLES = (
+    "dera-merge merge demo/reference demo/aligned-lora -l 0.25,0.5 -o merged",
+    "dera-merge merge demo/reference demo/aligned-lora -l 0.5,1 -o adapters --format adapter",
+)
+
 
 @with_models(several=True, base_quantization=True)
 def run(
     given: Given,
     lam: Lambdas,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Directory; with several λ, the parent of lambda-<λ>.")
-    ],
-    dtype: Annotated[Dtype, typer.Option(help="Of the output; auto: each tensor's dtype in REF.")] = "auto",
-    rounding: Annotated[Rounding | None, typer.Option(help="Default: stochastic for 16-bit output.")] = None,
+    output: Annotated[Path, where("-o", "--output", help="Directory; with several λ, the parent of lambda-<λ>.")],
+    dtype: Annotated[Dtype, how(help="Of the output; auto: each tensor's dtype in REF.")] = "auto",
+    rounding: Annotated[Rounding | None, how(help="Default: stochastic for 16-bit output.")] = None,
     seed: Seed = 0,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
-    format: Annotated[Format, typer.Option(help="Checkpoints, or λΔ as PEFT adapters over the base.")] = "full",
-    rank: Annotated[int | None, typer.Option(min=1, help="Cut adapters to this rank by SVD.")] = None,
-    extract_rank: Annotated[int | None, typer.Option(min=1, help="Δ of a dense pair as adapters of this rank.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that dera-merge wrote.")] = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Store NaN and infinity, counted.")
-    ] = False,
-    shard: Annotated[
-        str | None, typer.Option(help="i/n: write the i-th of n shares. Default: the launcher's rank.")
-    ] = None,
+    max_shard_size: Annotated[str, where(help="Largest weight file.")] = "5GB",
+    format: Annotated[Format, how(help="Checkpoints, or λΔ as PEFT adapters over the base.")] = "full",
+    rank: Annotated[int | None, how(min=1, help="Cut adapters to this rank by SVD.")] = None,
+    extract_rank: Annotated[int | None, how(min=1, help="Δ of a dense pair as adapters of this rank.")] = None,
+    resume: Annotated[bool, where("--resume", help="Go on with an interrupted merge.")] = False,
+    overwrite: Annotated[bool, where("--overwrite", help="Replace an output that dera-merge wrote.")] = False,
+    allow_nonfinite: Annotated[bool, how("--allow-nonfinite", help="Store NaN and infinity, counted.")] = False,
+    shard: Annotated[str | None, where(help="i/n: write the i-th of n shares. Default: the launcher's rank.")] = None,
     path: PathFile = None,
-    report: Annotated[Path | None, typer.Option(help="Of compare; warns of λ that it does not call safe.")] = None,
+    report: Annotated[Path | None, what(help="Of compare; warns of λ that it does not call safe.")] = None,
 ) -> None:
-    """Write θ_ref + λΔ as an ordinary checkpoint.
-
-    Example: dera-merge merge my-sft my-dpo-lora -l 0.25,0.5 -o merged
-    """
+    """Write θ_ref + λΔ as an ordinary checkpoint."""
     lams = given.lams(lam)
     common: dict[str, Any] = {
         "dtype": dtype,

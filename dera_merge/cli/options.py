@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from .. import lambdas
+from .help import how, trust, what, where
 from .show import json_alone
 
 if TYPE_CHECKING:
@@ -25,47 +26,43 @@ Ref = Annotated[str, typer.Argument(metavar="REF", help="Reference model: a dire
 Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help="Aligned model: a full checkpoint or a PEFT adapter.")]
 MaybeAligned = Annotated[str | None, typer.Argument(metavar="[ALIGNED]", help="Aligned model.")]
 Lambdas = Annotated[
-    list[str], typer.Option("-l", "--lambda", help="λ: a number, a list 0.25,0.5 or a range 0:2:0.25; repeatable.")
+    list[str], what("-l", "--lambda", help="λ: a number, a list 0.25,0.5 or a range 0:2:0.25; repeatable.")
 ]
 More = Annotated[
     list[str] | None,
-    typer.Option("--aligned", help="A further aligned model, repeatable; λ is then a vector: 0.5+0.25."),
+    what("--aligned", help="A further aligned model, repeatable; λ is then a vector: 0.5+0.25."),
 ]
-Base = Annotated[str | None, typer.Option(help="Base model of adapters, instead of the one that their config names.")]
+Base = Annotated[str | None, what(help="Base model of adapters, instead of the one that their config names.")]
 BaseQuantization = Annotated[
     BaseQuantisation | None,
-    typer.Option(help="What the adapter's base was quantised to in training; REF is then that."),
+    what(help="What the adapter's base was quantised to in training; REF is then that."),
 ]
 Stack = Annotated[
     bool | None,
-    typer.Option("--stack/--no-stack", help="ALIGNED's adapter was trained on top of REF's (or not: no warning then)."),
+    what("--stack/--no-stack", help="ALIGNED's adapter was trained on top of REF's (or not: no warning then)."),
 ]
 NewTokens = Annotated[
     Literal["aligned", "refuse"],
-    typer.Option(help="Tokens that only ALIGNED has: its rows at every λ (docs/method.md), or refused but at λ=1."),
+    what(help="Tokens that only ALIGNED has: its rows at every λ (docs/method.md), or refused but at λ=1."),
 ]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .bin files (with weights_only=True).")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let transformers run code from checkpoints.")
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", callback=json_alone, help="Print exactly one JSON object on stdout.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Throw away what an earlier run left.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]
-PathFile = Annotated[Path | None, typer.Option("--path", help="A path that calibrate learned, instead of the line.")]
+AllowPickle = Annotated[bool, trust("--allow-pickle", help="Read .bin files (with weights_only=True).")]
+TrustRemoteCode = Annotated[bool, trust("--trust-remote-code", help="Let transformers run code from checkpoints.")]
+AsJson = Annotated[bool, where("--json", callback=json_alone, help="Print exactly one JSON object on stdout.")]
+Resume = Annotated[bool, where("--resume", help="Go on with what an interrupted run left.")]
+Overwrite = Annotated[bool, where("--overwrite", help="Throw away what an earlier run left.")]
+Seed = Annotated[int, how(min=0, max=2**32 - 1, help="Seed of sampling and of stochastic rounding.")]
+PathFile = Annotated[Path | None, how("--path", help="A path that calibrate learned, instead of the line.")]
 _PROMPTS = "JSON (Lines), CSV, TSV, parquet or text lines; a directory; or a data set of the Hub, ID:SPLIT."
-Prompts = Annotated[str, typer.Option(metavar="FILE", help=_PROMPTS)]
+Prompts = Annotated[str, what(metavar="FILE", help=_PROMPTS)]
 MaybePrompts = Annotated[
-    str | None, typer.Option(metavar="FILE", help=f"{_PROMPTS} Default: 32 general ones; calibrate: REF writes some.")
+    str | None, what(metavar="FILE", help=f"{_PROMPTS} Default: 32 general ones; calibrate: REF writes some.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Read this many prompts at most.")]
+Limit = Annotated[int | None, what(min=1, help="Read this many prompts at most.")]
 SampleEngine = Annotated[
-    str | None, typer.Option("--engine", help="Sample by vLLM: the address of a server of export-exact's DIR, or vllm.")
+    str | None, where("--engine", help="Sample by vLLM: the address of a server of export-exact's DIR, or vllm.")
 ]
-ComputeDtype = Annotated[Dtype, typer.Option(help="auto: float32.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
+ComputeDtype = Annotated[Dtype, how(help="auto: float32.")]
+Device = Annotated[str, where(help="auto, cpu, cuda, cuda:1, mps, …")]
 
 
 @dataclass(frozen=True)

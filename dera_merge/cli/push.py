@@ -8,8 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from .. import lambdas
+from .help import how, what, where
 from .options import AsJson, parse_one
 from .show import err, note, one_line, print_json, say
+
+EXAMPLES = (
+    "dera-merge push merged me/my-model --main 0.5 --dry-run",
+    "dera-merge push merged/lambda-0.5 me/my-model --report report --dry-run",
+)
 
 
 def run(
@@ -17,20 +23,17 @@ def run(
     repo_id: Annotated[
         str, typer.Argument(metavar="REPO_ID", help="Model repository, user/name; made if it is not there.")
     ],
-    revision: Annotated[str | None, typer.Option(help="Branch for the one λ; default: main.")] = None,
-    main: Annotated[str | None, typer.Option(help="With several λ: the one on main; none: a card alone.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Of compare on these weights, for the card.")] = None,
-    license: Annotated[str | None, typer.Option(help="Where the parents' differ, or say nothing.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Publish what failed the report's gate.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files, commits and cards; send nothing.")] = False,
+    revision: Annotated[str | None, what(help="Branch for the one λ; default: main.")] = None,
+    main: Annotated[str | None, what(help="With several λ: the one on main; none: a card alone.")] = None,
+    report: Annotated[Path | None, what(help="Of compare on these weights, for the card.")] = None,
+    license: Annotated[str | None, what(help="Where the parents' differ, or say nothing.")] = None,
+    private: Annotated[bool, where("--private", help="Make a private repository.")] = False,
+    create_pr: Annotated[bool, where("--create-pr", help="Open a pull request instead of committing.")] = False,
+    force: Annotated[bool, how("--force", help="Publish what failed the report's gate.")] = False,
+    dry_run: Annotated[bool, where("--dry-run", help="Show files, commits and cards; send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish merged checkpoints or adapters on the Hub, each λ a branch, with a card that says what they are.
-
-    Example: dera-merge push merged me/my-model --main 0.5 --report report
-    """
+    """Publish what merge wrote on the Hub. Each λ is a branch, with a card that says what it is."""
     from ..publishing.push import push_to_hub
 
     chosen: Any = main if main in (None, "none") else parse_one([main], lambdas.width(main))

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from .checks import check_report_folder, choose_device, given_prompts
+from .help import how, what, where
 from .options import (
     ComputeDtype,
     Device,
@@ -26,6 +27,11 @@ from .options import (
 )
 from .show import PLAIN, out, print_json, progress, say
 
+EXAMPLES = (
+    "dera-merge sweep demo/reference demo/aligned-lora --prompts demo/validation.jsonl --reward lexicon -o sweep",
+    "dera-merge sweep demo/reference demo/aligned-lora --prompts demo/validation.jsonl --reward length -o brief",
+)
+
 
 @with_models(several=True)
 def run(
@@ -33,32 +39,22 @@ def run(
     prompts: Prompts,
     reward: Annotated[
         list[str],
-        typer.Option(help="module:function, file.py:function, command:…, model:ID[#LABEL], http://…, length, lexicon."),
+        what(help="module:function, file.py:function, command:…, model:ID[#LABEL], http://…, length, lexicon."),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the report, and of texts as they come.")],
+    output: Annotated[Path, where("-o", "--output", help="Directory of the report, and of texts as they come.")],
     lam: Annotated[
-        list[str] | None, typer.Option("-l", "--lambda", help="λ of interest (default 0,2): the curve spans them.")
+        list[str] | None, what("-l", "--lambda", help="λ of interest (default 0,2): the curve spans them.")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Of several rewards: 1,0.5. Default: 1 each.")] = None,
-    anchors: Annotated[str | None, typer.Option(help="λ to sample at. Default: 0,0.5,1,2 and the ends.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt at each anchor.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of sampled texts.")] = 64,
-    mode: Annotated[
-        Mode, typer.Option(help="Whose texts; speculative: exact DeRa's, the merged model drafting.")
-    ] = "exact",
-    reweight: Annotated[
-        bool, typer.Option("--reweight/--no-reweight", help="Curves from the texts of a few λ.")
-    ] = True,
-    merged: Annotated[
-        bool, typer.Option("--merged/--no-merged", help="Sample the merged model at the anchors too.")
-    ] = True,
-    budget: Annotated[
-        int | None, typer.Option(min=1, help="Texts of exact DeRa in all; default: 3 more anchors.")
-    ] = None,
-    from_scored: Annotated[
-        Path | None, typer.Option(help="Texts sampled and scored before; nothing is sampled.")
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="KL coefficient of ALIGNED's training, for β/λ.")] = None,
+    weights: Annotated[str | None, what(help="Of several rewards: 1,0.5. Default: 1 each.")] = None,
+    anchors: Annotated[str | None, how(help="λ to sample at. Default: 0,0.5,1,2 and the ends.")] = None,
+    samples: Annotated[int, how(min=1, help="Texts for each prompt at each anchor.")] = 1,
+    max_new_tokens: Annotated[int, how(min=1, help="Length of sampled texts.")] = 64,
+    mode: Annotated[Mode, how(help="Whose texts; speculative: exact DeRa's, the merged model drafting.")] = "exact",
+    reweight: Annotated[bool, how("--reweight/--no-reweight", help="Curves from the texts of a few λ.")] = True,
+    merged: Annotated[bool, how("--merged/--no-merged", help="Sample the merged model at the anchors too.")] = True,
+    budget: Annotated[int | None, how(min=1, help="Texts of exact DeRa in all; default: 3 more anchors.")] = None,
+    from_scored: Annotated[Path | None, what(help="Texts sampled and scored before; nothing is sampled.")] = None,
+    beta: Annotated[float | None, what(help="KL coefficient of ALIGNED's training, for β/λ.")] = None,
     path: PathFile = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -68,10 +64,7 @@ def run(
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
 ) -> None:
-    """Choose λ: reward against KL on a validation set.
-
-    Example: dera-merge sweep my-sft my-dpo-lora --prompts validation.jsonl --reward mymodule:reward -o sweep
-    """
+    """Choose λ: reward against KL on a validation set."""
     lams = given.lams(lam) if lam else None
     places = given.lams([anchors]) if anchors else None
     try:
