@@ -11,11 +11,13 @@ import numpy as np
 from ..errors import DeraError, warn
 from ..lambdas import Lam
 from ..statistics.reweighting import KNOWN, Pool, column_of, interval
+from .anchors import next_point
 from .answers import Answer
 from .report import Sweep, commands
 from .sampler import SweepLab
+from .targets import Estimates, Goal, MostReward, where_best
 
-SURE = 0.75  # effective texts a prompt at the best λ, below which an anchor is put there
+Figures = tuple[np.ndarray, np.ndarray]  # a figure at each λ, and in each bootstrap sample
 
 
 class Curves:
@@ -24,22 +26,62 @@ class Curves:
     Args:
         lab: the laboratory, with its texts.
         weights: of the rewards.
+        goal: what λ is chosen by.
     """
 
-    def __init__(self, lab: SweepLab, weights: Sequence[float]) -> None:
-        self.lab, self.weights = lab, list(weights)
+    def __init__(self, lab: SweepLab, weights: Sequence[float], goal: Goal) -> None:
+        self.lab, self.weights, self.goal = lab, list(weights), goal
 
-    def _pool(self, grid: Sequence[Lam]) -> tuple[Pool, list[Answer], np.ndarray, np.ndarray]:
-        """The texts that answer and have a reward, as a pool; and of each its answer, reward, and KL at each λ."""
+    def estimates(self, grid: Sequence[Lam]) -> Estimates:
+        """The figures of the curve at each λ, by name, in the order in which reports have them.
+
+        Raises:
+            DeraError: no text has a reward.
+        """
         answers, logp, kl = self.lab.densities(grid)
         total = self._totals(answers)
         kept = ~np.isnan(total)
         if not kept.any():
             raise DeraError("a reward failed on every text")
-        answers = [a for a, k in zip(answers, kept, strict=True) if k]
+        answers, total, kl = [a for a, k in zip(answers, kept, strict=True) if k], total[kept], kl[kept]
         index_of = {lam: number for number, lam in enumerate(grid)}
         drawn, prompts = np.array([index_of[a.lam] for a in answers]), np.array([a.prompt for a in answers])
-        return Pool(np.array(grid), logp[kept], drawn, prompts, self.lab.seed), answers, total[kept], kl[kept]
+        pool = Pool(np.array(grid), logp[kept], drawn, prompts, self.lab.seed)
+        if not self.lab.asked.reweight:
+            pool = _direct(pool)
+        lengths = np.array([len(a.ids) for a in answers], dtype=float)
+        columns = {"reward": pool.mean(total)} if self.lab.rewards else {}
+        columns |= {"kl": pool.mean(kl), "length": pool.mean(lengths)}
+        columns["kl_token"] = _ratio(columns["kl"], columns["length"])
+        columns["cut"] = pool.mean((lengths >= self.lab.asked.max_new_tokens).astype(float))
+        if len(self.lab.rewards) > 1:
+            earned = {r.name: np.array([a.rewards[r.name] for a in answers], dtype=float) for r in self.lab.rewards}
+            columns |= {column_of(reward): pool.mean(values) for reward, values in earned.items()}
+        if self.lab.rewards:
+            columns |= self._beside_the_ends(grid, pool, total, columns["reward"])
+        return Estimates(grid, pool.ess, columns)
+
+    def _beside_the_ends(
+        self, grid: Sequence[Lam], pool: Pool, total: np.ndarray, reward: Figures
+    ) -> dict[str, Figures]:
+        """How each λ does beside the aligned model that earns most alone, and beside the reference."""
+        (ref, *aligned), columns = self.lab.pair.ends(), {}
+        best = self._best_alone(grid, pool.ess, reward[0])
+        if best is not None:
+            columns["wins_aligned"] = pool.wins(total, best)
+        if ref in grid:
+            columns["wins_ref"] = pool.wins(total, grid.index(ref))
+        if best is not None:
+            alone = reward[0][[best]], reward[1][:, [best]]
+            columns["gain"] = reward[0] - alone[0], reward[1] - alone[1]
+            if len(aligned) == 1:
+                columns["kept"] = _ratio(reward, alone)
+        return columns
+
+    def _best_alone(self, grid: Sequence[Lam], ess: np.ndarray, reward: np.ndarray) -> int | None:
+        """The place of the aligned model that earns most alone, if one is on the grid."""
+        alone = [grid.index(lam) for lam in self.lab.pair.ends()[1:] if lam in grid]
+        return max(alone, key=lambda number: reward[number] if ess[number] >= KNOWN else -np.inf, default=None)
 
     def _totals(self, answers: Sequence[Answer]) -> np.ndarray:
         """The weighted sum of each text's rewards; NaN where one failed."""
@@ -55,79 +97,71 @@ class Curves:
         return {lam: float(np.nanmean(self._totals(answers))) for lam, answers in answers_at.items()}
 
     def next_anchor(self, grid: Sequence[Lam]) -> Lam | None:
-        """Where another anchor tells most about the best λ; None where the best is known well enough.
-
-        That is the λ with the highest upper bound of its reward, as long as few effective texts stand for it.
-        """
-        pool, _, total, _ = self._pool(grid)
-        _, draws = pool.mean(total)
-        upper = np.where(pool.ess < KNOWN, np.inf, interval(draws)[1])
+        """Where another anchor tells most about the λ to choose; None where that is known well enough."""
+        wanted = self.goal.next(self.estimates(grid))
         sampled = {a.lam for a in self.lab.store.answers if a.mode == "exact"}
-        best = int(np.argmax(upper - 1e-9 * pool.ess))
-        return None if pool.ess[best] >= SURE or grid[best] in sampled else grid[best]
+        return None if wanted in sampled else wanted
+
+    def next_point(self, anchors: Sequence[Lam], first: Sequence[Lam]) -> Lam | None:
+        """Where to sample next if texts stand for their own λ alone; see `anchors.next_point`."""
+        if isinstance(self.goal, MostReward):  # no model has to read texts for that
+            return next_point(self.means(), first, self.lab.seed)
+        worth = self.goal.worth(self.estimates(anchors))
+        return next_point(dict(zip(anchors, worth.tolist(), strict=True)), first, self.lab.seed)
 
     def result(self, grid: Sequence[Lam], settings: dict[str, Any]) -> Sweep:
         """All curves, points and the answer. Raises DeraError where no λ has enough texts."""
         ends, several = self.lab.pair.ends(), self.lab.pair.models > 1
         within = not several and min(grid) <= 0 and max(grid) >= 1 and settings["reweight"]
         grid = sorted({*grid, *ends}) if within else list(grid)
-        pool, answers, total, kl = self._pool(grid)
-        failed = sum(a.mode == self.lab.kind for a in self.lab.store.answers) - len(answers)
-        if settings["reweight"] is False:
-            pool = _direct(pool)
-        reward, draws = pool.mean(total)
-        columns: dict[str, tuple[np.ndarray, np.ndarray]] = {"reward": (reward, draws), "kl": pool.mean(kl)}
-        columns["length"] = pool.mean(np.array([len(a.ids) for a in answers], dtype=float))
-        if len(self.lab.rewards) > 1:
-            earned = {r.name: np.array([a.rewards[r.name] for a in answers], dtype=float) for r in self.lab.rewards}
-            columns |= {column_of(reward): pool.mean(values) for reward, values in earned.items()}
-        known = pool.ess >= KNOWN
-        alone = [grid.index(lam) for lam in ends[1:] if lam in grid]
-        best_alone = max(alone, key=lambda number: reward[number] if known[number] else -np.inf, default=None)
-        for name, number in (
-            ("wins_aligned", best_alone),
-            ("wins_ref", grid.index(ends[0]) if ends[0] in grid else None),
-        ):
-            if number is not None:
-                columns[name] = pool.wins(total, number)
-        if best_alone is not None:
-            columns["gain"] = reward - reward[best_alone], draws - draws[:, [best_alone]]
+        found = self.estimates(grid)
+        if not found.known.any():
+            raise DeraError("no λ has enough texts to say anything; give more --samples, or shorter texts")
+        pick = self.goal.pick(found)
+        if pick.lam not in grid and settings["reweight"]:  # it lies between two of them
+            grid = sorted({*grid, pick.lam})
+            found = self.estimates(grid)
+        best, known = found.at(pick.lam), found.known
         curve = []
-        bounds = {name: interval(resampled) for name, (_, resampled) in columns.items()}
+        bounds = {name: interval(resampled) for name, (_, resampled) in found.columns.items()}
         for number, lam in enumerate(grid):
-            row: dict[str, Any] = {"lambda": lam, "ess": float(pool.ess[number]), "known": bool(known[number])}
-            for name, (values, _) in columns.items():
+            row: dict[str, Any] = {"lambda": lam, "ess": float(found.ess[number]), "known": bool(known[number])}
+            for name, (values, _) in found.columns.items():
                 row[name] = float(values[number])
                 row[f"{name}_ci"] = bounds[name][:, number].tolist()
             curve.append(row)
-        if not known.any():
-            raise DeraError("no λ has enough texts to say anything; give more --samples, or shorter texts")
-        chosen = np.where(known, reward, -np.inf)
-        best = int(np.argmax(chosen))
-        best_range = _where_best(grid, np.where(known, draws, -np.inf))
         if several:
             reach = list(zip(*(grid[i] for i in np.flatnonzero(known)), strict=True))
             edge = any(x in (min(values), max(values)) for x, values in zip(grid[best], reach, strict=True))
         else:
             edge = best in (0, len(grid) - 1) or not known[max(best - 1, 0)] or not known[min(best + 1, len(grid) - 1)]
-        answer: dict[str, Any] = {"lambda": grid[best], "interval": best_range, "at_the_edge": bool(edge)}
+        answer: dict[str, Any] = {"lambda": grid[best], "interval": pick.interval, "at_the_edge": bool(edge)}
+        judged = found.columns.get("reward", found.columns["kl"])[0]  # what tells λ apart
         if several:
+            alone = self._best_alone(grid, found.ess, judged)
             answer["log_ratio"] = self.lab.log_ratio(grid[best])
-            answer["gain_over"] = None if best_alone is None else grid[best_alone]
-        answer["tells_apart"] = bool(np.ptp(reward[known]) > 0)
-        answer |= {key: curve[best][key] for key in ("reward", "reward_ci", "kl", "ess")}
-        if "gain" in columns:
+            answer["gain_over"] = None if alone is None else grid[alone]
+        answer["tells_apart"] = bool(np.ptp(judged[known]) > 0)
+        shown = ("reward", "reward_ci", "kl", "kl_ci", "kl_token", "kl_token_ci", "length", "length_ci", "cut", "ess")
+        answer |= {key: curve[best][key] for key in shown if key in curve[best]}
+        if "gain" in found.columns:
             answer |= {"gain": curve[best]["gain"], "gain_ci": curve[best]["gain_ci"]}
             answer["more_than_noise"] = bool(curve[best]["gain_ci"][0] > 0)
+        if pick.target is not None:
+            column = pick.target["column"]
+            reached = {"reached": curve[best][column], "reached_ci": curve[best][f"{column}_ci"]}
+            answer["target"] = pick.target | reached
         if (choices := self._choices()) is not None:
             answer["sampled"] = choices
+        answers = [a for a in self.lab.store.answers if a.mode == self.lab.kind]
+        failed = int(np.isnan(self._totals(answers)).sum())
         settings = settings | {"failed": failed}
         if failed:
-            warn(f"a reward failed on {failed} of {failed + len(answers)} texts, twice; they are left out")
+            warn(f"a reward failed on {failed} of {len(answers)} texts, twice; they are left out")
         names = (self.lab.pair.ref.source.name, self.lab.pair.aligned_name)
         texts = self.lab.asked.plain, self.lab.store.answers
         result = Sweep(*names, curve, self._points(), answer, settings, None, [], *texts)
-        result.commands = commands(result, self.lab.pair, self.lab.path) if answer["tells_apart"] else []
+        result.commands = commands(result, self.lab.pair, self.lab.path) if result.chosen else []
         return result
 
     def _choices(self) -> dict[str, Any] | None:
@@ -138,7 +172,7 @@ class Curves:
         ends = self.lab.pair.ends()
         places = {mode: {a.lam for a in self.lab.store.answers if a.mode == mode} for mode in ("exact", "merged")}
         common = sorted(places["exact"] & (places["merged"] | set(ends)))
-        if len(common) < 3 or not places["merged"]:
+        if len(common) < 3 or not places["merged"] or not self.lab.rewards:
             return None
         choices: dict[str, Any] = {}
         for mode in ("exact", "merged"):
@@ -146,7 +180,7 @@ class Curves:
                 a for a in self.lab.store.answers if a.lam in common and a.mode == ("exact" if a.lam in ends else mode)
             ]
             reward, draws = self._as_sampled(answers, common, self._totals(answers))
-            choices[mode] = {"lambda": common[int(np.argmax(reward))], "interval": _where_best(common, draws)}
+            choices[mode] = {"lambda": common[int(np.argmax(reward))], "interval": where_best(common, draws)}
         return choices
 
     def _as_sampled(
@@ -171,8 +205,9 @@ class Curves:
                     "mode": mode, "lambda": lam, "texts": len(answers), "failed": int((~kept).sum()),
                     "length": float(np.mean([len(a.ids) for a in answers])),
                     "distinct": _distinct([a.text for a in answers]),
+                    "cut": float(np.mean([len(a.ids) >= self.lab.asked.max_new_tokens for a in answers])),
                 }  # fmt: skip
-                if kept.any():
+                if self.lab.rewards and kept.any():
                     value, draws = self._as_sampled(answers, [lam], total)
                     point |= {"reward": float(value[0]), "reward_ci": interval(draws)[:, 0].tolist()}
                 if mode == "merged":
@@ -187,12 +222,12 @@ def _direct(pool: Pool) -> Pool:
     return Pool(pool.lams, np.where(is_drawn, 0.0, -np.inf), pool.drawn, pool.prompt_of, pool.seed)
 
 
+def _ratio(over: Figures, under: Figures) -> Figures:
+    """One figure in terms of another; NaN where that is not above 0."""
+    return over[0] / np.where(under[0] > 0, under[0], np.nan), over[1] / np.where(under[1] > 0, under[1], np.nan)
+
+
 def _distinct(texts: Sequence[str]) -> float:
     """How many different pairs there are among all pairs of neighbouring words, as a share."""
     pairs = [pair for text in texts for words in [text.split()] for pair in itertools.pairwise(words)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
-def _where_best(lams: Sequence[Lam], draws: np.ndarray) -> list[Any]:
-    """95 % of the λ that are best in bootstrap draws (DRAWS, λ): two numbers, or two for each aligned model."""
-    return np.quantile(np.array(lams)[np.argmax(draws, axis=1)], [0.025, 0.975], axis=0).T.tolist()

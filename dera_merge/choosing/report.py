@@ -24,12 +24,14 @@ class Sweep:
     Attributes:
         curve: for each λ of the grid `lambda`, `reward` (the weighted sum), `reward_ci`, each reward by name
             (`length_reward` where the name is one of these), `kl` (nats a text, exact DeRa from the reference),
-            `kl_ci`, `length` (tokens), `wins_aligned`, `wins_ref`, `gain` (over λ=1; of several aligned models, over
-            the one that earns most alone), `gain_ci`, `ess` (effective texts a prompt), `known`.
+            `kl_ci`, `kl_token` (nats a token), `length` (tokens), `cut` (share of texts that reach the limit of
+            tokens), `wins_aligned`, `wins_ref`, `gain` (over λ=1; of several aligned models, over the one that earns
+            most alone), `gain_ci`, `kept` (reward as a share of λ=1's), `ess` (effective texts a prompt), `known`.
+            What takes a reward is not there without one.
         points: for each λ that was sampled and each mode, `reward`, `kl`, `length`, `distinct` (share of different word
-            pairs), `failed`, `texts`.
+            pairs), `cut`, `failed`, `texts`.
         best: the recommended λ, `lambda`, `interval` (of several aligned models, one for each), what it gains, and
-            where that lies.
+            where that lies; `target`, where one was given: `by`, `value`, `met`, `reached`, `reached_ci`, ….
         settings: how it was found.
         faithful: how far the merged model at the best λ is from exact DeRa, where that was checked.
         commands: what to run to ship the best λ.
@@ -46,6 +48,11 @@ class Sweep:
     commands: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether there is a λ to ship: the texts tell λ apart, and a target that was given is met."""
+        return self.best["tells_apart"] and self.best.get("target", {"met": True})["met"]
 
     def to_dict(self) -> dict[str, Any]:
         """What `sweep.json` holds; never NaN or infinity."""

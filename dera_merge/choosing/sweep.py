@@ -33,11 +33,12 @@ from ..serving import vllm_server as engines
 from ..texts import prompts as prompt_files
 from ..texts.exchanges import in_words
 from ..texts.rewards import Reward, as_reward, checked
-from .anchors import default_lambdas, first_anchors, grid_between, next_point
+from .anchors import default_lambdas, first_anchors, grid_between
 from .answers import Asked, Mode, Store
 from .curves import Curves
 from .report import Sweep
 from .sampler import SweepLab
+from .targets import Cost, goal
 
 PER_TEXT, PER_TOKEN = 200, 16  # bytes of texts.jsonl for a text and for a token of it
 PAGES = 4_000_000  # bytes of a report
@@ -46,10 +47,14 @@ PAGES = 4_000_000  # bytes of a report
 def sweep(
     pair: Pair,
     prompts: Sequence[str | dict[str, Any]],
-    rewards: Sequence[Reward | str | Callable[..., Any]],
+    rewards: Sequence[Reward | str | Callable[..., Any]] = (),
     lams: Sequence[float | Sequence[float]] | None = None,
     *,
     weights: Sequence[float] | None = None,
+    target_kl: float | None = None,
+    target_length: float | None = None,
+    keep: float | None = None,
+    minimise: Cost = "tokens",
     anchors: Sequence[float | Sequence[float]] | None = None,
     samples: int = 1,
     max_new_tokens: int = 64,
@@ -70,17 +75,23 @@ def sweep(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Sweep:
-    """Find the λ that rewards on a validation set want.
+    """Find the λ that rewards on a validation set want, or that meets a target.
 
     Started by `accelerate launch` or `torchrun`, each process samples and reads a share; all return the same.
 
     Args:
         pair: the two models.
         prompts: texts or rows, as for `compare`, without completions. What is too long is left out.
-        rewards: what texts are worth: each a `Reward`, a function, or a spec as for `load_reward`.
+        rewards: what texts are worth: each a `Reward`, a function, or a spec as for `load_reward`. A target of KL or
+            length needs none.
         lams: the λ of interest; with `reweight`, the curve spans them. Default: 0 to 2. With several aligned models a
             number for each, and those that are given are the grid; default: every combination from 0 to 1.
         weights: of the rewards; default 1 each.
+        target_kl: choose the λ at which KL from the reference is so much, in nats a token, on texts of that λ.
+        target_length: choose the λ whose texts have so many tokens on average, an end token included.
+        keep: choose the λ of the least cost among those that surely keep this share of λ=1's reward: the lower bound of
+            the paired ratio is no less.
+        minimise: the cost: `"tokens"` of a text, or `"kl"`.
         anchors: where texts are sampled; default 0, 0.5, 1 and 2 as far as they lie within the span, and its ends; with
             several aligned models, each alone, none, and their mean.
         samples: texts for each prompt at each anchor.
@@ -121,8 +132,9 @@ def sweep(
     lams = pair.known(lams) if lams is not None else default_lambdas(pair, reweight)
     rewards = [as_reward(reward) for reward in rewards]
     names = [reward.name for reward in rewards]
-    if not rewards or len(set(names)) < len(names):
-        raise DeraError("give one reward or more, each once")
+    if len(set(names)) < len(names):
+        raise DeraError("give each reward once")
+    by = goal(target_kl, target_length, keep, minimise, len(rewards), lams)
     weights = [1.0] * len(rewards) if weights is None else list(weights)
     if len(weights) != len(rewards) or not all(map(math.isfinite, weights)):
         raise DeraError(f"{len(weights)} weights for {len(rewards)} rewards")
@@ -154,7 +166,7 @@ def sweep(
         texts = [in_words(prompt.asked) for prompt in encoded]
         asked = Asked(encoded, texts, rewards, samples, max_new_tokens, mode, reweight)
         lab = SweepLab(pair, Compute(device, compute_dtype), curve, seed, progress, asked, store)
-        curves = Curves(lab, weights)
+        curves = Curves(lab, weights, by)
 
         if scored is not None:
             lab.take(scored)
@@ -165,7 +177,7 @@ def sweep(
                 lab.sample(lab.kind, anchors)
                 begun_with = anchors
                 while (len(anchors) + 1) * len(encoded) * samples <= most:
-                    wanted = curves.next_anchor(grid) if reweight else next_point(curves.means(), begun_with, seed)
+                    wanted = curves.next_anchor(grid) if reweight else curves.next_point(anchors, begun_with)
                     if wanted is None:
                         break
                     anchors, grid = sorted([*anchors, wanted]), sorted({*grid, wanted})
@@ -176,7 +188,7 @@ def sweep(
         lam = result.best["lambda"]
         if pair.models == 1 and (beta := beta if beta is not None else recorded_beta(pair)) is not None:
             result.best |= {"beta": beta, "equivalent_beta": beta / lam if lam else None}
-        if check and result.best["tells_apart"] and lam not in pair.ends():
+        if check and result.chosen and lam not in pair.ends():
             few = encoded[:16]
             lab.tell("checking the merge", 0, 1)
             row = compare(

@@ -1,10 +1,10 @@
-"""`dera-merge sweep`: choose λ by reward against KL."""
+"""`dera-merge sweep`: choose λ by reward against KL, or by a target."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -27,9 +27,12 @@ from .options import (
 )
 from .show import PLAIN, out, print_json, progress, say
 
+if TYPE_CHECKING:
+    from ..choosing.report import Sweep
+
 EXAMPLES = (
     "dera-merge sweep demo/reference demo/aligned-lora --prompts demo/validation.jsonl --reward lexicon -o sweep",
-    "dera-merge sweep demo/reference demo/aligned-lora --prompts demo/validation.jsonl --reward length -o brief",
+    "dera-merge sweep demo/reference demo/aligned-lora --prompts demo/validation.jsonl --target-kl 0.05 -o kl",
 )
 
 
@@ -37,15 +40,27 @@ EXAMPLES = (
 def run(
     given: Given,
     prompts: Prompts,
-    reward: Annotated[
-        list[str],
-        what(help="module:function, file.py:function, command:…, model:ID[#LABEL], http://…, length, lexicon."),
-    ],
     output: Annotated[Path, where("-o", "--output", help="Directory of the report, and of texts as they come.")],
+    reward: Annotated[
+        list[str] | None,
+        what(help="module:function, file.py:function, command:…, model:ID[#LABEL], http://…, length, tokens, lexicon."),
+    ] = None,
     lam: Annotated[
         list[str] | None, what("-l", "--lambda", help="λ of interest (default 0,2): the curve spans them.")
     ] = None,
     weights: Annotated[str | None, what(help="Of several rewards: 1,0.5. Default: 1 each.")] = None,
+    target_kl: Annotated[
+        float | None, what(help="Choose the λ at this KL from the reference, nats a token; needs no reward.")
+    ] = None,
+    target_length: Annotated[
+        float | None, what(help="Choose the λ whose texts have so many tokens on average; needs no reward.")
+    ] = None,
+    keep: Annotated[
+        float | None, what(help="Choose the cheapest λ that surely keeps this share of λ=1's reward: 0.98.")
+    ] = None,
+    minimise: Annotated[
+        Literal["tokens", "kl"] | None, what(help="What is cheap, with --keep. Default: tokens.")
+    ] = None,
     anchors: Annotated[str | None, how(help="λ to sample at. Default: 0,0.5,1,2 and the ends.")] = None,
     samples: Annotated[int, how(min=1, help="Texts for each prompt at each anchor.")] = 1,
     max_new_tokens: Annotated[int, how(min=1, help="Length of sampled texts.")] = 64,
@@ -64,15 +79,23 @@ def run(
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
 ) -> None:
-    """Choose λ: reward against KL on a validation set."""
+    """Choose λ by reward, KL or length on a validation set; exit 3 if a target is not met."""
+    if sum(target is not None for target in (target_kl, target_length, keep)) > 1:
+        raise typer.BadParameter("give one of them", param_hint="--target-kl, --target-length, --keep")
+    if minimise and keep is None:
+        raise typer.BadParameter("says what is cheap for --keep", param_hint="--minimise")
+    if not reward and target_kl is None and target_length is None:
+        raise typer.BadParameter(
+            "give one, or --target-kl or --target-length: there is nothing to choose by", param_hint="--reward"
+        )
     lams = given.lams(lam) if lam else None
     places = given.lams([anchors]) if anchors else None
     try:
         shares = [float(part) for part in weights.split(",")] if weights else None
     except ValueError:
         raise typer.BadParameter(f"{weights!r} is no list of numbers", param_hint="--weights") from None
-    if shares and len(shares) != len(reward):
-        raise typer.BadParameter(f"{len(shares)} for {len(reward)} rewards", param_hint="--weights")
+    if shares and len(shares) != len(reward or ()):
+        raise typer.BadParameter(f"{len(shares)} for {len(reward or ())} rewards", param_hint="--weights")
     if engine and from_scored:
         raise typer.BadParameter("samples nothing, as --from-scored brings the texts", param_hint="--engine")
     if beta is not None and not 0 < beta < math.inf:
@@ -85,29 +108,35 @@ def run(
     from ..processes import launched
     from ..texts.rewards import load_reward
 
-    rewards = [load_reward(spec, place) for spec in reward]
+    rewards = [load_reward(spec, place) for spec in reward or ()]
     scored = read_scored(from_scored) if from_scored else None
     with progress("sweeping") as tell:
         result = choose(
-            pair, given_prompts(prompts, limit), rewards, lams, weights=shares, anchors=places, samples=samples,
+            pair, given_prompts(prompts, limit), rewards, lams, weights=shares, target_kl=target_kl,
+            target_length=target_length, keep=keep, minimise=minimise or "tokens", anchors=places, samples=samples,
             max_new_tokens=max_new_tokens, mode=mode, reweight=reweight, merged=merged, budget=budget, scored=scored,
             beta=beta, path=path, seed=seed, engine=engine, device=place, out=output, resume=resume,
             overwrite=overwrite, progress=tell,
             compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
         )  # fmt: skip
-    if launched()[0]:  # another process writes and prints
-        return
-    result.save(output)
-    if given.as_json:
-        return print_json(result.to_dict())
+    if not launched()[0]:  # of several processes the first writes and prints
+        result.save(output)
+        print_json(result.to_dict()) if given.as_json else _show(result, output)
+    if not result.best.get("target", {"met": True})["met"]:
+        raise typer.Exit(3)
+
+
+def _show(result: Sweep, output: Path) -> None:
+    """The table and the answer in words."""
     from ..pages.frame import read as as_read
     from ..pages.sweep import LEGEND, cells, columns, sentences, shown
 
     content = as_read(result.to_dict())
-
     table = Table(title="What λ earns and costs", **PLAIN)
-    left_out = ("length", "wins_aligned", "wins_ref")  # so that it fits 80 columns; the report has all
-    left_out += ("gain_ci",) if len(rewards) > 1 else ()  # each reward has a column then
+    by = content["best"].get("target", {}).get("by")
+    left_out = {"wins_aligned", "wins_ref"}  # so that it fits 80 columns; the report has all
+    left_out |= {"kl_token", "length"} if by is None else {"gain_ci", "kl_token"} if by == "keep" else {"gain_ci"}
+    left_out |= {"gain_ci"} if len(content["settings"]["rewards"]) > 1 else set()  # each reward has a column then
     wanted = tuple(column for column in columns(content) if column not in left_out)
     for column in wanted:
         table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")

@@ -13,15 +13,20 @@ from ..lambdas import Lam, Vector, is_end, name
 from ..statistics.reweighting import KNOWN, column_of
 from .fidelity import log_ratio_sentence
 from .frame import draw_curve, figure_of, have_matplotlib, no_plots, number, over_lambda, page
+from .targets import cut_sentence, draw_effort, target_charts, target_sentences
 
 MOST_BARS = 24  # λ of three or more aligned models that are drawn
 SHOWN = 3  # prompts whose texts are shown at each λ
-COLUMNS = ("lambda", "reward", "reward_ci", "kl", "length", "wins_aligned", "wins_ref", "gain_ci", "ess")
+COLUMNS = (
+    "lambda", "reward", "reward_ci", "kl", "kl_token", "length", "wins_aligned", "wins_ref", "gain_ci", "kept_ci",
+    "ess",
+)  # fmt: skip
 LEGEND = (
-    "reward: mean over prompts, with its 95 % interval. kl: KL from the reference, nats a text. length: "
-    "tokens. wins_aligned, wins_ref: how often a text earns more than one of λ=1 (of several aligned models: of the "
-    "best alone) and of the reference, ties half. gain_ci: interval of the reward less that of λ=1 (likewise). ess: "
-    "effective texts a prompt; 1 is what one text sampled there would be."
+    "reward: mean over prompts, with its 95 % interval. kl: KL from the reference, nats a text; kl_token: nats a "
+    "token. length: tokens. wins_aligned, wins_ref: how often a text earns more than one of λ=1 (of several aligned "
+    "models: of the best alone) and of the reference, ties half. gain_ci: interval of the reward less that of λ=1 "
+    "(likewise). kept_ci: of the reward as a share of λ=1's. ess: effective texts a prompt; 1 is what one text "
+    "sampled there would be."
 )
 
 
@@ -30,24 +35,24 @@ def sentences(sweep: dict[str, Any]) -> list[str]:
     best = sweep["best"]
     lam = name(best["lambda"])
     if not best["tells_apart"]:
-        same = number(best["reward"])
-        return [f"These texts tell no λ apart: each earns {same}. Another reward, more or longer texts may."]
-    said = [
+        same = f"each earns {number(best['reward'])}" if "reward" in best else "both models are one"
+        return [f"These texts tell no λ apart: {same}. Another reward, more or longer texts may."]
+    said = target_sentences(sweep) or [
         f"λ = {lam} earns most: {number(best['reward'])} ({_range(best['reward_ci'])}), at {number(best['kl'])} nats "
         f"a text from the reference; the best λ lies {_spans(best['interval'])} (95 %)."
     ]
     alone = best.get("gain_over", 1.0)
-    if best.get("gain") is not None and best["lambda"] != alone:
+    if "target" not in best and best.get("gain") is not None and best["lambda"] != alone:
         verdict = "more than noise" if best["more_than_noise"] else "not more than noise"
         over = "the aligned model itself" if alone == 1.0 else f"the best aligned model alone ({name(alone)})"
         said.append(f"That is {best['gain']:+.2g} over {over} ({_range(best['gain_ci'])}): {verdict}.")
-    if best["at_the_edge"]:
+    if best["at_the_edge"] and "target" not in best:
         said.append("It lies at the edge of what is known here: the true best may lie beyond.")
     if best.get("equivalent_beta"):
         said.append(
             f"Retraining would take KL coefficient β/λ = {best['beta']:g}/{lam} = {best['equivalent_beta']:.3g}."
         )
-    said += log_ratio_sentence(best.get("log_ratio"))
+    said += [*cut_sentence(sweep), *log_ratio_sentence(best.get("log_ratio"))]
     if sweep["faithful"]:
         row = sweep["faithful"]
         said.append(f"The merged model there is {row['verdict']}: kl {number(row['kl'])} nats a token; {row['why']}.")
@@ -98,6 +103,8 @@ def cells(row: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> list[str]:
             texts.append(_range(value))
         elif column.startswith("wins"):
             texts.append(f"{value:.0%}")
+        elif column == "length" and row["known"]:
+            texts.append(f"{value:.1f}")
         else:
             texts.append(number(value) if row["known"] or column == "ess" else "–")
     return texts
@@ -118,7 +125,8 @@ def columns(sweep: dict[str, Any]) -> tuple[str, ...]:
     """The columns that this sweep has, its rewards by name where there are several."""
     names = [column_of(reward) for reward in sweep["settings"]["rewards"]]
     wanted = (*COLUMNS[:3], *(names if len(names) > 1 else ()), *COLUMNS[3:])
-    return tuple(column for column in wanted if column in sweep["curve"][0])
+    lacking = set() if sweep["best"].get("target", {}).get("by") == "keep" else {"kept_ci"}
+    return tuple(column for column in wanted if column in sweep["curve"][0].keys() - lacking)
 
 
 def shown(sweep: dict[str, Any], most: int = 12) -> list[dict[str, Any]]:
@@ -135,20 +143,20 @@ def markdown(sweep: dict[str, Any]) -> str:
     rows = [wanted, ["---"] * len(wanted), *(cells(row, wanted) for row in shown(sweep))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     commands = "\n".join(sweep["commands"])
+    ship = f"To ship it:\n\n```bash\n{commands}\n```\n\n" if commands else ""
     settings = ", ".join(f"{key} {value}" for key, value in sweep["settings"].items() if value is not None)
     return (
-        f"# Which λ?\n\n{' '.join(sentences(sweep))}\n\n{table}\n\n{LEGEND}\n\nTo ship "
-        f"it:\n\n```bash\n{commands}\n```\n\nMeasured with: {settings}.\n"
+        f"# Which λ?\n\n{' '.join(sentences(sweep))}\n\n{table}\n\n{LEGEND}\n\n{ship}Measured with: {settings}.\n"
     )
 
 
 def plot_sweep(sweep: dict[str, Any], file: Path) -> Path | None:
-    """Reward against λ and against KL as a PNG; None, with a warning, without matplotlib."""
+    """Reward against λ and against KL, or the target, as a PNG; None, with a warning, without matplotlib."""
     if not have_matplotlib():
         no_plots()
         return None
-    draw = [lambda axis: draw_reward(axis, sweep), lambda axis: draw_frontier(axis, sweep)]
-    draw += [lambda axis: draw_pareto(axis, sweep)] if len(sweep["settings"]["rewards"]) > 1 else []
+    every = charts(sweep)
+    draw = [every[chart] for chart in every if chart not in ("wins", "ess")]
     figure = figure_of(draw, (5 * len(draw), 4))
     figure.savefig(file, dpi=140)
     return file
@@ -174,7 +182,8 @@ def draw_reward(axis: Any, sweep: dict[str, Any]) -> None:
             label = "merged, sampled" if mode == "merged" else "sampled"
             _with_bars(axis, [p["lambda"] for p in points], points, fmt=marker, color=color, label=label)
     axis.axvspan(*sweep["best"]["interval"], color="C2", alpha=0.12, lw=0)
-    axis.axvline(sweep["best"]["lambda"], color="C2", linewidth=1, label=f"best: {name(sweep['best']['lambda'])}")
+    label = f"{'chosen' if 'target' in sweep['best'] else 'best'}: {name(sweep['best']['lambda'])}"
+    axis.axvline(sweep["best"]["lambda"], color="C2", linewidth=1, label=label)
     axis.set(xlabel="λ", ylabel="reward", title="What λ earns")
     seen = [bound for row in rows for bound in row["reward_ci"]] + [
         p["reward"] for p in sweep["points"] if "reward" in p
@@ -269,6 +278,23 @@ def draw_ess(axis: Any, sweep: dict[str, Any]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
+def charts(sweep: dict[str, Any]) -> dict[str, Callable[[Any], None]]:
+    """The charts of a page, by name."""
+    draw = target_charts(sweep)
+    if sweep["settings"]["rewards"]:
+        draw |= {
+            "reward": lambda axis: draw_reward(axis, sweep), "frontier": lambda axis: draw_frontier(axis, sweep),
+            "effort": lambda axis: draw_effort(axis, sweep),
+        }  # fmt: skip
+    if len(sweep["settings"]["rewards"]) > 1:
+        draw["pareto"] = lambda axis: draw_pareto(axis, sweep)
+    if not isinstance(sweep["best"]["lambda"], Vector):
+        if any("wins_ref" in row for row in sweep["curve"]):
+            draw["wins"] = lambda axis: draw_wins(axis, sweep)
+        draw["ess"] = lambda axis: draw_ess(axis, sweep)
+    return draw
+
+
 def html(sweep: dict[str, Any], prompts: Sequence[str], answers: Sequence[dict[str, Any]]) -> str:
     """One self-contained page.
 
@@ -277,18 +303,9 @@ def html(sweep: dict[str, Any], prompts: Sequence[str], answers: Sequence[dict[s
         prompts: as texts.
         answers: the lines of texts.jsonl, `read`.
     """
-    draw: dict[str, Callable[[Any], None]] = {
-        "reward": lambda axis: draw_reward(axis, sweep), "frontier": lambda axis: draw_frontier(axis, sweep),
-    }  # fmt: skip
-    if not isinstance(sweep["best"]["lambda"], Vector):
-        if any("wins_ref" in row for row in sweep["curve"]):
-            draw["wins"] = lambda axis: draw_wins(axis, sweep)
-        draw["ess"] = lambda axis: draw_ess(axis, sweep)
-    if len(sweep["settings"]["rewards"]) > 1:
-        draw["pareto"] = lambda axis: draw_pareto(axis, sweep)
     wanted = columns(sweep)
     return page(
-        "sweep.html", "Which λ?", sweep, draw, said=sentences(sweep), columns=wanted, legend=LEGEND,
+        "sweep.html", "Which λ?", sweep, charts(sweep), said=sentences(sweep), columns=wanted, legend=LEGEND,
         rows=[cells(row, wanted) for row in shown(sweep)], best=shown(sweep).index(_best(sweep)),
         texts=_texts(prompts, answers),
     )  # fmt: skip

@@ -8,6 +8,7 @@ A spec is one of
     model:ID[#LABEL]      a sequence classifier (directory or Hub id), see `classifier.py`
     http(s)://…[#LABEL]   a server that classifies texts, see `servers.py`
     length                words of the text
+    tokens                its tokens, an end token included: a cost, with a negative weight
     lexicon               of the demo pair: different words of praise, less those of blame, less repeats
 """
 
@@ -32,7 +33,8 @@ from .prompts import Prompt
 from .servers import Server
 
 FORMS = (
-    "module:function (dera_merge.demo:reward, say), file.py:function, command:…, model:…, http://…, length or lexicon"
+    "module:function (dera_merge.demo:reward, say), file.py:function, command:…, model:…, http://…, length, tokens or "
+    "lexicon"
 )
 
 
@@ -111,6 +113,8 @@ def load_reward(spec: str, device: Any = "cpu") -> Reward:
     kind, _, rest = spec.partition(":")
     if spec == "length":
         return Reward("length", lambda texts: [float(len(text.split())) for _, text in texts])
+    if spec == "tokens":
+        return Reward("tokens", lambda texts: [None if text.ids is None else float(len(text.ids)) for text in texts])
     if spec == "lexicon":
         return Reward("lexicon", lambda texts: [praise(text) for _, text in texts])
     if spec.startswith(("http://", "https://")):

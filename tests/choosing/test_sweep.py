@@ -345,7 +345,7 @@ def test_the_command_line_sweeps_the_demo_pair_and_writes_a_page(tmp_path):
     assert result["faithful"] is None or result["faithful"]["verdict"]
     page = (tmp_path / "out" / "sweep.html").read_text()
     assert not any(word in page for word in ("<script", "<link", "src=", 'href="http', "@import", "url(http"))
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert "nan" not in (tmp_path / "out" / "sweep.md").read_text().lower()
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 10_000
     said = run(*words, "-o", tmp_path / "again", "--from-scored", tmp_path / "out" / "texts.jsonl")
