@@ -43,24 +43,16 @@ def run(
     output: Annotated[Path, where("-o", "--output", help="Directory of the report, and of texts as they come.")],
     reward: Annotated[
         list[str] | None,
-        what(help="module:function, file.py:function, command:…, model:ID[#LABEL], http://…, length, tokens, lexicon."),
+        what(help="module:function, file.py:function, command:…, model:ID, http://…, answer:number, tokens, length, …"),
     ] = None,
     lam: Annotated[
         list[str] | None, what("-l", "--lambda", help="λ of interest (default 0,2): the curve spans them.")
     ] = None,
     weights: Annotated[str | None, what(help="Of several rewards: 1,0.5. Default: 1 each.")] = None,
-    target_kl: Annotated[
-        float | None, what(help="Choose the λ at this KL from the reference, nats a token; needs no reward.")
-    ] = None,
-    target_length: Annotated[
-        float | None, what(help="Choose the λ whose texts have so many tokens on average; needs no reward.")
-    ] = None,
-    keep: Annotated[
-        float | None, what(help="Choose the cheapest λ that surely keeps this share of λ=1's reward: 0.98.")
-    ] = None,
-    minimise: Annotated[
-        Literal["tokens", "kl"] | None, what(help="What is cheap, with --keep. Default: tokens.")
-    ] = None,
+    target_kl: Annotated[float | None, what(help="Choose λ at this KL from REF, nats a token.")] = None,
+    target_length: Annotated[float | None, what(help="Choose λ whose texts have so many tokens.")] = None,
+    keep: Annotated[float | None, what(help="Choose the cheapest λ that keeps 0.98 of λ=1's reward.")] = None,
+    minimise: Annotated[Literal["tokens", "kl"] | None, what(help="Cost (tokens).")] = None,
     anchors: Annotated[str | None, how(help="λ to sample at. Default: 0,0.5,1,2 and the ends.")] = None,
     samples: Annotated[int, how(min=1, help="Texts for each prompt at each anchor.")] = 1,
     max_new_tokens: Annotated[int, how(min=1, help="Length of sampled texts.")] = 64,

@@ -7,6 +7,8 @@ A spec is one of
     command:WORDS         a program that reads JSON Lines of {"prompt", "completion", …} and writes a number a line
     model:ID[#LABEL]      a sequence classifier (directory or Hub id), see `classifier.py`
     http(s)://…[#LABEL]   a server that classifies texts, see `servers.py`
+    answer:number[#COLUMN]  1 where the text ends at the number in a column of its prompt, also answer:boxed,
+                          answer:choice, and answer:python for code that parses, see `verified.py`
     length                words of the text
     tokens                its tokens, an end token included: a cost, with a negative weight
     lexicon               of the demo pair: different words of praise, less those of blame, less repeats
@@ -31,10 +33,11 @@ from .exchanges import Check, Exchange, RewardDown, Scorer
 from .functions import Called, function
 from .prompts import Prompt
 from .servers import Server
+from .verified import parses, verified
 
 FORMS = (
-    "module:function (dera_merge.demo:reward, say), file.py:function, command:…, model:…, http://…, length, tokens or "
-    "lexicon"
+    "module:function (dera_merge.demo:reward, say), file.py:function, command:…, model:…, http://…, answer:number, "
+    "answer:boxed, answer:choice, answer:python, length, tokens or lexicon"
 )
 
 
@@ -120,6 +123,10 @@ def load_reward(spec: str, device: Any = "cpu") -> Reward:
     if spec.startswith(("http://", "https://")):
         server = Server(spec)
         return Reward(server.name, server, server.check)
+    if spec == "answer:python":
+        return Reward(spec, parses)
+    if kind == "answer" and (answers := verified(spec)):
+        return Reward(spec, answers, answers.check)
     if kind == "command" and rest:
         return Reward(spec, scorer := Program(rest), partial(_trial, scorer))
     if kind == "model" and rest:
