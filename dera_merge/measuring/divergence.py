@@ -16,11 +16,11 @@ import torch
 
 from ..lambdas import Lam, numbers
 from ..statistics.summary import aligned_name, covariance_name
+from .normaliser import geometric, log_softmax, mixture, normalisers
 from .traces import Trace, logits_of
 
 HEAD_VALUES = 1 << 22  # logits of one model that exist at a time; below a few dozen tokens the head is slow
 REDUCE_VALUES = 1 << 18  # logits that a CPU reduces at a time in float64, so that they stay in its cache
-LOWEST = -1e30  # stands for log 0, so that 0·log 0 is 0
 
 
 def chunks(tokens: int, vocab_size: int, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
@@ -30,30 +30,6 @@ def chunks(tokens: int, vocab_size: int, device: torch.device) -> Iterator[tuple
     for start in range(0, tokens, step):
         count = min(step, tokens - start)
         yield slice(start, start + count), [slice(i, min(i + part, count)) for i in range(0, count, part)]
-
-
-def log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of each row, float64, `LOWEST` where one is 0; from logits of any float dtype."""
-    log_p = logits.double()
-    log_p -= log_p.logsumexp(-1, keepdim=True)
-    return log_p.clamp_(min=LOWEST)
-
-
-def mixture(
-    log_ref: torch.Tensor, log_aligned: Sequence[torch.Tensor], lam: Lam
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log p_λ, p_λ, and log Z_λ = log Σ_v p_ref^(1-Σλ)·Π p_k^λ_k of each row; (rows, vocabulary) twice, (rows,)."""
-    shares = numbers(lam)
-    log_p = (1 - sum(shares)) * log_ref
-    for share, log_side in zip(shares, log_aligned, strict=True):
-        log_p.add_(log_side, alpha=share)
-    if min(*shares, 1 - sum(shares)) < 0:
-        # A token that any of the models rules out stays ruled out.
-        for log_side in (log_ref, *log_aligned):
-            log_p.masked_fill_(log_side <= LOWEST, LOWEST)
-    log_z = log_p.logsumexp(-1)
-    log_p -= log_z[:, None]
-    return log_p, log_p.exp(), log_z
 
 
 @torch.no_grad()
@@ -173,21 +149,17 @@ def densities(
     """
     logp, kl = [], []
     device = exact[0].hidden.device
+    tilted = torch.tensor([float(any(numbers(lam))) for lam in lams], dtype=torch.float64, device=device)
     for chunk, parts in chunks(len(exact[0].hidden), vocab_size, device):
         sides = logits_of(exact, chunk, vocab_size)
         chosen = tokens[chunk].to(device)
         for part in parts:
             log_ref, *log_aligned = (log_softmax(side[part]) for side in sides)
-            ratios, token_ids = [log_side - log_ref for log_side in log_aligned], chosen[part][:, None]
-            rows = []
-            for lam in lams:
-                log_p, p, log_z = mixture(log_ref, log_aligned, lam)
-                shares = zip(numbers(lam), ratios, strict=True)
-                terms = [share * torch.linalg.vecdot(p, ratio) for share, ratio in shares if share]
-                kl_ref = sum(terms) - log_z if terms else torch.zeros_like(log_z)
-                rows.append((log_p.gather(1, token_ids)[:, 0], kl_ref.clamp_(min=0)))
-            logp.append(torch.stack([row[0] for row in rows], 1).cpu())
-            kl.append(torch.stack([row[1] for row in rows], 1).cpu())
+            log_z, tilt = normalisers(log_ref, log_aligned, lams)
+            own = [log_side.gather(1, chosen[part][:, None]) for log_side in (log_ref, *log_aligned)]
+            mixed = torch.cat([geometric(own[0], own[1:], lam) for lam in lams], 1)
+            logp.append((mixed - log_z).cpu())
+            kl.append(((tilt - log_z).clamp_(min=0) * tilted).cpu())
     return torch.cat(logp).numpy(), torch.cat(kl).numpy()
 
 
