@@ -6,7 +6,7 @@ Each method is one call of the room that does it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .decoding.dial import DialForCausalLM
     from .decoding.exact import DeraForCausalLM
-    from .merging.path import Curve
+    from .merging.path import Course
     from .merging.rounding import Rounding
 
 
@@ -87,14 +87,22 @@ class ModelPair(Pair):
         seed: int = 0,
         device: str | torch.device = "cpu",
         compute_dtype: torch.dtype | str | None = None,
-        path: str | os.PathLike[str] | Curve | None = None,
+        path: str | os.PathLike[str] | Course | None = None,
+        lambda_for: Mapping[str, float | Sequence[float]] | None = None,
     ) -> PreTrainedModel:
-        """θ_ref + λΔ as a live transformers model; `model.set_lam(λ)` turns it in place. See `merging.live.live`."""
+        """θ_ref + λΔ as a live transformers model; `model.set_lam(λ)` turns it in place. See `merging.live.live`.
+
+        Args:
+            lambda_for: λ of parts of the model, by patterns of tensors' names (`{"mlp": 0.8, "layers.0-7": 0.2}`, see
+                `merging.parts`); the last that matches says a tensor's, and what none matches is at `lam`.
+        """
         from .merging.live import live
+        from .merging.parts import along
 
         return live(
-            self, lam, dtype=dtype, rounding=rounding, seed=seed, device=device, compute_dtype=compute_dtype, path=path
-        )
+            self, lam, dtype=dtype, rounding=rounding, seed=seed, device=device, compute_dtype=compute_dtype,
+            path=along(self, path, lambda_for),
+        )  # fmt: skip
 
     def merge(
         self,
@@ -102,7 +110,8 @@ class ModelPair(Pair):
         lams: Sequence[float | Sequence[float]],
         *,
         format: Literal["full", "adapter"] = "full",
-        path: str | os.PathLike[str] | Curve | None = None,
+        path: str | os.PathLike[str] | Course | None = None,
+        lambda_for: Mapping[str, float | Sequence[float]] | None = None,
         report: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> list[Path]:
@@ -113,6 +122,7 @@ class ModelPair(Pair):
             lams: finite λ; with several aligned models, a number for each.
             format: `"full"` checkpoints, or `"adapter"`.
             path: a path that `calibrate` learned, or its file, in the place of the straight line.
+            lambda_for: λ of parts of the model, as for `merged`.
             report: a report of `compare` on this pair; λ outside of what it calls safe are warned of.
             kwargs: as for `merging.merge.merge` and `merging.adapters.merge_adapters`.
 
@@ -125,12 +135,13 @@ class ModelPair(Pair):
         from .measuring.report import warn_of_unsafe
         from .merging.adapters import merge_adapters
         from .merging.merge import merge
+        from .merging.parts import along
         from .merging.path import opened
 
-        curve = opened(path, self, self.known(lams))
+        course = opened(along(self, path, lambda_for), self, self.known(lams))
         if report is not None:
-            warn_of_unsafe(self, self.known(lams), report, curve)
-        return (merge_adapters if format == "adapter" else merge)(self, out, lams, path=curve, **kwargs)
+            warn_of_unsafe(self, self.known(lams), report, course)
+        return (merge_adapters if format == "adapter" else merge)(self, out, lams, path=course, **kwargs)
 
     def export_exact(self, out: str | os.PathLike[str], lam: float = 1.0, **kwargs: Any) -> dict[str, Any]:
         """Both models in one directory, for serving exact DeRa with vLLM. See `serving.export.export_exact`."""

@@ -14,7 +14,7 @@ from ..lambdas import Lam
 from ..measuring.divergence import densities, gram
 from ..measuring.laboratory import Compute, Laboratory
 from ..measuring.traces import Text, per_text, tokens_of, trace_of
-from ..merging.path import Curve
+from ..merging.path import Course
 from ..models.pair import Pair
 from ..processes import gathered
 from ..progress import Progress
@@ -44,7 +44,7 @@ class SweepLab(Laboratory):
         self,
         pair: Pair,
         compute: Compute,
-        path: Curve | None,
+        path: Course | None,
         seed: int,
         tell: Progress | None,
         asked: Asked,

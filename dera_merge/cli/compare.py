@@ -17,6 +17,7 @@ from .options import (
     Device,
     Dtype,
     Given,
+    LambdaFor,
     Lambdas,
     Limit,
     MaybePrompts,
@@ -49,6 +50,7 @@ def run(
     dtype: Annotated[Dtype, how(help="How the merged model is stored.")] = "auto",
     rounding: Annotated[Rounding | None, how(help="Default: stochastic for 16-bit storage.")] = None,
     path: PathFile = None,
+    lambda_for: LambdaFor = None,
     texts: Annotated[Texts, how(help="Whose texts to sample and score.")] = "exact",
     samples: Annotated[int, how(min=1, help="Texts for each prompt.")] = 1,
     max_new_tokens: Annotated[int, how(min=1, help="Length of sampled texts.")] = 64,
@@ -80,8 +82,8 @@ def run(
 
     with progress("comparing") as tell:
         report = measured_compare(
-            pair, lams, given_prompts(prompts, limit), approx=approx, path=path, dtype=dtype,
-            rounding=rounding,
+            pair, lams, given_prompts(prompts, limit), approx=approx, path=path,
+            lambda_for=given.lambda_for(lambda_for), dtype=dtype, rounding=rounding,
             texts=texts, samples=samples, max_new_tokens=max_new_tokens, extras=wanted, extra_prompts=extra_prompts,
             reward=load_reward(reward, place) if reward else None, seed=seed, engine=engine, device=place,
             progress=tell, compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, unfinished=output,

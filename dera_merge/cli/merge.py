@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .help import how, what, where
-from .options import Dtype, Given, Lambdas, PathFile, Rounding, Seed, with_models
+from .options import Dtype, Given, LambdaFor, Lambdas, PathFile, Rounding, Seed, with_models
 from .show import note, print_json, progress, say
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def run(
     given: Given,
     lam: Lambdas,
     output: Annotated[Path, where("-o", "--output", help="Directory; with several λ, the parent of lambda-<λ>.")],
+    lambda_for: LambdaFor = None,
     dtype: Annotated[Dtype, how(help="Of the output; auto: each tensor's dtype in REF.")] = "auto",
     rounding: Annotated[Rounding | None, how(help="Default: stochastic for 16-bit output.")] = None,
     seed: Seed = 0,
@@ -53,7 +54,7 @@ def run(
         "resume": resume,
         "overwrite": overwrite,
     }
-    common |= {"path": path, "report": report}
+    common |= {"path": path, "lambda_for": given.lambda_for(lambda_for), "report": report}
     share = _share(shard)
     if format == "adapter" or extract_rank:
         if shard or allow_nonfinite:

@@ -28,6 +28,10 @@ MaybeAligned = Annotated[str | None, typer.Argument(metavar="[ALIGNED]", help="A
 Lambdas = Annotated[
     list[str], what("-l", "--lambda", help="λ: a number, a list 0.25,0.5 or a range 0:2:0.25; repeatable.")
 ]
+LambdaFor = Annotated[
+    list[str] | None,
+    what(metavar="PART=λ", help="λ of a part: mlp=0.8, layers.0-7=0.2; repeatable, the last that fits counts."),
+]
 More = Annotated[
     list[str] | None,
     what("--aligned", help="A further aligned model, repeatable; λ is then a vector: 0.5+0.25."),
@@ -104,6 +108,17 @@ class Given:
         """λ as typed, for as many aligned models as there are."""
         return parse(texts, self.models)
 
+    def lambda_for(self, texts: list[str] | None) -> dict[str, Any] | None:
+        """λ of parts of the model as typed, `PART=λ`; None where there are none. Raises BadParameter."""
+        rules: dict[str, Any] = {}
+        for text in texts or ():
+            pattern, equals, lam = text.rpartition("=")
+            if not (pattern and equals):
+                raise typer.BadParameter(f"{text!r} is no PART=λ, such as mlp=0.8", param_hint="--lambda-for")
+            rules.pop(pattern, None)  # the last one stands last
+            rules[pattern] = parse_one([lam], self.models, "--lambda-for")
+        return rules or None
+
     def lam(self, texts: list[str]) -> Any:
         """The one λ of a command that takes one."""
         return parse_one(texts, self.models)
@@ -156,17 +171,17 @@ def with_models(
     return decorate
 
 
-def parse(texts: list[str], models: int = 1) -> list[Any]:
+def parse(texts: list[str], models: int = 1, hint: str = "--lambda") -> list[Any]:
     """λ as typed. Raises BadParameter where it is none."""
     try:
         return lambdas.parse_lambdas(texts, models)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--lambda") from None
+        raise typer.BadParameter(str(error), param_hint=hint) from None
 
 
-def parse_one(texts: list[str], models: int = 1) -> Any:
-    """The one λ of a command that takes one. Raises BadParameter where there are several."""
-    values = parse(texts, models)
+def parse_one(texts: list[str], models: int = 1, hint: str = "--lambda") -> Any:
+    """The one λ where one is taken. Raises BadParameter where there are several."""
+    values = parse(texts, models, hint)
     if len(values) != 1:
-        raise typer.BadParameter(f"this command takes one λ, not {len(values)}", param_hint="--lambda")
+        raise typer.BadParameter(f"takes one λ, not {len(values)}", param_hint=hint)
     return values[0]

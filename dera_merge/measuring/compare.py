@@ -11,7 +11,7 @@ same noise (`where.py`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,8 @@ from .. import lambdas
 from ..errors import DeraError, warn
 from ..files.room import check_space
 from ..lambdas import Lam, Vector
-from ..merging.path import Curve, opened
+from ..merging.parts import along, rules_of
+from ..merging.path import Course, opened
 from ..merging.recipe import verify, weights_digest
 from ..merging.storage import Storage
 from ..models.fingerprint import fingerprint
@@ -58,7 +59,8 @@ def compare(
     prompts: Sequence[str | dict[str, Any] | Prompt] | None = None,
     *,
     approx: str | os.PathLike[str] | None = None,
-    path: str | os.PathLike[str] | Curve | None = None,
+    path: str | os.PathLike[str] | Course | None = None,
+    lambda_for: Mapping[str, float | Sequence[float]] | None = None,
     dtype: torch.dtype | str | None = "auto",
     rounding: Rounding | None = None,
     texts: Literal["exact", "merged"] = "exact",
@@ -87,8 +89,10 @@ def compare(
         prompts: texts or rows (`{"prompt": …}`, `{"messages": …}` and what else `texts/forms.py` knows), all or none
             with a `"completion"` to score on; without completions, texts are sampled at temperature 1 for each λ. What
             is too long is left out. Default: 32 general ones.
-        approx: a directory that `merge` wrote, or the parent of `lambda-*`, to measure instead of merging anew.
+        approx: a directory that `merge` wrote, or the parent of `lambda-*`, to measure instead of merging anew. One
+            whose parts have λ of their own is measured against exact DeRa at any λ.
         path: a path that `calibrate` learned, or its file, to measure in the place of the straight line.
+        lambda_for: λ of parts of the merged model, as for `ModelPair.merged`; exact DeRa has one of `lams`.
         dtype, rounding, seed: how the merged model is stored, as for `merge`. `seed` also drives sampling and
             bootstrap.
         texts: whose texts to sample: exact DeRa's, or the merged model's, which users will see.
@@ -125,8 +129,8 @@ def compare(
     for extra in ("predict", "layers"):
         if extra in extras:
             pair.only_pair(f"--with {extra} is")
-    if approx is not None and path is not None:
-        raise DeraError("--approx measures a directory, --path merges anew; give one of the two")
+    if approx is not None and (path is not None or lambda_for):
+        raise DeraError("--approx measures a directory, --path and --lambda-for merge anew; give one of them")
     tokenizer = pair.tokenizer
     if prompts is None:
         prompts = prompt_files.encode(prompt_files.default(tokenizer), tokenizer)
@@ -146,20 +150,20 @@ def compare(
             warn(f"the reward {reward.name} fails on a first text: {why}")
     storage = Storage.of(pair.names, dtype, rounding, seed)
     rounds = any(kind != torch.float32 for kind, _ in storage.layout(pair.names).values())
-    curve = opened(path, pair, lams)
+    course = opened(along(pair, path, lambda_for), pair, lams)
     approximations = {lam: _approximation(approx, lam, pair) for lam in lams} if approx is not None else {}
     process, processes = launched()
     ledger = Ledger(
         None if unfinished is None or processes > 1 else Path(unfinished) / FOLDER,
         {"pair": fingerprint(pair), "lams": lams, "prompts": [[p.ids, p.completion] for p in encoded],
-         "approx": str(approx), "path": curve.sha256 if curve else None, "dtype": str(dtype),
+         "approx": str(approx), "path": course.sha256 if course else None, "dtype": str(dtype),
          "rounding": storage.rounding,
          "texts": texts, "samples": samples, "tokens": max_new_tokens, "seed": seed, "compute": str(compute_dtype),
          "extra_prompts": extra_prompts, "engine": bool(engine)},
         resume=resume, overwrite=overwrite, writes=process == 0,
     )  # fmt: skip
     measured = Measured(encoded, samples, max_new_tokens, storage, approximations)
-    lab = ComparisonLab(pair, Compute(device, compute_dtype), curve, seed, progress, measured, rounds, ledger)
+    lab = ComparisonLab(pair, Compute(device, compute_dtype), course, seed, progress, measured, rounds, ledger)
     if unfinished is not None and process == 0:
         count = sum(len(p.completion) if p.completion else samples * max_new_tokens * len(lams) for p in encoded)
         check_space(Path(unfinished), PAGES + count * PER_TOKEN * (2 if "coupled" in extras else 1))
@@ -167,7 +171,7 @@ def compare(
     with ledger, engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
         report = _compared(lab, lams, texts, extras, extra_prompts, reward)
     report.ledger = ledger
-    rounding, merge_seed, followed = storage.rounding, seed, curve.describe() if curve else None
+    rounding, merge_seed, followed = storage.rounding, seed, course.describe() if course else None
     for result in report.results:
         if result["lambda"] in approximations:
             result["weights"] = weights_digest(approximations[result["lambda"]][1])
@@ -192,7 +196,7 @@ def _compared(
     reward: Reward | None,
 ) -> Report:  # fmt: skip
     """The report of everything that `compare` was asked for; its settings are filled in later, but for `resolution`."""
-    pair, encoded, tokenizer, seed, curve = lab.pair, lab.prompts, lab.pair.tokenizer, lab.seed, lab.path
+    pair, encoded, tokenizer, seed, course = lab.pair, lab.prompts, lab.pair.tokenizer, lab.seed, lab.path
     given = [prompt.completion is not None for prompt in encoded]
     report = Report(pair.ref.source.name, pair.aligned_name, [], {})
     # On given texts, reference and aligned model read once for all λ.
@@ -243,7 +247,7 @@ def _compared(
     if "predict" in extras:
         probes = {}
         for lam in lab.probes(lams):
-            reading = readings.get(lam) if curve is None and not lab.approximations else None
+            reading = readings.get(lam) if course is None and not lab.approximations else None
             if reading is None:
                 probe_texts = lab.given() if all(given) else lab.sampled("exact", lam)
                 reading = lab.measure([lam], probe_texts, "probe-", lambda lam: [("kl", lab.line(lam))])[lam]
@@ -269,12 +273,19 @@ def _compared(
 
 
 def _approximation(approx: str | os.PathLike[str], lam: Lam, pair: Pair) -> tuple[Path, dict[str, Any]]:
-    """The merged directory for λ, `approx` itself or `approx/lambda-<λ>`, and its recipe; DeraError if of another λ."""
+    """The merged directory for λ, `approx` itself or `approx/lambda-<λ>`, and its recipe; DeraError if of another λ.
+
+    One whose parts have λ of their own is for every λ.
+    """
     folder = Path(approx)
-    if not (folder / "dera_merge.json").is_file() and (folder / lambdas.folder_name(lam)).is_dir():
-        folder = folder / lambdas.folder_name(lam)
+    if not (folder / "dera_merge.json").is_file():
+        name = lambdas.folder_name(lam)
+        named = [place for place in (folder / name, *sorted(folder.glob(f"{name}_*"))) if place.is_dir()]
+        if len(named) > 1:
+            raise DeraError(f"{folder} holds {named[0].name} and {named[1].name}; give one of the two")
+        folder = named[0] if named else folder
     recipe = verify(folder)
-    if recipe["lambda"] != lam:
+    if recipe["lambda"] != lam and not rules_of(recipe.get("path")):
         raise DeraError(f"{folder} was merged at λ={recipe['lambda']:g}, asked for is λ={lam:g}")
     made_of = [recipe["ref"], recipe["aligned"], *recipe.get("others", ())]
     if len(made_of) != len(pair.sides):

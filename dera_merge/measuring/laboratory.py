@@ -15,7 +15,7 @@ import torch
 from ..decoding.exact import DeraForCausalLM
 from ..lambdas import Lam
 from ..merging.live import live
-from ..merging.path import Curve
+from ..merging.path import Course
 from ..models.pair import Pair
 from ..processes import launched
 from ..progress import Progress, unheard
@@ -51,7 +51,7 @@ class Laboratory:
     """
 
     def __init__(
-        self, pair: Pair, compute: Compute, path: Curve | None = None, seed: int = 0, tell: Progress | None = None
+        self, pair: Pair, compute: Compute, path: Course | None = None, seed: int = 0, tell: Progress | None = None
     ) -> None:
         self.pair, self.compute, self.path, self.seed = pair, compute, path, seed
         self.tell: Progress = tell or unheard

@@ -14,7 +14,7 @@ from .. import lambdas
 from ..errors import DeraError, warn
 from ..files.atomic import json_bytes, load_json, write_atomically
 from ..lambdas import Lam, Vector
-from ..merging.path import Curve
+from ..merging.path import Course
 from ..models.fingerprint import fingerprint
 from ..models.pair import Pair
 from ..pages.fidelity import html, markdown, plot_fidelity
@@ -134,11 +134,11 @@ class Report:
         return self.gated
 
 
-def warn_of_unsafe(pair: Pair, lams: Sequence[Lam], report: str | os.PathLike[str], curve: Curve | None) -> None:
+def warn_of_unsafe(pair: Pair, lams: Sequence[Lam], report: str | os.PathLike[str], course: Course | None) -> None:
     """Warn of λ that lie outside of every stretch that a report calls safe.
 
     Args:
-        curve: the path that is merged; None: the straight line.
+        course: what is followed; None: the straight line with one λ.
 
     Raises:
         DeraError: the report is of another pair, or of another path.
@@ -147,9 +147,10 @@ def warn_of_unsafe(pair: Pair, lams: Sequence[Lam], report: str | os.PathLike[st
     if loaded.settings.get("fingerprint") != fingerprint(pair):
         raise DeraError(f"{report} is a report of another pair, or of other weights; compare this one")
     measured = (loaded.settings.get("path") or {}).get("sha256")
-    if measured != (curve.sha256 if curve else None):
+    if measured != (course.sha256 if course else None):
         raise DeraError(
-            f"{report} measured {'another' if measured else 'no'} path; compare with the --path that you merge"
+            f"{report} measured {'another' if measured else 'no'} path; compare with the --path or --lambda-for that "
+            "you merge"
         )
     stretches = loaded.safe_stretches()
     for lam in lams:

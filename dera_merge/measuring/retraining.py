@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import DeraError
 from ..lambdas import Lam, numbers
-from ..merging.path import Curve
+from ..merging.path import Course
 from ..models.pair import Pair
 from ..progress import Progress
 from ..statistics.intervals import bootstrap
@@ -71,8 +71,8 @@ class _Study(Laboratory):
     """The models of one study, what each writes to the same prompts, and the figures of its texts."""
 
     def __init__(
-        self, pair: Pair, compute: Compute, path: Curve | None, seed: int, tell: Progress | None, prompts: list[Prompt],
-        reward: Callable[[str], float], samples: int, max_new_tokens: int,
+        self, pair: Pair, compute: Compute, path: Course | None, seed: int, tell: Progress | None,
+        prompts: list[Prompt], reward: Callable[[str], float], samples: int, max_new_tokens: int,
     ) -> None:  # fmt: skip
         super().__init__(pair, compute, path, seed, tell)
         self.prompts, self.reward, self.samples, self.max_new_tokens = prompts, reward, samples, max_new_tokens
@@ -114,7 +114,7 @@ def agreement(
     reward: Callable[[str], float],
     *,
     second: PreTrainedModel | None = None,
-    path: Curve | None = None,
+    path: Course | None = None,
     samples: int = 2,
     max_new_tokens: int = 64,
     seed: int = 0,

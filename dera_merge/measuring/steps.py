@@ -14,7 +14,7 @@ import torch
 from ..decoding.load import load_model
 from ..errors import DeraError
 from ..lambdas import Lam
-from ..merging.path import Curve
+from ..merging.path import Course
 from ..merging.storage import Storage
 from ..models.pair import Pair
 from ..processes import gathered
@@ -64,7 +64,7 @@ class ComparisonLab(Laboratory):
     """
 
     def __init__(
-        self, pair: Pair, compute: Compute, path: Curve | None, seed: int, tell: Progress | None, what: Measured,
+        self, pair: Pair, compute: Compute, path: Course | None, seed: int, tell: Progress | None, what: Measured,
         rounds: bool, ledger: Ledger,
     ) -> None:  # fmt: skip
         super().__init__(pair, compute, path, seed, tell)

@@ -30,7 +30,7 @@ from ..models.pieces import LowRank, Replacement
 from ..progress import Count
 from .companions import tokenizer_files
 from .output import Output, open_outputs, writing
-from .path import Curve, opened
+from .path import Course, opened
 from .recipe import describe_pair
 from .rounding import Rounding, noise_for, round_to
 from .storage import Layout, Storage, parse_dtype
@@ -80,7 +80,7 @@ def merge_adapters(
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
-    path: str | os.PathLike[str] | Curve | None = None,
+    path: str | os.PathLike[str] | Course | None = None,
     progress: Count | None = None,
 ) -> list[Path]:
     """Write λΔ as PEFT LoRA adapters over the base of the pair.
@@ -96,7 +96,7 @@ def merge_adapters(
         rounding: default nearest: a scaled factor has no reference value to be rounded back to.
         seed: of the randomised SVD, and of stochastic rounding.
         resume, overwrite: as for `merge`.
-        path: a path that `calibrate` learned, or its file; its low-rank part adds to the rank.
+        path: a path that `calibrate` learned, or its file; its low-rank part adds to the rank. Or `parts.ByPart`.
         progress: called with (modules done, modules in all).
 
     Returns:
@@ -118,15 +118,16 @@ def merge_adapters(
         raise DeraError("--extract-rank makes an adapter over REF, which must be a full model, not an adapter itself")
     if extract_rank and rank:
         raise DeraError("--extract-rank and --rank say the same; give one")
-    curve = opened(path, pair, lams)
-    if extract_rank and curve:
+    course = opened(path, pair, lams)
+    if extract_rank and course:
         raise DeraError(
-            "--extract-rank approximates the straight line; --path goes with --format full or adapter pairs"
+            "--extract-rank approximates the straight line; --path and --lambda-for go with --format full or adapter "
+            "pairs"
         )
     if extract_rank:
         modules, whole = _extracted(pair, extract_rank, seed), {}
     else:
-        modules, whole = _folded(pair, curve)
+        modules, whole = _folded(pair, course)
     if rank:
         modules = [_cut(module, rank) for module in modules]
     width = extract_rank or rank or max((module.rank for module in modules), default=1)
@@ -136,7 +137,7 @@ def merge_adapters(
     layout: Layout = {key: (wanted, tensors[name].shape) for key, name in whole.items()}
     for module in modules:
         layout |= {module.a: (wanted, (width, module.into)), module.b: (wanted, (module.out, width))}
-    recipe = describe_pair(pair, curve) | {
+    recipe = describe_pair(pair, course) | {
         "format": "adapter", "rank": width, "cut_to_rank": rank, "extract_rank": extract_rank,
         "dtype": str(wanted).removeprefix("torch."), "rounding": storage.rounding, "seed": seed,
     }  # fmt: skip
@@ -149,7 +150,7 @@ def merge_adapters(
              "say so, name it as a stop token where you serve")  # fmt: skip
     with writing(outputs, overwrite=overwrite) as pending:
         if pending:
-            figures = _write(pair.names, pending, modules, whole, layout, storage, curve, progress)
+            figures = _write(pair.names, pending, modules, whole, layout, storage, course, progress)
             left_out = {"left_out": _left_out(pair)} if extract_rank else {}
             for output, figure in zip(pending, figures, strict=True):
                 statistics = _energy(figure) | left_out if rank or extract_rank else {"energy": 1.0}
@@ -163,7 +164,7 @@ def _adapters_dtype(pair: Pair) -> torch.dtype:
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
-def _folded(pair: Pair, curve: Curve | None) -> tuple[list[Module], dict[str, str]]:
+def _folded(pair: Pair, course: Course | None) -> tuple[list[Module], dict[str, str]]:
     """The sums s·BA of both sides by module, and the tensors that are stored whole: name in the file → tensor."""
     if not pair.shared_base:
         raise DeraError("λΔ of full models is no adapter; --extract-rank R approximates it, --format full holds it")
@@ -192,7 +193,7 @@ def _folded(pair: Pair, curve: Curve | None) -> tuple[list[Module], dict[str, st
                 f"{name} is trained whole in one adapter and by a sum in the other; --format full holds that"
             )
         if terms:
-            modules.append(_module(terms, name, curve))
+            modules.append(_module(terms, name, course))
     return modules, whole
 
 
@@ -212,18 +213,17 @@ def _share(number: int) -> Share:
 
 
 def _module(
-    terms: list[tuple[LowRank, Share]], name: str, curve: Curve | None
+    terms: list[tuple[LowRank, Share]], name: str, course: Course | None
 ) -> Module:  # fmt: skip
     """The factors of all terms (piece, its share at λ), and those of a learned path, as one pair of factors."""
-    part = None if curve is None else curve.parts.get(name)
-    bend_rank = 0 if part is None or part.right is None else len(part.right)
+    bend_rank = course.rank_at(name) if course else 0
 
     def factors(lams: Sequence[float]) -> list[Factors]:
         right = torch.cat([piece.adapter.read_whole(piece.a).float() for piece, _ in terms])
         lefts = [piece.scale * piece.adapter.read_whole(piece.b).float() for piece, _ in terms]
         at_each = []
         for lam in lams:
-            bend = curve.at(name, lam) if curve else None
+            bend = course.at(name, lam) if course else None
             gain = lam if bend is None else bend.gain
             left = torch.cat([share(gain) * left for left, (_, share) in zip(lefts, terms, strict=True)], 1)
             rights = right
@@ -309,7 +309,7 @@ def _left_out(pair: Pair) -> dict[str, float]:
 
 def _write(
     names: Names, outputs: list[Output], modules: list[Module], whole: dict[str, str], layout: Layout, storage: Storage,
-    curve: Curve | None, progress: Count | None,
+    course: Course | None, progress: Count | None,
 ) -> list[Energies]:  # fmt: skip
     """Write the file of each output; returns what its factors hold."""
     owner = {key: module for module in modules for key in (module.a, module.b)}
@@ -322,7 +322,7 @@ def _write(
         for number, key in enumerate(file_order(layout), 1):
             dtype, shape = layout[key]
             if key in whole:
-                _write_whole(names, whole[key], writers, lams, storage, curve)
+                _write_whole(names, whole[key], writers, lams, storage, course)
             else:
                 module = owner[key]
                 if latest[0] != module.a:
@@ -350,12 +350,12 @@ def _write(
 
 
 def _write_whole(
-    names: Names, name: str, writers: list[ShardWriter], lams: list[float], storage: Storage, curve: Curve | None
+    names: Names, name: str, writers: list[ShardWriter], lams: list[float], storage: Storage, course: Course | None
 ) -> None:
     """θ(λ) of a tensor that was trained whole."""
     scratch, kept = Buffers(), Buffers()
     for start, stop in slices(names.tensors[name]):
-        results = stored_rows(names, name, start, stop, lams, storage, scratch, kept, curve)
+        results = stored_rows(names, name, start, stop, lams, storage, scratch, kept, course)
         for writer, (stored, _) in zip(writers, results, strict=True):
             writer.write(stored)
 

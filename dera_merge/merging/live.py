@@ -17,7 +17,7 @@ from ..files.ordered import in_order
 from ..lambdas import Lam
 from ..models.architecture import LOADING
 from ..models.pair import Pair
-from .path import Curve, opened
+from .path import Course, opened
 from .storage import Storage
 from .theta import Sums, stored_rows
 
@@ -33,7 +33,7 @@ class _Dial:
 
     pair: Pair
     storage: Storage
-    curve: Curve | None
+    course: Course | None
 
     def build(self, lam: Lam, dtype: torch.dtype | str) -> PreTrainedModel:
         """A new model at λ, by transformers' own loading, which knows about tied, renamed and fused tensors."""
@@ -54,13 +54,13 @@ class _Dial:
 
     def weights(self, lam: Lam) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor of θ(λ) in turn."""
-        if self.curve:
-            self.curve.check_lambda(lam)
+        if self.course:
+            self.course.check_lambda(lam)
         names = self.pair.names
         tasks = [(name, *rows) for name, info in names.tensors.items() for rows in slices(info)]
 
         def work(task: tuple[str, int, int], scratch: Buffers, kept: Buffers) -> list[tuple[torch.Tensor, Sums | None]]:
-            return stored_rows(names, *task, [lam], self.storage, scratch, kept, self.curve)
+            return stored_rows(names, *task, [lam], self.storage, scratch, kept, self.course)
 
         for (name, start, stop), [(rows, _)] in zip(tasks, in_order(tasks, work), strict=True):
             info = names.tensors[name]
@@ -80,7 +80,7 @@ def live(
     seed: int = 0,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str | None = None,
-    path: str | os.PathLike[str] | Curve | None = None,
+    path: str | os.PathLike[str] | Course | None = None,
 ) -> PreTrainedModel:
     """θ(λ) as a transformers model of the pair's architecture, in evaluation mode, with a method `set_lam`.
 
@@ -92,7 +92,7 @@ def live(
         rounding, seed: as for `merge`.
         device: where the model goes.
         compute_dtype: dtype of the parameters; default `dtype`, or float32 where that is None.
-        path: a path that `calibrate` learned, or its file, in the place of the straight line.
+        path: a path that `calibrate` learned, or its file, in the place of the straight line; or `parts.ByPart`.
 
     Returns:
         The model. `model.set_lam(λ)` computes θ(λ) anew from the two checkpoints and writes it into the parameters.
@@ -102,9 +102,10 @@ def live(
             λ.
     """
     (lam,) = pair.known([lam])
-    pair.check_tokens([lam])
+    course = opened(path, pair, [lam])
+    pair.check_tokens(course.used(lam) if course else [lam])
     storage = Storage.of(pair.names, torch.float32 if dtype is None else dtype, rounding, seed)
-    dial = _Dial(pair, storage, opened(path, pair, [lam]))
+    dial = _Dial(pair, storage, course)
     model = dial.build(lam, compute_dtype or (torch.float32 if dtype is None else dtype)).to(device).eval()
     if config := pair.generation_config():
         model.generation_config = config
@@ -117,7 +118,7 @@ def _set_lam(model: PreTrainedModel, lam: float | Sequence[float]) -> None:
     """Turn λ in place: the parameters become those of a fresh merge. Not while another thread generates."""
     dial: _Dial = model._dera_dial
     (lam,) = dial.pair.known([lam])
-    dial.pair.check_tokens([lam])
+    dial.pair.check_tokens(dial.course.used(lam) if dial.course else [lam])
     parameters = model.state_dict()  # shares memory with the model
     groups = dial.pair.layout.group_of  # the tensors that the model has
     if all(group.is_renamed for group in groups.values()):

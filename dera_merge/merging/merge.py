@@ -22,7 +22,7 @@ from ..models.pair import Pair
 from ..progress import Count
 from .companions import companions, config_of, generation_file
 from .output import Output, open_outputs, writing
-from .path import Curve, opened
+from .path import Course, opened
 from .recipe import describe_pair
 from .rounding import Rounding
 from .storage import Storage, split_into_shards, total_bytes
@@ -43,7 +43,7 @@ def merge(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     shard: tuple[int, int] | None = None,
-    path: str | os.PathLike[str] | Curve | None = None,
+    path: str | os.PathLike[str] | Course | None = None,
     progress: Count | None = None,
 ) -> list[Path]:
     """Write θ_ref + λΔ as ordinary checkpoints, all λ in one pass over the inputs.
@@ -61,7 +61,7 @@ def merge(
         allow_nonfinite: store NaN and infinity where θ(λ) is that, and count them, instead of raising.
         shard: `(i, n)`, 1 ≤ i ≤ n: write the i-th of n shares of the weight files. The n calls, on one host or several
             with a common disk, write one output; whichever ends last completes it.
-        path: a path that `calibrate` learned, or its file, in the place of the straight line.
+        path: a path that `calibrate` learned, or its file, in the place of the straight line; or `parts.ByPart`.
         progress: called with (bytes of θ written, bytes in all).
 
     Returns:
@@ -77,25 +77,27 @@ def merge(
         raise DeraError(f"--shard {shard[0]}/{shard[1]} is not a share; give i/n with 1 ≤ i ≤ n")
     if shard and overwrite:
         raise DeraError("--shard does not go with --overwrite: one process would remove what another writes")
-    curve = opened(path, pair, lams)
-    pair.check_tokens(lams)
+    course = opened(path, pair, lams)
+    used = {lam: course.used(lam) if course else {lam} for lam in lams}
+    pair.check_tokens(set().union(*used.values()))
     storage = Storage.of(pair.names, dtype, rounding, seed, allow_nonfinite)
     shards = split_into_shards(storage.layout(pair.names), max_shard_size)
     share = list(shards)[shard[0] - 1 :: shard[1]] if shard else list(shards)
 
-    recipe = describe_pair(pair, curve) | {
+    recipe = describe_pair(pair, course) | {
         "dtype": "auto" if storage.dtype is None else str(storage.dtype).removeprefix("torch."),
         "rounding": storage.rounding, "seed": seed, "allow_nonfinite": allow_nonfinite,
     }  # fmt: skip
     together = shard is not None
     outputs = open_outputs(pair, out, lams, recipe, shards, resume=resume, overwrite=overwrite, together=together)
-    endings = [pair.ending(lam, say=not output.complete) for lam, output in zip(lams, outputs, strict=True)]
+    whose = [min(used[lam]) if len(used[lam]) == 1 else None for lam in lams]  # None: several λ in one model
+    endings = [pair.ending(lam, say=not output.complete) for lam, output in zip(whose, outputs, strict=True)]
     beside = companions(pair)
     with writing(outputs, overwrite=overwrite, together=together) as pending:
         for output in pending:
             output.look(share)
         if pending:
-            _write_shards(pair.names, pending, share, storage, curve, progress)
+            _write_shards(pair.names, pending, share, storage, course, progress)
         for output, end in zip(outputs, endings, strict=True):
             if output in pending and output.all_done() and (not together or output.claim()):
                 config = config_of(pair, end, storage.dtype)
@@ -108,7 +110,7 @@ def _write_shards(
     outputs: list[Output],
     files: Sequence[str],
     storage: Storage,
-    curve: Curve | None,
+    course: Course | None,
     progress: Count | None,
 ) -> None:
     """Write these weight files, one after another, to the outputs that lack them."""
@@ -118,7 +120,7 @@ def _write_shards(
         pending = [output for output in outputs if file not in output.done]
         if pending:
             tell = (lambda done, before=before: progress(before + done, sum(sizes.values()))) if progress else None
-            _write_shard(names, pending, file, storage, curve, tell)
+            _write_shard(names, pending, file, storage, course, tell)
         before += sizes[file]
 
 
@@ -127,14 +129,14 @@ def _write_shard(
     outputs: list[Output],
     file: str,
     storage: Storage,
-    curve: Curve | None,
+    course: Course | None,
     tell: Callable[[int], None] | None,
 ) -> None:
     """Write one weight file of all outputs; `tell` is called with the bytes of it that are written."""
     layout, lams = outputs[0].shards[file], [output.lam for output in outputs]
 
     def work(task: tuple[str, int, int], scratch: Buffers, kept: Buffers) -> list[tuple[torch.Tensor, Sums | None]]:
-        return stored_rows(names, *task, lams, storage, scratch, kept, curve)
+        return stored_rows(names, *task, lams, storage, scratch, kept, course)
 
     writers = [ShardWriter(output.folder / file, layout) for output in outputs]
     tallies = [Tally() for _ in outputs]

@@ -22,6 +22,7 @@ from ..files.checkpoint import DTYPE_NAMES
 from ..files.room import alone, check_space
 from ..models.pair import Pair
 from ..models.source import GENERATION, PROCESSOR_FILES, TOKENIZER_FILES
+from .parts import output_name
 from .recipe import CONFIGS, PARTIAL, RECIPE, verify
 from .storage import Layout, total_bytes
 from .tally import Tally, doubt
@@ -253,7 +254,7 @@ def open_outputs(
     plan = _fingerprint(recipe, shards, inputs)
     newest = max(changed for _, _, changed in inputs)
     root = Path(out).expanduser()
-    folders = [root] if len(lams) == 1 else [root / lambdas.folder_name(lam) for lam in lams]
+    folders = [root] if len(lams) == 1 else [root / output_name(lam, recipe["path"]) for lam in lams]
     for folder in [root, *folders]:
         if folder.exists() and not folder.is_dir():
             raise DeraError(f"{folder} is a file; give a directory as --output")

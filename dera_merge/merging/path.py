@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load, save
@@ -25,6 +26,7 @@ from ..errors import DeraError
 from ..files.atomic import write_atomically
 from ..files.buffers import as_bytes
 from ..files.checkpoint import read_header
+from ..lambdas import Lam
 from ..models.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -35,15 +37,15 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Bend:
-    """What a path does to one tensor at one λ: θ_ref + gain·Δ + left·right.
+    """What a course does to one tensor at one λ: θ_ref + gain·Δ + left·right.
 
     Attributes:
-        gain: what stands in the place of λ.
+        gain: what stands in the place of λ; of several aligned models, a vector.
         left: (rows, rank) float32, λ(1-λ)·s(λ) included, or None.
         right: (rank, columns) float32, or None.
     """
 
-    gain: float
+    gain: Lam
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
 
@@ -51,6 +53,29 @@ class Bend:
         """Add rows [first, first + len(value)) of left·right in place."""
         if self.left is not None and self.right is not None:
             value.addmm_(self.left[first : first + len(value)].to(value.dtype), self.right.to(value.dtype))
+
+
+class Course(Protocol):
+    """What a merge follows in the place of θ_ref + λΔ with one λ: a learned path (`Curve`), or `parts.ByPart`."""
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all that a merge depends on."""
+
+    def check_lambda(self, lam: Lam) -> None:
+        """Raises DeraError where it does not go there."""
+
+    def used(self, lam: Lam) -> set[Lam]:
+        """The λ at which tensors that differ between the sides are."""
+
+    def at(self, name: str, lam: Lam) -> Bend | None:
+        """What to do to a tensor at λ; None where it goes along the straight line."""
+
+    def rank_at(self, name: str) -> int:
+        """What it adds to the rank of a tensor's adapter."""
+
+    def describe(self) -> dict[str, Any]:
+        """What `dera_merge.json` and reports say of it: `kind`, `sha256`, …."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +217,15 @@ class Curve:
                 f"{self.name} was learned for λ from {low:g} to {high:g}, not for {lam:g}; calibrate with it"
             )
 
+    def used(self, lam: float) -> set[float]:
+        """λ itself: it is one for all tensors."""
+        return {lam}
+
+    def rank_at(self, name: str) -> int:
+        """The rank of a tensor's curve."""
+        part = self.parts.get(name)
+        return 0 if part is None or part.right is None else len(part.right)
+
     def at(self, name: str, lam: float) -> Bend | None:
         """What to do to a tensor at λ; None where it goes along the straight line."""
         part = self.parts.get(name)
@@ -208,16 +242,18 @@ class Curve:
         return {"kind": self.kind, "sha256": self.sha256, "span": list(self.span)}
 
 
-def opened(path: str | os.PathLike[str] | Curve | None, pair: Pair, lams: list[float]) -> Curve | None:
+def opened(path: str | os.PathLike[str] | Course | None, pair: Pair, lams: Sequence[Lam]) -> Course | None:
     """A path as a user gave it, read and checked. Raises DeraError where it is not for this pair and these λ."""
     if path is None:
         return None
-    pair.only_pair("a learned path is")
-    curve = path if isinstance(path, Curve) else Curve.load(path)
-    curve.check(pair)
+    course = path
+    if isinstance(path, str | os.PathLike | Curve):
+        pair.only_pair("a learned path is")
+        course = path if isinstance(path, Curve) else Curve.load(path)
+        course.check(pair)
     for lam in lams:
-        curve.check_lambda(lam)
-    return curve
+        course.check_lambda(lam)
+    return course
 
 
 def _metadata(file: Path) -> dict[str, str]:

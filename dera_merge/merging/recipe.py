@@ -15,7 +15,7 @@ from ..files.atomic import json_bytes, load_json, sha256_of
 from ..models.fingerprint import fingerprint
 from ..models.pair import Pair
 from ..models.side import Side
-from .path import Curve
+from .path import Course
 
 RECIPE = "dera_merge.json"
 FIGURES = "fidelity.json"  # of a published merge: what compare measured
@@ -63,7 +63,7 @@ def weights_digest(recipe: dict[str, Any]) -> str:
 SCHEMA = 2  # of dera_merge.json
 
 
-def describe_pair(pair: Pair, curve: Curve | None = None) -> dict[str, Any]:
+def describe_pair(pair: Pair, course: Course | None = None) -> dict[str, Any]:
     """What `dera_merge.json` says of the inputs and of the program."""
 
     def describe(side: Side) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def describe_pair(pair: Pair, curve: Curve | None = None) -> dict[str, Any]:
         **({"stack": True} if pair.stacked else {}),
         **({"new_tokens": pair.new_tokens} if pair.brings_tokens else {}),
         "base_quantization": pair.base_quantization if pair.requantises else None,
-        "path": curve.describe() if curve else "line",
+        "path": course.describe() if course else "line",
         "versions": {name: _version(name) for name in ("dera-merge", "torch", "numpy", "numba")},
     }
 

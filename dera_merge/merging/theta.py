@@ -19,7 +19,7 @@ from ..files.checkpoint import SLICE, slices
 from ..lambdas import Lam, Vector, is_end
 from ..models.names import Names
 from . import kernels
-from .path import Bend, Curve
+from .path import Bend, Course
 from .rounding import in_range, noise_for, round_to
 from .storage import Storage
 
@@ -145,7 +145,7 @@ class Slice:
         wherever Δ = 0, the inputs' own bits come out.
 
         Args:
-            lam: λ.
+            lam: λ, or the gain that stands in its place.
             out: memory for the result.
             sums: where to add what became of λΔ.
             bend: how a learned path leaves the straight line here.
@@ -157,7 +157,6 @@ class Slice:
             return round_to(self.ref, self.dtype, self._noise, out)
         take, shape, compute = self.buffers.take, tuple(self.ref.shape), self.ref.dtype
         curved = bend is not None and bend.left is not None
-        lam = lam if bend is None else bend.gain
         compiled = not curved and not is_end(lam) and self.dtype == torch.bfloat16 and compute != torch.float64
         if compiled and kernels.available():
             stored = torch.empty(shape, dtype=self.dtype) if out is None else out
@@ -270,7 +269,7 @@ def moments(both: torch.Tensor, buffers: Buffers) -> tuple[float, float, float]:
 def stored_rows(
     names: Names, name: str, start: int, stop: int, lams: Sequence[Lam], storage: Storage, scratch: Buffers,
     kept: Buffers,
-    curve: Curve | None = None,
+    course: Course | None = None,
 ) -> list[tuple[torch.Tensor, Sums | None]]:  # fmt: skip
     """Rows [start, stop) of θ(λ) as stored for each λ, and what became of λΔ (None: all sides are one tensor).
 
@@ -281,18 +280,19 @@ def stored_rows(
         storage: how the values are stored.
         scratch, kept: memory. The result lies in `kept`; everything else goes through `scratch`, a cache-sized slice at
             a time.
-        curve: a learned path in the place of the straight line.
+        course: what is followed in the place of the straight line with one λ.
     """
     info, dtype = names.tensors[name], storage.dtype_of(names, name)
     changes = not names.is_same(name)
-    bends = [curve.at(name, lam) if curve and changes else None for lam in lams]
+    bends = [course.at(name, lam) if course and changes else None for lam in lams]
+    gains = [lam if bend is None else bend.gain for lam, bend in zip(lams, bends, strict=True)]
     results = [
         (kept.take(f"stored {number}", (stop - start, *info.row_shape), dtype), Sums() if changes else None)
         for number in range(len(lams))
     ]
     for first, last in slices(info, SLICE, start, stop):
         pieces = Slice.read(names, name, first, last, storage, scratch)
-        for lam, bend, (out, sums) in zip(lams, bends, results, strict=True):
-            piece, along = (Slice.towards(pieces, lam), 1.0) if isinstance(lam, Vector) else (pieces[0], lam)
+        for gain, bend, (out, sums) in zip(gains, bends, results, strict=True):
+            piece, along = (Slice.towards(pieces, gain), 1.0) if isinstance(gain, Vector) else (pieces[0], gain)
             piece.at(along, out[first - start : last - start], sums, bend)
     return results

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from ..errors import DeraError
-from ..lambdas import folder_name
 from ..measuring.report import Report
+from ..merging.parts import output_name, rules_of
 from ..pages.fidelity import COLUMNS, LEGEND, cells, sentences
 
 BEGIN, END = "<!-- dera-merge: begin -->", "<!-- dera-merge: end -->"
@@ -152,7 +152,8 @@ def section(
     at, option = (f', revision="{revision}"', f" --revision {revision}") if revision != "main" else ("", "")
     text = environment.get_template("card.md").render(
         lam=f"{lam:g}", adapter=adapter, parents=parents(recipe), base=base_of(recipe), repo_id=repo_id, at=at,
-        option=option, command=command(recipe), recipe=recipe, siblings=siblings, alone=alone, plot=plot, result=result,
+        option=option, command=command(recipe), recipe=recipe, rules=rules_of(recipe.get("path")),
+        siblings=siblings, alone=alone, plot=plot, result=result,
         legend=LEGEND, table=rows and "\n".join(f"| {' | '.join(row)} |" for row in rows),
         said=result and sentences(result),
     )  # fmt: skip
@@ -174,9 +175,11 @@ def command(recipe: dict[str, Any]) -> str:
     words += ["--base-quantization", str(recipe["base_quantization"])] if recipe.get("base_quantization") else []
     words += ["--new-tokens", "aligned"] if recipe.get("new_tokens") == "aligned" else []
     words += ["--stack"] if recipe.get("stack") else []
-    words += ["--path", "path.safetensors"] if isinstance(recipe.get("path"), dict) else []
+    rules = rules_of(path := recipe.get("path"))
+    words += [word for rule in rules for word in ("--lambda-for", rule)]
+    words += ["--path", "path.safetensors"] if isinstance(path, dict) and not rules else []
     words += ["--allow-nonfinite"] if recipe.get("allow_nonfinite") else []
-    return shlex.join([*words, "-o", folder_name(recipe["lambda"])])
+    return shlex.join([*words, "-o", output_name(recipe["lambda"], path)])
 
 
 def edited(card: str | None, values: dict[str, Any], ours: str, title: str, replace: Sequence[str] = ()) -> str:

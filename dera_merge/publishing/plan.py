@@ -14,6 +14,7 @@ from .. import lambdas
 from ..errors import DeraError, warn
 from ..files.atomic import json_bytes
 from ..measuring.report import Report
+from ..merging.parts import output_name
 from ..merging.recipe import CONFIGS, FIGURES, RECIPE, verify, weights_digest
 from ..models.source import GENERATION, PROCESSOR_FILES, TOKENIZER_FILES
 from ..pages.fidelity import plot_fidelity
@@ -116,8 +117,8 @@ def planned(
         if (lam := recipe["lambda"]) in recipes:
             raise DeraError(f"{place} and {recipes[lam][0]} both hold λ={lam:g}; move one away")
         recipes[lam] = place, recipe
-    lams = sorted(recipes)
-    branches = _branches(lams, revision, main, create_pr)
+    named = {lam: output_name(lam, recipe.get("path")) for lam, (_, recipe) in sorted(recipes.items())}
+    branches = _branches(named, revision, main, create_pr)
     shown = _report_of(report, recipes, force) if report is not None else None
 
     repo_id = full_id(api, repo_id)
@@ -166,9 +167,14 @@ def merged_folders(folder: Path) -> list[Path]:
 
 
 def _branches(
-    lams: list[lambdas.Lam], revision: str | None, main: lambdas.Lam | Literal["none"] | None, create_pr: bool
+    named: dict[lambdas.Lam, str], revision: str | None, main: lambdas.Lam | Literal["none"] | None, create_pr: bool
 ) -> list[tuple[str, lambdas.Lam | None]]:
-    """Branch and λ of each commit, main last; λ is None for a card alone."""
+    """Branch and λ of each commit, main last; λ is None for a card alone.
+
+    Args:
+        named: λ → what its branch is called where there are several.
+    """
+    lams = list(named)
     if len(lams) > 1 and main is None:
         names = ", ".join(lambdas.name(lam) for lam in lams)
         raise DeraError(f"several λ ({names}); --main says which one is on main, --main none puts the card alone there")
@@ -184,7 +190,7 @@ def _branches(
         return [(revision or "main", lams[0])]
     if main != "none" and main not in lams:
         raise DeraError(f"--main {main:g}: there is no λ={main:g} here, only {', '.join(map(lambdas.name, lams))}")
-    return [*((lambdas.folder_name(lam), lam) for lam in lams), ("main", None if main == "none" else main)]
+    return [*((branch, lam) for lam, branch in named.items()), ("main", None if main == "none" else main)]
 
 
 def _target(
