@@ -227,7 +227,10 @@ class DeraForCausalLM(LambdaModel):
                     "without a draft, or bring one of the same size"
                 )
             kwargs["speculation"] = speculation
-        return super().generate(inputs, *args, lam=lam, **kwargs)
+        if "top_k" in kwargs:  # what a call asks for is its own
+            return super().generate(inputs, *args, lam=lam, **kwargs)
+        with settings.unremarked():
+            return super().generate(inputs, *args, lam=lam, **kwargs)
 
     def _prepare_cache_for_generation(
         self,

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import DeraError
 from ..models.adapter import Adapter
-from ..models.architecture import LOADING, Architecture
+from ..models.architecture import LOADING, Architecture, loading
 from ..models.kinds import model_class
 from ..models.pair import Pair
 from ..models.side import Side
@@ -88,7 +88,7 @@ def load_model(
         quantised = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
         if quantised and "device_map" not in kwargs:
             kwargs["device_map"] = {"": device}  # quantised weights are made where they stay
-        with LOADING:
+        with loading(sum(file.stat().st_size for file in folder.glob("*.safetensors"))):
             model, report = (kind or model_class(config)).from_pretrained(
                 folder, dtype=dtype, use_safetensors=None if trust.pickle else True, trust_remote_code=trust.code,
                 output_loading_info=True, **kwargs,

@@ -7,6 +7,9 @@ alone. So a model that is to be exact gets a config without them, and they are n
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import GenerationConfig
@@ -57,3 +60,18 @@ def plain(config: GenerationConfig) -> GenerationConfig:
     bare = GenerationConfig(**kept)
     bare.top_k = 0  # not as an argument, which would be complained of where the config is greedy
     return bare
+
+
+@contextmanager
+def unremarked() -> Iterator[None]:
+    """Within, transformers does not remark that the `top_k` of `plain` has no effect on greedy decoding."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "flags are not valid and may be ignored: ['top_k']" not in record.getMessage()
+
+    log = logging.getLogger(GenerationConfig.__module__)
+    log.addFilter(is_news)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_news)

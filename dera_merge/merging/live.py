@@ -15,7 +15,7 @@ from ..files.buffers import Buffers
 from ..files.checkpoint import slices
 from ..files.ordered import in_order
 from ..lambdas import Lam
-from ..models.architecture import LOADING
+from ..models.architecture import loading
 from ..models.pair import Pair
 from .path import Course, opened
 from .storage import Storage
@@ -44,7 +44,7 @@ class _Dial:
             config.tie_word_embeddings = False
         state = dict(self.weights(lam))
         model_class = self.pair.architecture.model_class
-        with LOADING:
+        with loading():
             model, report = model_class.from_pretrained(
                 None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
             )

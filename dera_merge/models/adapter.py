@@ -12,6 +12,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, KeysView
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -215,7 +216,9 @@ class Adapter:
         stored = self.keys  # before PEFT reads: pickles need permission
         self._check_patterns(name for name, _ in model.named_modules())
         try:
-            with LOADING:
+            with LOADING, warnings.catch_warnings():
+                # PEFT asks transformers for a name that is going to be another; nothing that a user could change.
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
                 if isinstance(model, PeftModel):
                     adapted, name = model, "on top"
                     adapted.load_adapter(self.folder, name, torch_device=str(device))

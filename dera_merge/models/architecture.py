@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -24,6 +25,26 @@ if TYPE_CHECKING:
 # transformers changes settings of the whole process while it makes a model: of two threads that load at a time one gets
 # tensors without memory, or a head that is not tied.
 LOADING = RLock()
+LONG = 1 << 30  # bytes of weights whose loading deserves a bar
+
+
+@contextmanager
+def loading(size: int = 0) -> Iterator[None]:
+    """Hold `LOADING` while transformers makes a model; its bar is shown where `size`, in bytes, takes long to read.
+
+    A pair is several models, most of them made in a moment, or of weights in memory: a bar for each says nothing.
+    """
+    from transformers.utils import logging
+
+    with LOADING:
+        shown = logging.is_progress_bar_enabled()
+        if shown and size < LONG:
+            logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if shown:
+                logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
