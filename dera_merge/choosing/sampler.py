@@ -237,10 +237,12 @@ class SweepLab(Laboratory):
     def merged_kl(self, lam: Lam) -> np.ndarray:
         """KL of the merged model from the reference on each of its own texts at λ, nats; (texts,)."""
         if lam not in self._kls:
-            texts = self.texts([a for a in self.store.answers if a.mode == "merged" and a.lam == lam])
-            traces = [trace_of(self.exact.ref, texts), trace_of(self.merged(lam), texts)]
-            _, kl = densities(traces, tokens_of(texts), [1.0], self.exact.config.vocab_size)
-            self._kls[lam] = per_text(kl[:, 0], texts)
+            fresh = [a for a in self.store.answers if a.mode == "merged" and a.lam not in self._kls]
+            texts = {lam: self.texts([a for a in fresh if a.lam == lam]) for lam in sorted({a.lam for a in fresh})}
+            refs = self.of_ref(lambda ref: [trace_of(ref, own) for own in texts.values()])  # read with one loading
+            for (at, own), ref in zip(texts.items(), refs, strict=True):
+                _, kl = densities([ref, trace_of(self.merged(at), own)], tokens_of(own), [1.0], self.pair.vocab_size)
+                self._kls[at] = per_text(kl[:, 0], own)
         return self._kls[lam]
 
     def log_ratio(self, lam: Lam) -> dict[str, Any] | None:

@@ -183,6 +183,8 @@ def sweep(
                     anchors, grid = sorted([*anchors, wanted]), sorted({*grid, wanted})
                     lab.sample(lab.kind, [wanted])
         if merged and scored is None and mode != "merged":
+            lab.densities(grid if reweight else anchors)  # the last that exact DeRa is needed for
+            lab.let_go()
             lab.sample("merged", [lam for lam in anchors if lam not in pair.ends()])
         result = curves.result(grid if reweight else anchors, settings | {"anchors": anchors})
         lam = result.best["lambda"]
@@ -191,6 +193,7 @@ def sweep(
         if check and result.chosen and lam not in pair.ends():
             few = encoded[:16]
             lab.tell("checking the merge", 0, 1)
+            lab.let_go()
             row = compare(
                 pair, [lam], few, path=curve, max_new_tokens=max_new_tokens, seed=seed, device=device,
                 compute_dtype=compute_dtype,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+import gc
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -14,13 +15,16 @@ from ..models.adapter import Adapter
 from ..models.architecture import LOADING, Architecture, loading
 from ..models.kinds import model_class
 from ..models.pair import Pair
-from ..models.side import Side
 from ..models.trust import NOTHING, Trust
 from ..models.weights import Stored
 from .rows import in_rows, second_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
+LARGE = 1 << 28  # bytes of a model
+Bases = dict[tuple[Path, torch.device, bool], Any]  # models, by directory, device, and whether they were requantised
 
 
 def load_sides(
@@ -40,28 +44,77 @@ def load_sides(
     Raises:
         DeraError: transformers or PEFT cannot load one of them.
     """
-    bases: dict[tuple[Path, torch.device, bool], PreTrainedModel] = {}
-
-    def load(number: int, side: Side) -> PreTrainedModel:
-        folder, device = side.base.folder, devices[number > 0]
-        requantise = pair.is_requantised(side) and kwargs.get("quantization_config") is None
-        if (folder, device, requantise) not in bases:
-            config = side.built_config(pair.trust.code)
-            model = load_model(folder, dtype, device, pair.trust, **{"config": config, **kwargs})
-            if requantise:
-                _put(pair.names.weights[number].stored, model, pair.architecture)
-            if pair.brings_tokens and folder == pair.ref.base.folder:
-                _grow(model, pair)
-            bases[folder, device, requantise] = model
-        base = bases[folder, device, requantise]
-        return _with_adapters(base, side.adapters, device) if side.adapter else base
-
-    ref, *aligned = (load(number, side) for number, side in enumerate(pair.sides))
+    bases: Bases = {}
+    ref, *aligned = (
+        _load_side(pair, number, dtype, devices[number > 0], bases, **kwargs) for number in range(len(pair.sides))
+    )
     together = len(bases) == 1 and not any(ref is model for model in aligned)
     rows = in_rows(next(iter(bases.values())), ref, *aligned) if together else None
     if rows is not None and len(aligned) == 1:
         aligned = [rows]  # outside of `DeraForCausalLM` it acts as the aligned model
     return ref, aligned, rows
+
+
+def each_side(
+    pair: Pair, dtype: torch.dtype | str, device: str | torch.device, work: Callable[[PreTrainedModel], T]
+) -> Iterator[T]:
+    """What `work` makes of the reference and then of each aligned model, of which none is kept.
+
+    Models that share no weights are loaded one after another, so that one is held at a time.
+    """
+    pair.check_tokens(merged=False)
+    place = torch.device(device)
+    if pair.shared_base:
+        ref, aligned, _ = load_sides(pair, dtype, (place, place))
+        models = [ref, *aligned]
+        del ref, aligned, _
+        yield from map(work, models)
+        forget(models)
+        return
+    for number in range(len(pair.sides)):
+        models = [_load_side(pair, number, dtype, place, {})]
+        made = work(models[0])
+        forget(models)
+        yield made
+
+
+def forget(models: list[torch.nn.Module]) -> None:
+    """Empty this list of models that nothing else refers to, so that others have their memory.
+
+    Modules that refer to each other stay until Python looks for such circles. Large ones are not left to wait for that:
+    looking takes a fraction of a second.
+    """
+    large = sum(p.numel() * p.element_size() for model in models for p in model.parameters()) >= LARGE
+    models.clear()
+    if large:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _load_side(
+    pair: Pair, number: int, dtype: torch.dtype | str, device: torch.device, bases: Bases, **kwargs: Any
+) -> PreTrainedModel:
+    """The reference (0) or an aligned model, over a base in `bases` if it is there; else that is loaded and put there.
+
+    The reference says how many rows of the vocabulary it really has, where ALIGNED brings more (`dera_known_rows`).
+    """
+    side = pair.sides[number]
+    folder = side.base.folder
+    requantise = pair.is_requantised(side) and kwargs.get("quantization_config") is None
+    if (folder, device, requantise) not in bases:
+        config = side.built_config(pair.trust.code)
+        model = load_model(folder, dtype, device, pair.trust, **{"config": config, **kwargs})
+        if requantise:
+            _put(pair.names.weights[number].stored, model, pair.architecture)
+        if pair.brings_tokens and folder == pair.ref.base.folder:
+            _grow(model, pair)
+        bases[folder, device, requantise] = model
+    base = bases[folder, device, requantise]
+    model = _with_adapters(base, side.adapters, device) if side.adapter else base
+    if number == 0 and pair.brings_tokens:
+        model.dera_known_rows = pair.ref.vocabulary_rows
+    return model
 
 
 def load_model(

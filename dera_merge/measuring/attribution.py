@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from ..models.pair import Pair
 
+Features = list[list[torch.Tensor]]  # of each batch of texts, by layer, (scored tokens, hidden size)
+
 
 def attribute(
     pair: Pair, texts: list[Text], lam: float, device: str | torch.device, tell: Callable[[int, int], None],
@@ -91,28 +93,29 @@ def attribute(
 
 
 @torch.no_grad()
-def feature_gaps(
-    ref: PreTrainedModel, aligned: PreTrainedModel, merged: PreTrainedModel, texts: list[Text], lam: float
-) -> list[float]:
+def features(model: PreTrainedModel, texts: list[Text]) -> Features:
+    """A model's hidden states at the scored tokens, of each batch: the embeddings', and each layer's."""
+    found = []
+    for batch in batches(texts):
+        chosen = [texts[i] for i in batch]
+        ids, mask = padded(chosen, model.device)
+        states = decoder_of(model)[1](
+            input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+        ).hidden_states
+        found.append([scored(state, chosen) for state in states])
+    return found
+
+
+def feature_gaps(ref: Features, aligned: Features, merged: Features, lam: float) -> list[float]:
     """How far the merged model's features leave the interpolated ones, layer by layer, the embeddings first.
 
     ‖x_merged - (1-λ)x_ref - λ·x_aligned‖ / ‖x_aligned - x_ref‖ over all scored tokens' hidden states.
     """
     gap = shift = None
-    for batch in batches(texts):
-        chosen = [texts[i] for i in batch]
-        ids, mask = padded(chosen, merged.device)
-        layers = [
-            decoder_of(model)[1](
-                input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
-            ).hidden_states
-            for model in (ref, aligned, merged)
-        ]
-        rows = [[scored(state, chosen).double() for state in states] for states in layers]
-        distance = np.array(
-            [float(((1 - lam) * r + lam * a - m).square().sum()) for r, a, m in zip(*rows, strict=True)]
-        )
-        apart = np.array([float((a - r).square().sum()) for r, a, _ in zip(*rows, strict=True)])
+    for batch in zip(ref, aligned, merged, strict=True):
+        layers = [[state.double() for state in states] for states in zip(*batch, strict=True)]
+        distance = np.array([float(((1 - lam) * r + lam * a - m).square().sum()) for r, a, m in layers])
+        apart = np.array([float((a - r).square().sum()) for r, a, _ in layers])
         gap, shift = (distance, apart) if gap is None else (gap + distance, shift + apart)
     return [math.sqrt(g / s) if s > 0 else 0.0 for g, s in zip(gap, shift, strict=True)]
 

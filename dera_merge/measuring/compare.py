@@ -40,7 +40,7 @@ from ..texts.rewards import Reward, as_reward, checked
 from .laboratory import Compute
 from .ledger import FOLDER, Ledger
 from .report import Report
-from .steps import ComparisonLab, Measured
+from .steps import ComparisonLab, Measured, Reading
 from .traces import Text
 from .where import coupled_figures, for_each_token, shown_texts, where_it_lies
 
@@ -199,13 +199,30 @@ def _compared(
     pair, encoded, tokenizer, seed, course = lab.pair, lab.prompts, lab.pair.tokenizer, lab.seed, lab.path
     given = [prompt.completion is not None for prompt in encoded]
     report = Report(pair.ref.source.name, pair.aligned_name, [], {})
+    # Each model is needed for a while, and let go before the next: exact DeRa's texts, the merged model's texts, then
+    # all that both sides read, and what each merge reads.
+    coupled, on_merged = "coupled" in extras, "coupled" in extras and texts != "merged"
+    at_hand = lams if course is None and not lab.approximations else []
+    probed = [lam for lam in lab.probes(lams) if lam not in at_hand] if "predict" in extras else []
+    for whose in ("exact", "merged"):
+        wanted = lams if coupled or (texts == whose and not all(given)) else []
+        wanted = [*wanted, *probed] if whose == "exact" and not all(given) else wanted
+        for lam in dict.fromkeys(wanted):
+            lab.sampled(whose, lam)
+        if coupled or texts == "merged":
+            lab.let_go()
     # On given texts, reference and aligned model read once for all λ.
-    groups = [(lams, lab.given())] if all(given) else [([lam], lab.sampled(texts, lam)) for lam in lams]
-    readings: dict[Lam, dict[str, np.ndarray]] = {}
-    for group, chosen in groups:
-        readings |= lab.measure(group, chosen)
+    main = [Reading(lams, lab.given())] if all(given) else [Reading([lam], lab.sampled(texts, lam)) for lam in lams]
+    theirs = [Reading([lam], lab.sampled("merged", lam), "merged-") for lam in lams if on_merged]
+    probe_texts = {lam: lab.given() if all(given) else lab.sampled("exact", lam) for lam in probed}
+    probing = [Reading([lam], probe_texts[lam], "probe-", line=True) for lam in probed]
+    figures = lab.measure([*main, *theirs, *probing])
+    readings = {lam: row for found in figures[: len(main)] for lam, row in found.items()}
+    merged_readings = {lam: row for found in figures[len(main) :][: len(theirs)] for lam, row in found.items()}
+    probe_readings = {lam: row for found in figures[len(main) + len(theirs) :] for lam, row in found.items()}
+    lab.let_go()
     resolution = max(float(reading["resolution"][0]) for reading in readings.values())
-    texts_at = {lam: chosen for group, chosen in groups for lam in group}
+    texts_at = {lam: reading.texts for reading in main for lam in reading.lams}
     few = {lam: [text for text in chosen if text.prompt < extra_prompts] for lam, chosen in texts_at.items()}
     floors = lab.floor(few) if "floor" in extras else {}
     rungs = lab.ladder(few) if "ladder" in extras else {}
@@ -230,14 +247,14 @@ def _compared(
         result |= where_it_lies(per_token, texts_at[lam], tokenizer)
         report.results.append(result)
     merged_texts: dict[Lam, tuple[list[Text], dict[str, np.ndarray]]] = {}
-    if "coupled" in extras:
+    if coupled:
         for result in report.results:
             lam = result["lambda"]
             of_exact = texts_at[lam] if not all(given) and texts == "exact" else lab.sampled("exact", lam)
             of_merged = texts_at[lam] if texts == "merged" else lab.sampled("merged", lam)
             result["coupled"] = coupled_figures(of_exact, of_merged, tokenizer, encoded, reward, seed)
-            if texts != "merged":
-                (reading,) = lab.measure([lam], of_merged, "merged-").values()
+            if on_merged:
+                reading = merged_readings[lam]
                 merged_texts[lam] = (of_merged, reading)
                 kept = {key: values for key, values in reading.items() if key != "resolution"}
                 prompt_of = for_each_token([text.prompt for text in of_merged], of_merged)
@@ -247,10 +264,7 @@ def _compared(
     if "predict" in extras:
         probes = {}
         for lam in lab.probes(lams):
-            reading = readings.get(lam) if course is None and not lab.approximations else None
-            if reading is None:
-                probe_texts = lab.given() if all(given) else lab.sampled("exact", lam)
-                reading = lab.measure([lam], probe_texts, "probe-", lambda lam: [("kl", lab.line(lam))])[lam]
+            reading = probe_readings[lam] if lam in probed else readings[lam]
             probes[lam] = float(reading.get("kl_nonlinearity", reading["kl"]).mean())
         ends = min(0.0, *lams), max(1.0, *lams)
         grid = sorted({*lams, *np.linspace(*ends, 65).round(4).tolist()} - set(lambdas.ends()))

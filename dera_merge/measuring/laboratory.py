@@ -1,11 +1,12 @@
 """The models of one measurement, each loaded when it is first asked for, and this process's share of the work.
 
-Comparisons, sweeps and studies of retraining all work with it: the same models, samplers and shares.
+Comparisons, sweeps and studies of retraining all work with it: the same models, samplers and shares. Who goes on to
+other models lets the ones before go, so that no more are held than one step needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..decoding.exact import DeraForCausalLM
+from ..decoding.load import each_side, forget
 from ..lambdas import Lam
 from ..merging.live import live
 from ..merging.path import Course
@@ -57,7 +59,8 @@ class Laboratory:
         self.tell: Progress = tell or unheard
         self.process, self.processes = launched()
         self.engine: Sampler | None = None
-        self._turned: dict[str, tuple[Lam | None, Any]] = {}  # models whose λ turns in place, each at its λ
+        self._merged: PreTrainedModel | None = None
+        self._at: Any = None  # which λ, stored how, it is turned to
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of `items`: of n processes, each takes every n-th."""
@@ -68,22 +71,41 @@ class Laboratory:
         """Exact DeRa."""
         return DeraForCausalLM.from_pair(self.pair, dtype=self.compute.dtype, device=self.compute.device)
 
-    def merged(self, lam: Lam, what: str = "path", **how: Any) -> PreTrainedModel:
-        """A merged model at λ: one for each `what`, turned to λ in place.
+    def of_each_side(self, work: Callable[[PreTrainedModel], T]) -> list[T]:
+        """What `work` makes of the reference and of each aligned model.
+
+        Where `exact` is not held, they are loaded for this, one after another if they do not share their weights, and
+        are not kept.
+        """
+        if "exact" in self.__dict__:
+            return [work(model) for model in self.exact.sides]
+        return list(each_side(self.pair, self.compute.dtype, self.compute.device, work))
+
+    def of_ref(self, work: Callable[[PreTrainedModel], T]) -> T:
+        """What `work` makes of the reference; it is loaded alone for this where `exact` is not held."""
+        if "exact" in self.__dict__:
+            return work(self.exact.ref)
+        return next(each_side(self.pair, self.compute.dtype, self.compute.device, work))
+
+    def merged(self, lam: Lam, **how: Any) -> PreTrainedModel:
+        """The merged model at λ. There is one, turned in place: what an earlier call returned is the same object.
 
         Args:
-            what: a name for these `how`, under which the model is kept.
             how: arguments of `live`; default: along the path, not rounded.
         """
-        at, model = self._turned.get(what, (None, None))
-        if model is None:
-            how = {"path": self.path, **how}
-            model = live(self.pair, lam, device=self.compute.device, compute_dtype=self.compute.dtype, **how)
-        elif at != lam:
-            self._turned[what] = (None, model)  # at no λ, should this break off half-way
-            model.set_lam(lam)
-        self._turned[what] = (lam, model)
-        return model
+        how, model = {"path": self.path, **how}, self._merged
+        if model is None or self._at != (lam, how):
+            self._at = None  # at no λ, should this break off half-way
+            compute = {"device": self.compute.device, "compute_dtype": self.compute.dtype}
+            self._merged = live(self.pair, lam, onto=model, **compute, **how)
+            self._at = (lam, how)
+        return self._merged
+
+    def let_go(self) -> None:
+        """Forget all models, so that others have their memory; each is loaded anew when it is next asked for."""
+        held = [model for model in (self.__dict__.pop("exact", None), self._merged) if model is not None]
+        self._merged = self._at = None
+        forget(held)
 
     @property
     def exact_sampler(self) -> Sampler:

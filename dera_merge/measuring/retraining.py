@@ -169,12 +169,14 @@ def agreement(
         exact_traces = [trace_of(side, exact_texts) for side in (exact.ref, exact.aligned)]
         _, exact_kl = densities(exact_traces, tokens_of(exact_texts), [lam], vocab)
         kinds["exact"] = lab.figures(exact_texts, exact_kl[:, 0])
-        candidates: dict[str, Any] = {"merged": lab.merged(lam, "line", path=None)}
+        # One model becomes each of the merged ones in turn, so each is asked for when it is needed.
+        candidates: dict[str, Callable[[], PreTrainedModel]] = {"merged": lambda lam=lam: lab.merged(lam, path=None)}
         if path is not None:
-            candidates["calibrated"] = lab.merged(lam)
+            candidates["calibrated"] = lambda lam=lam: lab.merged(lam)
         if second is not None and lam == 1:
-            candidates["second"] = second.to(device)
-        for name, candidate in candidates.items():
+            candidates["second"] = lambda: second.to(device)
+        for name, candidate_of in candidates.items():
+            candidate = candidate_of()
             answers = lab.texts(lab.writes(candidate), lam)
             candidate_trace, ref_trace = trace_of(candidate, answers), trace_of(exact.ref, answers)
             kinds[name] = lab.figures(answers, _kl(candidate_trace, ref_trace, answers, vocab))

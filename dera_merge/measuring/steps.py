@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from .traces import Text, Trace, tokens_of, trace_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+HEADS = 1 << 30  # bytes of merged models' heads that are held at a time, or one λ's
 Approximations = dict[Lam, tuple[Path, dict[str, Any]]]  # λ → a merged directory, and its recipe
 
 
@@ -53,6 +54,25 @@ class Measured:
     approximations: Approximations = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Texts to score, and the λ at which to compare on them.
+
+    Attributes:
+        label: begins the names of its steps in the ledger.
+        line: compare θ_ref + λΔ, not rounded, alone; else all that `ComparisonLab.measured` names.
+    """
+
+    lams: Sequence[Lam]
+    texts: list[Text]
+    label: str = ""
+    line: bool = False
+
+    def step(self, lam: Lam) -> str:
+        """The step of the ledger that keeps the figures at λ."""
+        return f"{self.label}tokens-{lam:g}"
+
+
 class ComparisonLab(Laboratory):
     """Each step of a comparison: read back from the ledger where it is done already.
 
@@ -70,6 +90,7 @@ class ComparisonLab(Laboratory):
         super().__init__(pair, compute, path, seed, tell)
         self.what, self.rounds, self.ledger = what, rounds, ledger
         self.prompts, self.approximations = what.prompts, what.approximations
+        self._sampled: dict[tuple[str, Lam], list[Text]] = {}
 
     def stored(self, lam: Lam) -> PreTrainedModel:
         """The model to measure at λ."""
@@ -77,11 +98,11 @@ class ComparisonLab(Laboratory):
             return load_model(self.approximations[lam][0], self.compute.dtype, self.compute.device)
         storage = self.what.storage
         dtype = "auto" if storage.dtype is None else storage.dtype
-        return self.merged(lam, "stored", dtype=dtype, rounding=storage.rounding, seed=storage.seed)
+        return self.merged(lam, dtype=dtype, rounding=storage.rounding, seed=storage.seed)
 
     def line(self, lam: Lam) -> PreTrainedModel:
         """θ_ref + λΔ, not rounded, whatever path is measured."""
-        return self.merged(lam) if self.path is None else self.merged(lam, "line", path=None)
+        return self.merged(lam, path=None)
 
     def knows_path(self, lam: Lam) -> bool:
         """Whether what is measured lies on `path`, or on the line, so that rounding can be told apart."""
@@ -100,6 +121,11 @@ class ComparisonLab(Laboratory):
 
     def sampled(self, whose: str, lam: Lam) -> list[Text]:
         """Texts of exact DeRa or of the merged model, with noise that depends on (seed, prompt, sample) only."""
+        if (whose, lam) not in self._sampled:
+            self._sampled[whose, lam] = self._sample(whose, lam)
+        return self._sampled[whose, lam]
+
+    def _sample(self, whose: str, lam: Lam) -> list[Text]:
         streams = [(i, s) for i in range(len(self.prompts)) for s in range(self.what.samples)]
         share = self.share(streams)
         title = f"sampling from {'exact DeRa' if whose == 'exact' else 'the merged model'} at λ={lam:g}"
@@ -135,57 +161,83 @@ class ComparisonLab(Laboratory):
         if self.path is not None:
             yield "kl_line", self.line(lam)
 
-    def measure(
-        self, lams: Sequence[Lam], texts: list[Text], label: str = "",
-        models: Callable[[Lam], Iterable[tuple[str, PreTrainedModel]]] | None = None,
-    ) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
-        """Per-token figures at each λ on these texts, and `resolution` (1,).
+    def measure(self, readings: Sequence[Reading]) -> list[dict[Lam, dict[str, np.ndarray]]]:
+        """Of each reading, per-token figures at its λ, and `resolution` (1,).
 
-        Args:
-            label: begins the names of these steps in the ledger.
-            models: λ → what to compare there; default `measured`.
+        The reference and each aligned model read all texts before a merged model is made: of what is held at a time,
+        one or two are whole models, and of the others there are hidden states and heads.
 
         Raises:
             DeraError: there are fewer texts than processes.
         """
-        missing = [lam for lam in lams if not self.ledger.has(f"{label}tokens-{lam:g}")]
-        fresh = self._measure(missing, texts, models or self.measured) if missing else {}
-        return {lam: self.ledger.step(f"{label}tokens-{lam:g}", lambda lam=lam: fresh[lam]) for lam in lams}
+        missing = [
+            replace(reading, lams=[lam for lam in reading.lams if not self.ledger.has(reading.step(lam))])
+            for reading in readings
+        ]
+        fresh = self._measure([reading for reading in missing if reading.lams])
+        keys = [{lam: reading.step(lam) for lam in reading.lams} for reading in readings]
+        return [
+            {lam: fresh[key] if key in fresh else self.ledger.recall(key) for lam, key in row.items()} for row in keys
+        ]
 
-    def _measure(
-        self, lams: Sequence[Lam], texts: list[Text],
-        models: Callable[[Lam], Iterable[tuple[str, PreTrainedModel]]],
-    ) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
-        """`measure` without the ledger: each process reads its share of the texts, and gets all figures."""
-        share = list(self.share(range(len(texts))))
-        chosen = [texts[i] for i in share]
+    def _measure(self, readings: Sequence[Reading]) -> dict[str, dict[str, np.ndarray]]:
+        """What `measure` finds, by step of the ledger: each process reads its share, and gets all figures."""
+        if not readings:
+            return {}
+        if few := [len(reading.texts) for reading in readings if len(reading.texts) < self.processes]:
+            raise DeraError(f"{few[0]} texts are fewer than the {self.processes} processes; start fewer")
+        chosen = [list(self.share(reading.texts)) for reading in readings]
         passes = 1 + (self.rounds or bool(self.approximations)) + (self.path is not None)
-        done, steps = itertools.count(1), passes * len(lams) + len(self.pair.sides)
-        if not chosen:
-            raise DeraError(f"{len(texts)} texts are fewer than the {self.processes} processes; start fewer")
+        steps = sum(len(self.pair.sides) + len(each.lams) * (1 if each.line else passes) for each in readings)
+        done = itertools.count(1)
 
-        def read(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = None) -> Trace:
-            trace = trace_of(model, chosen, heads)
+        def read(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None = None) -> Trace:
+            trace = trace_of(model, texts, heads)
             self.tell("scoring", next(done), steps)
             return trace
 
-        sides = [read(model) for model in self.exact.sides]
-        resolution = _resolution(self.exact.ref, sides[0], chosen)
-        heads: list[torch.nn.ModuleDict] = []  # turning λ may change the head, so traces keep the one they had
-        traces = []
-        for lam in lams:
-            traces.append((lam, {name: read(model, heads) for name, model in models(lam)}))
-        per_token = divergences(sides, traces, tokens_of(chosen), self.exact.config.vocab_size)
-        sizes = np.cumsum([len(text.completion) for text in chosen])[:-1]
+        resolutions: list[float] = []
+
+        def read_all(side: PreTrainedModel) -> list[Trace]:
+            traces = [read(side, texts) for texts in chosen]
+            if not resolutions:  # it is the reference
+                resolutions.extend(_resolution(side, *each) for each in zip(traces, chosen, strict=True))
+            return traces
+
+        sides = list(zip(*self.of_each_side(read_all), strict=True))
+        self.let_go()
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for reading, texts, exact, resolution in zip(readings, chosen, sides, resolutions, strict=True):
+            heads: list[torch.nn.ModuleDict] = []  # turning λ may change the head, so traces keep the one they had
+            traces: list[tuple[Lam, dict[str, Trace]]] = []
+            for lam in reading.lams:
+                models = [("kl", self.line(lam))] if reading.line else self.measured(lam)
+                traces.append((lam, {name: read(model, texts, heads) for name, model in models}))
+                if lam != reading.lams[-1] and _bytes(heads) < HEADS:
+                    continue
+                for at, figures in self._figures(exact, traces, texts, resolution).items():
+                    found[reading.step(at)] = figures
+                    self.ledger.keep(reading.step(at), figures)
+                heads, traces = [], []
+        return found
+
+    def _figures(
+        self, exact: Sequence[Trace], traces: Sequence[tuple[Lam, dict[str, Trace]]], texts: list[Text],
+        resolution: float,
+    ) -> dict[Lam, dict[str, np.ndarray]]:  # fmt: skip
+        """Per-token figures of all processes' texts at some λ, and the resolution, from the traces of this one's."""
+        per_token = divergences(exact, traces, tokens_of(texts), self.pair.vocab_size)
+        sizes = np.cumsum([len(text.completion) for text in texts])[:-1]
         rows = {lam: {key: np.split(values, sizes) for key, values in row.items()} for lam, row in per_token.items()}
-        every = gathered([(i, {lam: {k: v[n] for k, v in row.items()} for lam, row in rows.items()}, resolution)
-                          for n, i in enumerate(share)])  # fmt: skip
+        # Of n processes each read every n-th text.
+        every = gathered([(self.process + n * self.processes,
+                           {lam: {k: v[n] for k, v in row.items()} for lam, row in rows.items()}, resolution)
+                          for n in range(len(texts))])  # fmt: skip
         every.sort(key=lambda entry: entry[0])
         worst = np.array([max(entry[2] for entry in every)])
         return {
-            lam: {key: np.concatenate([entry[1][lam][key] for entry in every]) for key in rows[lam]}
-            | {"resolution": worst}
-            for lam in lams
+            lam: {key: np.concatenate([entry[1][lam][key] for entry in every]) for key in row} | {"resolution": worst}
+            for lam, row in rows.items()
         }
 
     # Scales and sources of the error, on the texts of a few prompts
@@ -210,6 +262,7 @@ class ComparisonLab(Laboratory):
         count = itertools.count(1)
 
         def work() -> dict[str, np.ndarray]:
+            self.let_go()
             tell = lambda: self.tell("measuring bfloat16", next(count), 2 * len(self.pair.sides))  # noqa: E731
             kl = yardstick.noise_floor(self.pair, texts, list(few), self.compute.device, tell)
             return {f"{lam:g}": values for lam, values in kl.items()}
@@ -223,6 +276,7 @@ class ComparisonLab(Laboratory):
         count = itertools.count(1)
 
         def work() -> dict[str, np.ndarray]:
+            self.let_go()
             steps = len(self.pair.sides) * (len(yardstick.BITS) + 1)
             tell = lambda: self.tell("quantising", next(count), steps)  # noqa: E731
             rungs = yardstick.ladder(self.pair, texts, list(few), self.compute.device, tell)
@@ -241,15 +295,22 @@ class ComparisonLab(Laboratory):
         """Where the error at λ comes from: shares by tensor, by layer and by kind, and the features' gap by layer."""
 
         def work() -> dict[str, np.ndarray]:
+            self.let_go()
             title = f"looking into the layers at λ={lam:g}"
             device, tell = self.compute.device, lambda done, total: self.tell(title, done, total)
             shares = attribution.attribute(self.pair, texts, lam, device, tell)
-            gaps = attribution.feature_gaps(self.exact.ref, self.exact.aligned, self.line(lam), texts, lam)
+            ref, aligned = self.of_each_side(lambda side: attribution.features(side, texts))
+            gaps = attribution.feature_gaps(ref, aligned, attribution.features(self.line(lam), texts), lam)
             return {"names": np.array(list(shares)), "shares": np.array(list(shares.values())), "gaps": np.array(gaps)}
 
         arrays = self.ledger.step(f"layers-{lam:g}", work)
         shares = dict(zip(arrays["names"].tolist(), arrays["shares"].tolist(), strict=True))
         return attribution.by_layer(shares, arrays["gaps"].tolist())
+
+
+def _bytes(modules: Sequence[torch.nn.Module]) -> int:
+    """How much the parameters of these modules hold."""
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -174,6 +175,8 @@ def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = No
     copies = [copy.copy(model)]
     for parent in parents:
         copies.append(copy.copy(copies[-1]._modules[parent]))
+    for own in copies:  # a method that was set on the model would keep it in memory
+        own.__dict__ = {name: value for name, value in vars(own).items() if not isinstance(value, MethodType)}
     beside = {
         f"{level} {child}": module
         for level, (owner, way) in enumerate(zip(copies, [*parents, last], strict=True))

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..decoding.exact import DeraForCausalLM
+from ..decoding.load import each_side
 from ..merging.live import live
 from .divergence import between_mixtures
-from .traces import Text, trace_of
+from .traces import Text, Trace, trace_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,13 +47,13 @@ def noise_floor(
 
     Two passes a model; `tell` is called after each.
     """
-    traces = []
-    for dtype in (torch.float32, torch.bfloat16):
-        exact = DeraForCausalLM.from_pair(pair, dtype=dtype, device=device)
-        traces.append([])
-        for model in exact.sides:
-            traces[-1].append(trace_of(model, texts, []))
-            tell()
+
+    def read(model: PreTrainedModel) -> Trace:
+        trace = trace_of(model, texts)
+        tell()
+        return trace
+
+    traces = [list(each_side(pair, dtype, device, read)) for dtype in (torch.float32, torch.bfloat16)]
     return between_mixtures(*traces, lams, pair.vocab_size)
 
 

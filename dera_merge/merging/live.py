@@ -42,7 +42,10 @@ class _Dial:
             config.get_text_config(decoder=True).vocab_size = self.pair.names.vocabulary
         if self.pair.names.unties:
             config.tie_word_embeddings = False
-        state = dict(self.weights(lam))
+        # What is as wide as the model will have it becomes its parameters, so that θ(λ) is held once.
+        wide = torch.float32 if dtype in (torch.float32, "float32") else None
+        state = {name: weight.to(wide) if wide and weight.is_floating_point() and weight.itemsize < 4 else weight
+                 for name, weight in self.weights(lam)}  # fmt: skip
         model_class = self.pair.architecture.model_class
         with loading():
             model, report = model_class.from_pretrained(
@@ -81,6 +84,7 @@ def live(
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str | None = None,
     path: str | os.PathLike[str] | Course | None = None,
+    onto: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """θ(λ) as a transformers model of the pair's architecture, in evaluation mode, with a method `set_lam`.
 
@@ -93,6 +97,8 @@ def live(
         device: where the model goes.
         compute_dtype: dtype of the parameters; default `dtype`, or float32 where that is None.
         path: a path that `calibrate` learned, or its file, in the place of the straight line; or `parts.ByPart`.
+        onto: a model that an earlier call made of this pair: it becomes this one, in place, where it is and in the
+            dtype that it has. Should that break off half-way, it is at no λ.
 
     Returns:
         The model. `model.set_lam(λ)` computes θ(λ) anew from the two checkpoints and writes it into the parameters.
@@ -106,6 +112,10 @@ def live(
     pair.check_tokens(course.used(lam) if course else [lam])
     storage = Storage.of(pair.names, torch.float32 if dtype is None else dtype, rounding, seed)
     dial = _Dial(pair, storage, course)
+    if onto is not None:
+        onto._dera_dial = dial
+        onto.set_lam(lam)
+        return onto
     model = dial.build(lam, compute_dtype or (torch.float32 if dtype is None else dtype)).to(device).eval()
     if config := pair.generation_config():
         model.generation_config = config

@@ -618,5 +618,6 @@ def test_a_model_whose_turn_broke_off_is_turned_anew(pair, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         laboratory.merged(1.5)
     monkeypatch.setattr(model, "set_lam", turn)
-    after = laboratory.merged(0.5).state_dict()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    after = laboratory.merged(0.5)
+    assert after is model
+    assert all(torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.items())

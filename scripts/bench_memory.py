@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""How much memory, time and reading a comparison takes, in a process of its own.
+
+    python scripts/bench_memory.py DIR [--size 336M] [--aligned dense lora] [--texts 32] [--tokens 64] [--lambdas 9]
+    python scripts/bench_memory.py --pair REF ALIGNED
+
+Makes random pairs of bfloat16 in DIR, as `bench_merge.py` does, or takes a pair that is there. Texts are given, so that
+nothing is sampled. Peak memory is the largest resident set of the process (Linux's `VmHWM`), libraries included; bytes
+read are what it asked the system for (`rchar`), from whichever cache they came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from bench_merge import SIZES, make_lora, make_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SIZES["336M"] = (1024, 2816, 24, 256, 32000, 1)
+SIZES["60M"] = (512, 1408, 8, 128, 32000, 1)
+
+WORK = """
+import json, random, sys, time, warnings
+warnings.simplefilter("ignore")
+options = json.loads(sys.argv[1])
+import torch, transformers.models.llama.modeling_llama
+from dera_merge import ModelPair, compare
+pair = ModelPair.from_pretrained(options["ref"], options["aligned"])
+words = [token for token in pair.tokenizer.get_vocab() if token.isascii() and token.isalnum()]
+dice = random.Random(0)
+say = lambda count: " ".join(dice.choices(sorted(words), k=count))
+texts = [{"prompt": say(16), "completion": say(options["tokens"])} for _ in range(options["texts"])]
+lams = [round(0.125 * number, 3) for number in range(1, options["lambdas"] + 1)]
+def of(file, key):
+    with open(f"/proc/self/{file}") as stream:
+        return next(int(line.split()[1]) for line in stream if line.startswith(key))
+begun, before, libraries = time.perf_counter(), of("io", "rchar"), of("status", "VmHWM")
+report = compare(pair, lams, texts, extras=(), **options["how"])
+print(json.dumps({
+    "seconds": time.perf_counter() - begun, "read": of("io", "rchar") - before,
+    "peak": of("status", "VmHWM") * 1024, "libraries": libraries * 1024,
+    "kl": [row["kl"] for row in report.results],
+}))
+"""
+
+
+def with_tokenizer(folder: Path, vocabulary: int) -> Path:
+    """Give a model's directory a tokenizer of made-up words."""
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(vocabulary)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w2").save_pretrained(folder)
+    return folder
+
+
+def measured(ref: str, aligned: str, texts: int, tokens: int, lambdas: int, **how: object) -> dict:
+    """What one comparison took: seconds, bytes read, peak bytes; and its kl."""
+    options = {"ref": ref, "aligned": aligned, "texts": texts, "tokens": tokens, "lambdas": lambdas, "how": how}
+    done = subprocess.run([sys.executable, "-c", WORK, json.dumps(options)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def weights(*folders: str) -> int:
+    """Bytes of the weights in some directories."""
+    return sum(file.stat().st_size for folder in folders for file in Path(folder).glob("*.safetensors"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--pair", nargs=2, metavar=("REF", "ALIGNED"))
+    parser.add_argument("--size", choices=SIZES, default="336M")
+    parser.add_argument("--aligned", nargs="*", choices=("dense", "lora"), default=["dense", "lora"])
+    parser.add_argument("--texts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--lambdas", type=int, default=9)
+    args = parser.parse_args()
+    if args.pair:
+        pairs = {"given": tuple(args.pair)}
+    elif args.folder:
+        ref = with_tokenizer(make_model(args.folder / f"ref {args.size}", args.size, False), SIZES[args.size][4])
+        pairs = {}
+        if "dense" in args.aligned:
+            pairs["dense"] = (str(ref), str(make_model(args.folder / f"aligned {args.size}", args.size, True)))
+        if "lora" in args.aligned:
+            pairs["lora"] = (str(ref), str(make_lora(args.folder / f"lora {args.size}", args.size)))
+    else:
+        parser.error("give DIR or --pair")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    print(f"{args.texts} texts of {args.tokens} tokens, {args.lambdas} λ\n")
+    print("| pair | weights | peak RSS | of it libraries | seconds | bytes read / weights |\n|---|---|---|---|---|---|")
+    for name, (ref, aligned) in pairs.items():
+        took, size = measured(ref, aligned, args.texts, args.tokens, args.lambdas), weights(ref, aligned)
+        print(f"| {name} | {size / 1e9:.2f} GB | {took['peak'] / 1e9:.2f} GB | {took['libraries'] / 1e9:.2f} GB | "
+              f"{took['seconds']:.1f} | {took['read'] / size:.2f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
