@@ -105,8 +105,8 @@ class SweepLab(Laboratory):
         pooled = self.asked.reweight
         offsets = {lam: zlib.crc32(lambdas.name(lam).encode()) % 9973 if pooled else 0 for lam, _, _ in batch}
         streams = [p + len(self.prompts) * (n + self.asked.samples * offsets[lam]) for lam, p, n in batch]
-        ids, lams = [self.prompts[p].ids for _, p, _ in batch], [lam for lam, _, _ in batch]
-        new = sampler.sample(ids, lams, streams, max_new_tokens=self.asked.max_new_tokens)
+        prompts, lams = [self.prompts[p] for _, p, _ in batch], [lam for lam, _, _ in batch]
+        new = sampler.sample(prompts, lams, streams, max_new_tokens=self.asked.max_new_tokens)
         texts = [self.pair.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
         rows = self._scored([
             self._exchange(p, text, ids) for (_, p, _), text, ids in zip(batch, texts, new, strict=True)
@@ -170,7 +170,7 @@ class SweepLab(Laboratory):
 
     def _places(self) -> dict[str, int]:
         """Which prompt a text is: a prompt in words, or the last turn of one conversation alone."""
-        last = [p.asked if isinstance(p.asked, str) else p.asked[-1]["content"] for p in self.prompts]
+        last = [in_words(p.asked if isinstance(p.asked, str) else p.asked[-1:]) for p in self.prompts]
         alone = {text: number for number, text in enumerate(last) if last.count(text) == 1}
         return alone | {text: number for number, text in enumerate(self.asked.plain)}
 
@@ -195,8 +195,7 @@ class SweepLab(Laboratory):
 
     def texts(self, answers: Sequence[Answer]) -> list[Text]:
         """Answers after their prompts, to be read by a model."""
-        prompts = [self.prompts[a.prompt].ids for a in answers]
-        return [Text(a.prompt, [*ids, *a.ids], len(ids)) for a, ids in zip(answers, prompts, strict=True)]
+        return [Text.of(a.prompt, self.prompts[a.prompt], a.ids) for a in answers]
 
     def densities(self, lams: Sequence[Lam]) -> tuple[list[Answer], np.ndarray, np.ndarray]:
         """The texts that answer, and log π_λ and KL from the reference of each at each λ, (texts, λ) in nats."""

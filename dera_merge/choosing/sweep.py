@@ -138,7 +138,11 @@ def sweep(
     weights = [1.0] * len(rewards) if weights is None else list(weights)
     if len(weights) != len(rewards) or not all(map(math.isfinite, weights)):
         raise DeraError(f"{len(weights)} weights for {len(rewards)} rewards")
-    encoded = prompt_files.fitting(prompts, pair.tokenizer, max_new_tokens, pair.context_length)
+    encoded = prompt_files.fitting(
+        prompts, pair.tokenizer, max_new_tokens, pair.context_length, processor=lambda: pair.processor
+    )
+    if mode == "speculative" and any(prompt.shown for prompt in encoded):
+        raise DeraError("a draft reads no images; leave out --mode speculative")
     if any(prompt.completion is not None for prompt in encoded):
         raise DeraError("the prompts bring completions; texts that are scored already go with --from-scored")
     if len(encoded) < 2:
@@ -155,7 +159,7 @@ def sweep(
         "path": curve.describe() if curve else None, "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "engine": "vllm" if engine else None, "mode": mode,
     }  # fmt: skip
-    mark = {"pair": fingerprint(pair), "prompts": [prompt.ids for prompt in encoded]}
+    mark = {"pair": fingerprint(pair), "prompts": [prompt.mark for prompt in encoded]}
     mark |= {key: value for key, value in settings.items() if key not in ("anchors", "budget")}  # texts are the same
     folder, first_process = None if out is None else Path(out), launched()[0] == 0
     most = budget or (len(anchors) + 3 * reweight) * len(encoded) * samples

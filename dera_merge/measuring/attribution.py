@@ -11,7 +11,7 @@ import torch
 
 from ..merging.live import live
 from ..models.names import layer_kind
-from .traces import Text, Trace, batches, decoder_of, padded, scored, trace_of
+from .traces import Text, Trace, batches, decoder_of, inputs_of, scored, trace_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,8 +80,7 @@ def attribute(
         turn(tau)
         for group in groups:
             chosen = [texts[i] for i in group]
-            ids, mask = padded(chosen, model.device)
-            logits = scored(model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float(), chosen)
+            logits = scored(model(**inputs_of(chosen, model), use_cache=False).logits.float(), chosen)
             (logits * direction(group)).sum().backward()
         for name, change in delta.items():
             parameter = model.get_parameter(name)
@@ -98,10 +97,8 @@ def features(model: PreTrainedModel, texts: list[Text]) -> Features:
     found = []
     for batch in batches(texts):
         chosen = [texts[i] for i in batch]
-        ids, mask = padded(chosen, model.device)
-        states = decoder_of(model)[1](
-            input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
-        ).hidden_states
+        inputs = inputs_of(chosen, model)
+        states = decoder_of(model)[1](**inputs, use_cache=False, output_hidden_states=True).hidden_states
         found.append([scored(state, chosen) for state in states])
     return found
 

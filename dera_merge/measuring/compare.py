@@ -134,7 +134,9 @@ def compare(
     tokenizer = pair.tokenizer
     if prompts is None:
         prompts = prompt_files.encode(prompt_files.default(tokenizer), tokenizer)
-    encoded = prompt_files.fitting(prompts, tokenizer, max_new_tokens, pair.context_length, "coupled" in extras)
+    encoded = prompt_files.fitting(
+        prompts, tokenizer, max_new_tokens, pair.context_length, "coupled" in extras, lambda: pair.processor
+    )
     given = [prompt.completion is not None for prompt in encoded]
     if any(given) and not all(given):
         raise DeraError(f"prompt {given.index(False) + 1} has no completion, others have; give all or none")
@@ -155,7 +157,7 @@ def compare(
     process, processes = launched()
     ledger = Ledger(
         None if unfinished is None or processes > 1 else Path(unfinished) / FOLDER,
-        {"pair": fingerprint(pair), "lams": lams, "prompts": [[p.ids, p.completion] for p in encoded],
+        {"pair": fingerprint(pair), "lams": lams, "prompts": [[p.mark, p.completion] for p in encoded],
          "approx": str(approx), "path": course.sha256 if course else None, "dtype": str(dtype),
          "rounding": storage.rounding,
          "texts": texts, "samples": samples, "tokens": max_new_tokens, "seed": seed, "compute": str(compute_dtype),

@@ -80,9 +80,9 @@ class _Study(Laboratory):
     def texts(self, sampler: Sampler, lam: Lam) -> list[Text]:
         """Texts at temperature 1; the noise belongs to (seed, prompt, sample), so all models have the same."""
         count = len(self.prompts)
-        asked = [prompt.ids for _ in range(self.samples) for prompt in self.prompts]
+        asked = [prompt for _ in range(self.samples) for prompt in self.prompts]
         new = sampler.sample(asked, [lam] * len(asked), range(len(asked)), max_new_tokens=self.max_new_tokens)
-        return [Text(i % count, ids + row, len(ids)) for i, (ids, row) in enumerate(zip(asked, new, strict=True))]
+        return [Text.of(i % count, prompt, row) for i, (prompt, row) in enumerate(zip(asked, new, strict=True))]
 
     def writes(self, model: PreTrainedModel) -> Sampler:
         """A sampler of any model."""

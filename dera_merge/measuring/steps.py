@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HEADS = 1 << 30  # bytes of merged models' heads that are held at a time, or one λ's
+ROOM = 8  # tokens of padding
 Approximations = dict[Lam, tuple[Path, dict[str, Any]]]  # λ → a merged directory, and its recipe
 
 
@@ -117,7 +118,7 @@ class ComparisonLab(Laboratory):
 
     def given(self) -> list[Text]:
         """The prompts with their completions."""
-        return [Text(i, [*p.ids, *(p.completion or [])], len(p.ids)) for i, p in enumerate(self.prompts)]
+        return [Text.of(i, p, p.completion or []) for i, p in enumerate(self.prompts)]
 
     def sampled(self, whose: str, lam: Lam) -> list[Text]:
         """Texts of exact DeRa or of the merged model, with noise that depends on (seed, prompt, sample) only."""
@@ -133,7 +134,7 @@ class ComparisonLab(Laboratory):
         def work() -> dict[str, np.ndarray]:
             sampler = self.exact_sampler if whose == "exact" else self.merged_sampler
             new = sampler.sample(
-                [self.prompts[i].ids for i, _ in share], [lam] * len(share),
+                [self.prompts[i] for i, _ in share], [lam] * len(share),
                 [i + s * len(self.prompts) for i, s in share],
                 max_new_tokens=self.what.max_new_tokens, progress=lambda done: self.tell(title, done, len(share)),
             )  # fmt: skip
@@ -144,10 +145,7 @@ class ComparisonLab(Laboratory):
 
         arrays = self.ledger.step(f"texts-{whose}-{lam:g}", work)
         rows = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
-        return [
-            Text(i, [*self.prompts[i].ids, *row.tolist()], len(self.prompts[i].ids))
-            for (i, _), row in zip(streams, rows, strict=True)
-        ]
+        return [Text.of(i, self.prompts[i], row.tolist()) for (i, _), row in zip(streams, rows, strict=True)]
 
     # Figures of each token
 
@@ -315,9 +313,12 @@ def _bytes(modules: Sequence[torch.nn.Module]) -> int:
 
 @torch.no_grad()
 def _resolution(model: PreTrainedModel, trace: Trace, texts: list[Text]) -> float:
-    """The largest kl that the reference shows against itself, read in a batch of another shape: noise, in nats."""
+    """The largest kl that the reference shows against itself, read in a batch of another shape: noise, in nats.
+
+    Texts that show images are alone in any case, and have another shape by padding.
+    """
     few = texts[:4]
-    apart = torch.cat([trace_of(model, [text]).hidden for text in few])
+    apart = torch.cat([trace_of(model, [text], None, ROOM * bool(text.shown)).hidden for text in few])
     batched = trace.hidden[: len(apart)]
     worst = 0.0
     for together, alone in zip(batched.split(16), apart.split(16), strict=True):

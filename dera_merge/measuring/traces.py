@@ -7,8 +7,8 @@ be compared on the same texts, each having read them once, and nothing of size v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..decoding.mix import on_new_rows
 from ..errors import DeraError
 from ..models import doors
+from ..texts.images import Shown, beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..texts.prompts import Prompt
 
 BATCH_TOKENS = 2048  # tokens that a model reads at a time
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -34,6 +37,12 @@ class Text:
     prompt: int
     ids: list[int]  # prompt and completion
     start: int  # where the completion begins
+    shown: Shown = field(default_factory=dict, compare=False, repr=False)  # as of `Prompt`
+
+    @classmethod
+    def of(cls, number: int, prompt: Prompt, completion: Iterable[int]) -> Text:
+        """A completion of prompt `number`."""
+        return cls(number, [*prompt.ids, *completion], len(prompt.ids), prompt.shown)
 
     @property
     def completion(self) -> list[int]:
@@ -61,23 +70,43 @@ def per_text(values: np.ndarray, texts: Sequence[Text]) -> np.ndarray:
 
 
 def batches(texts: Sequence[Text], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Indices of texts in batches of about this many tokens, longest first, so that little is padding."""
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index].ids))
+    """Indices of texts in batches of about this many tokens, longest first, so that little is padding.
+
+    A text that shows images is alone: their pixels have no batch axis in every class.
+    """
+    yield from ([index] for index, text in enumerate(texts) if text.shown)
+    order = sorted(
+        (index for index, text in enumerate(texts) if not text.shown), key=lambda index: -len(texts[index].ids)
+    )
     while order:
         count = max(1, tokens // len(texts[order[0]].ids))
         yield order[:count]
         order = order[count:]
 
 
-def padded(texts: Sequence[Text], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, both (texts, longest).
+def padded(texts: Sequence[Text], device: torch.device, room: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, both (texts, longest + room).
 
     Padding is on the right, where a causal model does not see it: what it predicts depends on what came before.
     """
-    width = max(len(text.ids) for text in texts)
+    width = max(len(text.ids) for text in texts) + room
     ids = torch.tensor([text.ids + [0] * (width - len(text.ids)) for text in texts])
     mask = torch.tensor([[1] * len(text.ids) + [0] * (width - len(text.ids)) for text in texts])
     return ids.to(device), mask.to(device)
+
+
+def inputs_of(texts: Sequence[Text], model: PreTrainedModel, room: int = 0) -> dict[str, Any]:
+    """What a model reads of a batch: ids and mask, both (texts, longest + room), and what the images are of a text.
+
+    Raises:
+        DeraError: an answer has the token that stands for a piece of an image, so that no pass can read it again.
+    """
+    ids, mask = padded(texts, model.device, room)
+    stands = {getattr(model.config, name, None) for name in ("image_token_id", "image_token_index")}
+    if texts[0].shown and stands.intersection(texts[0].completion):
+        raise DeraError(f"an answer to prompt {texts[0].prompt + 1}, which shows an image, has the token that stands "
+                        "for images, so it cannot be read again; take another --seed or leave it out")  # fmt: skip
+    return {"input_ids": ids, "attention_mask": mask, **beside(texts[0].shown, ids.shape[1], model)}
 
 
 def scored(states: torch.Tensor, texts: Sequence[Text]) -> torch.Tensor:
@@ -86,12 +115,15 @@ def scored(states: torch.Tensor, texts: Sequence[Text]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def trace_of(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None = None) -> Trace:
+def trace_of(
+    model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None = None, room: int = 0
+) -> Trace:
     """Run a model's decoder over the texts, longest first, and keep the hidden states that predict completion tokens.
 
     Args:
         heads: for a model that will change: copies of heads that outlive the change. One that equals the model's is
             used again, so that a head which λ does not touch is held once. None: the model will not change.
+        room: tokens of padding behind the longest text of each batch.
 
     Raises:
         DeraError: logits are not finite, or the model is no decoder followed by a head.
@@ -100,8 +132,7 @@ def trace_of(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.Mod
     hidden: dict[int, torch.Tensor] = {}
     for batch in batches(texts):
         chosen = [texts[index] for index in batch]
-        ids, mask = padded(chosen, model.device)
-        states = decoder(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        states = decoder(**inputs_of(chosen, model, room), use_cache=False)[0]
         sizes = [len(text.completion) for text in chosen]
         hidden |= dict(zip(batch, scored(states, chosen).split(sizes), strict=True))
     head = head_of(model, heads)
@@ -206,8 +237,8 @@ def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = No
 
 def _check_head(model: PreTrainedModel, head: Head, text: Text, hidden: torch.Tensor) -> None:
     """Raise DeraError where `head` does not give the logits of the whole model, or they are not finite."""
-    ids = torch.tensor([text.ids[: text.start + 1]], device=model.device)
-    whole = model(input_ids=ids, use_cache=False).logits[0, text.start - 1].float()
+    begun = replace(text, ids=text.ids[: text.start + 1])
+    whole = model(**inputs_of([begun], model), use_cache=False).logits[0, text.start - 1].float()
     if not whole.isfinite().any():
         raise DeraError(f"{type(model).__name__} gives no finite logits; is λ too large, or an input broken?")
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1

@@ -81,7 +81,7 @@ class Engine:
 
     def sample(
         self,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[Prompt],
         lams: Sequence[float],
         streams: Sequence[int] = (),
         *,
@@ -94,7 +94,7 @@ class Engine:
         batches change rounding, and vLLM 0.32 on CPUs dies of one where a prompt is read in chunks.)
 
         Args:
-            prompts: token ids.
+            prompts: to answer.
             lams: λ of each.
             streams: not looked at.
             max_new_tokens: length limit, in tokens.
@@ -107,8 +107,9 @@ class Engine:
             DeraError: the server refuses a request or cannot be reached any more.
         """
         new: list[list[int]] = []
+        tasks = [(prompt.ids, lam) for prompt, lam in zip(prompts, lams, strict=True)]
         with ThreadPoolExecutor(self.at_once) as threads:
-            answers = threads.map(lambda task: self._complete(*task, max_new_tokens), zip(prompts, lams, strict=True))
+            answers = threads.map(lambda task: self._complete(*task, max_new_tokens), tasks)
             for answer in answers:
                 new.append(answer["token_ids"])
                 if progress:
@@ -171,6 +172,8 @@ def engine(
         yield None
         return
     pair.only_pair("--engine is")
+    if any(prompt.shown for prompt in prompts):
+        raise DeraError("--engine samples texts of prompts without images; leave it out where prompts show some")
     with ExitStack() as stack:
         address = where
         if where == "vllm":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import DeraError
+from . import images
 from .forms import Turns
 
 
@@ -73,5 +74,5 @@ def in_words(asked: str | Turns) -> str:
     if isinstance(asked, str):
         return asked
     if len(asked) == 1:
-        return asked[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
+        return images.in_words(asked[0].get("content", ""))
+    return "\n\n".join(f"{turn['role']}: {images.in_words(turn.get('content', ''))}" for turn in asked)

@@ -18,7 +18,7 @@ from ..decoding.speculation import Speculation
 from ..errors import DeraError
 from ..merging.live import live
 from ..models.pair import Pair
-from .images import inputs_of, turn
+from .images import beside, turn
 from .prompts import encode
 
 if TYPE_CHECKING:
@@ -84,13 +84,11 @@ def decode(
     if images:
         if mode == "speculative":
             raise DeraError("a draft reads no images; --mode exact and merged do")
-        inputs = inputs_of(turn(prompt, [Path(image) for image in images])["messages"], pair.processor)
+        entry: str | dict[str, Any] = turn(prompt, [Path(image) for image in images])
     else:
         entry = {"messages": [{"role": "user", "content": prompt}]} if chat else prompt
-        (encoded,) = encode([entry], tokenizer)
-        ids = torch.tensor([encoded.ids])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    count = inputs["input_ids"].shape[1]
+    (encoded,) = encode([entry], tokenizer, lambda: pair.processor)
+    count = len(encoded.ids)
     limit = pair.context_length
     if limit and count + max_new_tokens > limit:
         raise DeraError(f"{count} prompt tokens and {max_new_tokens} new ones are more than the model's {limit}")
@@ -123,9 +121,10 @@ def decode(
     if plausibility:
         options["logits_processor"] = LogitsProcessorList([PlausibilityMask(plausibility)])
     applied, left_out = _configure(model, temperature, as_configured)
-    inputs = {name: _for(model, value, main_device) for name, value in inputs.items()}
+    ids = torch.tensor([encoded.ids], device=main_device)
+    options |= {"attention_mask": torch.ones_like(ids), **beside(encoded.shown, count, model)}
     set_seed(seed)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options)
+    output = model.generate(ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options)
     new = output[0, count:].tolist()
     result = {
         "text": tokenizer.decode(new, skip_special_tokens=True),
@@ -139,13 +138,6 @@ def decode(
         keys = ("acceptance_rate", "tokens_per_verification", "drafted", "verifications")
         result |= {key: getattr(speculation, key) for key in keys}
     return result
-
-
-def _for(model: PreTrainedModel, value: Any, device: torch.device) -> Any:
-    """An input on the device of a model, pixels in its dtype."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(device, model.dtype if value.is_floating_point() else None)
 
 
 def _configure(

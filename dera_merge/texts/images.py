@@ -5,6 +5,7 @@ Only local files are opened: a prompt file must not make this machine fetch an a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DeraError
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin
+
+Shown = dict[str, Any]  # what a processor gives beside the tokens of a prompt that shows images, mostly tensors
 
 
 def is_content(content: Any) -> bool:
@@ -34,6 +36,16 @@ def parts(messages: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for message in messages:
         if isinstance(message.get("content"), list):
             yield from (part for part in message["content"] if part["type"] != "text")
+
+
+def as_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in which each text is a part of its own."""
+    return [
+        message | {"content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
 
 
 def joined(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
@@ -78,8 +90,18 @@ def turn(prompt: str, images: list[Path]) -> dict[str, Any]:
         raise DeraError(str(error)) from None
 
 
-def inputs_of(messages: list[dict[str, Any]], processor: ProcessorMixin) -> dict[str, torch.Tensor]:
-    """What a model takes: `input_ids` and `attention_mask`, both (1, tokens), and pixels as the architecture has them.
+def in_words(content: str | list[dict[str, Any]]) -> str:
+    """What a message says, with the names of files in the place of images."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(
+        part["text"] if part["type"] == "text" else f"[{part['type']} {Path(str(part.get('path', ''))).name}]"
+        for part in content
+    )
+
+
+def looked_at(messages: list[dict[str, Any]], processor: ProcessorMixin) -> tuple[str, list[int], Shown]:
+    """A prompt that shows images: as text, as token ids, and what else a model takes, pixels first of all.
 
     Args:
         messages: whose images are local files.
@@ -92,19 +114,44 @@ def inputs_of(messages: list[dict[str, Any]], processor: ProcessorMixin) -> dict
     if not template:
         raise DeraError("neither the processor nor the tokenizer has a chat template, which says where an image goes")
     told = [
-        message | {"content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message["content"], str) else
-        message | {"content": [_opened(part) for part in message["content"]]}
-        for message in messages
-    ]  # fmt: skip
+        message | {"content": [_opened(part) for part in message["content"]]} if "content" in message else message
+        for message in as_parts(messages)
+    ]
+    how = {"chat_template": template, "add_generation_prompt": True}
     try:
-        inputs = processor.apply_chat_template(
-            told, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="pt",
-        )  # fmt: skip
+        text = processor.apply_chat_template(told, tokenize=False, **how)
+        inputs = dict(processor.apply_chat_template(told, tokenize=True, return_dict=True, return_tensors="pt", **how))
     except Exception as error:  # templates and image libraries raise what they like
         raise DeraError(f"the processor refuses the messages: {error}") from error
-    return dict(inputs)
+    (ids,) = inputs.pop("input_ids").tolist()
+    inputs.pop("attention_mask", None)
+    return text, ids, inputs
+
+
+def digest(shown: Shown) -> str:
+    """SHA-256 of what a processor made of the images."""
+    total = hashlib.sha256()
+    for name, value in sorted(shown.items()):
+        content = value.cpu().numpy().tobytes() if hasattr(value, "cpu") else repr(value).encode()
+        total.update(f"{name} {tuple(getattr(value, 'shape', ()))}".encode() + content)
+    return total.hexdigest()
+
+
+def beside(shown: Shown, tokens: int, model: PreTrainedModel) -> Shown:
+    """What a model takes beside `tokens` tokens that begin with a prompt: on its device, pixels in its dtype.
+
+    What says for each token whether it stands for a piece of an image is 0 behind the prompt.
+    """
+    import torch
+
+    taken: Shown = {}
+    for name, value in shown.items():
+        if isinstance(value, torch.Tensor):
+            value = value.to(model.device, model.dtype if value.is_floating_point() else None)
+        if name.endswith("token_type_ids"):
+            value = torch.nn.functional.pad(value, (0, tokens - value.shape[1]))
+        taken[name] = value
+    return taken
 
 
 def _opened(part: dict[str, Any]) -> dict[str, Any]:

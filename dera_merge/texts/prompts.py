@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DeraError
 from . import images
 from .forms import Asked, Turns, asked
+from .images import Shown, digest
 from .tables import rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Prompt:
         completion: tokens of a given completion.
         asked: what the row asks: the turns that went through the chat template, or the text.
         given: the row as it came.
+        shown: what the images that it shows are for a model; {} without images.
     """
 
     text: str
@@ -38,6 +40,12 @@ class Prompt:
     completion: list[int] | None = None
     asked: str | Turns = ""
     given: str | dict[str, Any] = field(default_factory=dict)
+    shown: Shown = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def mark(self) -> Any:
+        """What two prompts that are one have in common, for JSON: tokens, and what is shown."""
+        return [self.ids, digest(self.shown)] if self.shown else self.ids
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -83,7 +91,10 @@ def read(source: str | os.PathLike[str], limit: int | None = None) -> list[dict[
     return entries
 
 
-def encode(prompts: Iterable[str | dict[str, Any] | Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def encode(
+    prompts: Iterable[str | dict[str, Any] | Prompt], tokenizer: PreTrainedTokenizerBase,
+    processor: Callable[[], ProcessorMixin] | None = None,
+) -> list[Prompt]:  # fmt: skip
     """Prompts as token ids.
 
     Turns go through the chat template with a generation prompt; a text is tokenized with the tokenizer's defaults; a
@@ -91,37 +102,68 @@ def encode(prompts: Iterable[str | dict[str, Any] | Prompt], tokenizer: PreTrain
 
     Args:
         prompts: texts, or rows in one of the forms of `forms.py`; what is encoded already stays.
+        processor: gives what reads images; None refuses them.
 
     Raises:
-        DeraError: a row asks nothing, turns without a chat template, a prompt or a completion of no tokens.
+        DeraError: a row asks nothing, turns without a chat template, a prompt or a completion of no tokens, an image
+            that cannot be read.
     """
     return [
-        entry if isinstance(entry, Prompt) else _encoded(number, entry, tokenizer)
+        entry if isinstance(entry, Prompt) else _encoded(number, entry, tokenizer, processor)
         for number, entry in enumerate(prompts, 1)
     ]
 
 
-def _encoded(number: int, entry: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def _encoded(
+    number: int, entry: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase,
+    processor: Callable[[], ProcessorMixin] | None,
+) -> Prompt:  # fmt: skip
+    shown: Shown = {}
     try:
+        entry = images.located(entry, Path())
         it = _asked(entry)
     except ValueError as error:
         raise DeraError(f"prompt {number}: {error}") from error
     if it.turns is None or (it.text is not None and not tokenizer.chat_template):
         text, ids, what = it.text, tokenizer(it.text)["input_ids"], it.text
+    elif any(images.parts(it.turns)):
+        if processor is None:
+            raise DeraError(f"prompt {number} shows an image; generate, compare and sweep take those, nothing else")
+        text, ids, shown = images.looked_at(it.turns, processor())
+        what = it.turns
     elif not tokenizer.chat_template:
         raise DeraError('the tokenizer has no chat template; give prompts as text or {"prompt": …}')
-    elif any(images.parts(it.turns)):
-        raise DeraError(f"prompt {number} shows an image, which only generate takes; leave it out here")
     else:
         try:
-            text = tokenizer.apply_chat_template(it.turns, tokenize=False, add_generation_prompt=True)
+            text = _templated(it.turns, tokenizer)
         except Exception as error:  # templates raise what they like
             raise DeraError(f"the chat template refuses prompt {number}: {error}") from error
         ids, what = tokenizer(text, add_special_tokens=False)["input_ids"], it.turns
     given = None if it.completion is None else tokenizer(it.completion, add_special_tokens=False)["input_ids"]
     if not ids or given == []:
         raise DeraError(f"prompt {number} has {'an empty completion' if ids else 'no tokens'}")
-    return Prompt(text, ids, given, what, entry)
+    return Prompt(text, ids, given, what, entry, shown)
+
+
+def _templated(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Turns as text. Raises what the chat template raises.
+
+    Templates of models that see may know parts alone: a plain text raises there (SmolVLM), or is left out without a
+    word (LLaVA). Where what was said last does not come out, parts are tried.
+    """
+    found: list[str] = []
+    problem: Exception | None = None
+    for told in (turns, images.as_parts(turns)):
+        try:
+            found.append(tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True))
+        except Exception as error:
+            problem = problem or error
+            continue
+        if images.in_words(turns[-1].get("content", "")).strip() in found[-1]:
+            return found[-1]
+    if not found:
+        raise problem
+    return found[0]
 
 
 def _asked(entry: str | dict[str, Any]) -> Asked:
@@ -130,7 +172,7 @@ def _asked(entry: str | dict[str, Any]) -> Asked:
 
 def fitting(
     prompts: Iterable[str | dict[str, Any] | Prompt], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int,
-    limit: int | None, sampled: bool = False,
+    limit: int | None, sampled: bool = False, processor: Callable[[], ProcessorMixin] | None = None,
 ) -> list[Prompt]:  # fmt: skip
     """The prompts that a model takes together with their texts, as token ids.
 
@@ -138,7 +180,7 @@ def fitting(
     fit, it says nothing.
 
     Args:
-        prompts, tokenizer: as for `encode`.
+        prompts, tokenizer, processor: as for `encode`.
         max_new_tokens: length of a sampled text, in tokens.
         limit: how many tokens a model takes; None knows no limit.
         sampled: texts are sampled even where completions are given.
@@ -147,7 +189,7 @@ def fitting(
         DeraError: as for `encode`; or none is left.
     """
     prompts = list(prompts)
-    encoded = encode(prompts, tokenizer)
+    encoded = encode(prompts, tokenizer, processor)
 
     def size(prompt: Prompt) -> int:
         given = prompt.completion

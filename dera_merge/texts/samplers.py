@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..decoding.exact import DeraForCausalLM
+    from .prompts import Prompt
 
 
 class Sampler(Protocol):
@@ -28,13 +29,13 @@ class Sampler(Protocol):
     at_once: int  # texts that are best asked for together
 
     def sample(
-        self, prompts: Sequence[list[int]], lams: Sequence[Lam], streams: Sequence[int], *, max_new_tokens: int,
+        self, prompts: Sequence[Prompt], lams: Sequence[Lam], streams: Sequence[int], *, max_new_tokens: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """One text a prompt.
 
         Args:
-            prompts: token ids.
+            prompts: to answer.
             lams: λ of each.
             streams: which noise each gets, where noise can be chosen.
             max_new_tokens: length limit, in tokens.
@@ -64,7 +65,7 @@ class ModelSampler:
     at_once: int = BATCH
 
     def sample(
-        self, prompts: Sequence[list[int]], lams: Sequence[Lam], streams: Sequence[int], *, max_new_tokens: int,
+        self, prompts: Sequence[Prompt], lams: Sequence[Lam], streams: Sequence[int], *, max_new_tokens: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         options: dict[str, Any] = {
@@ -73,15 +74,17 @@ class ModelSampler:
         if not prompts:
             return []
         if self.takes_lam:
-            return sample(self.model_at(lams[0]), self.tokenizer, prompts, streams=streams, lams=lams, **options)
+            return self._sample(lams[0], prompts, streams=streams, lams=lams, **options)
         texts: dict[int, list[int]] = {}
         for lam in dict.fromkeys(lams):
             at_lam = [number for number, text_lam in enumerate(lams) if text_lam == lam]
             asked, noise = ([values[number] for number in at_lam] for values in (prompts, streams))
-            texts |= dict(
-                zip(at_lam, sample(self.model_at(lam), self.tokenizer, asked, streams=noise, **options), strict=True)
-            )
+            texts |= dict(zip(at_lam, self._sample(lam, asked, streams=noise, **options), strict=True))
         return [texts[number] for number in range(len(prompts))]
+
+    def _sample(self, lam: Lam, prompts: Sequence[Prompt], **options: Any) -> list[list[int]]:
+        ids, shown = [prompt.ids for prompt in prompts], [prompt.shown for prompt in prompts]
+        return sample(self.model_at(lam), self.tokenizer, ids, shown=shown, **options)
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,15 @@ class DraftedSampler:
     at_once: int = BATCH
 
     def sample(
-        self, prompts: Sequence[list[int]], lams: Sequence[Lam], streams: Sequence[int], *, max_new_tokens: int,
+        self, prompts: Sequence[Prompt], lams: Sequence[Lam], streams: Sequence[int], *, max_new_tokens: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         texts: list[list[int]] = []
-        for ids, lam, stream in zip(prompts, lams, streams, strict=True):
+        for prompt, lam, stream in zip(prompts, lams, streams, strict=True):
             draft = self.draft_at(lam)
             set_seed((self.seed * 1_000_003 + stream) % 2**32)
             texts += decode_batch(
-                self.exact, self.tokenizer, [ids], do_sample=True, temperature=1.0, top_k=0, top_p=1.0, lam=lam,
+                self.exact, self.tokenizer, [prompt.ids], do_sample=True, temperature=1.0, top_k=0, top_p=1.0, lam=lam,
                 max_new_tokens=max_new_tokens, assistant_model=draft, speculation=Speculation(),
             )  # fmt: skip
             if progress:

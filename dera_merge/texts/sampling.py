@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from ..lambdas import Lam
+from .images import Shown, beside
 from .noise import GumbelNoise
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def sample(
     max_new_tokens: int,
     seed: int = 0,
     streams: Sequence[int] | None = None,
+    shown: Sequence[Shown] | None = None,
     vocab_size: int | None = None,
     lams: Sequence[Lam] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -74,6 +76,7 @@ def sample(
         max_new_tokens: length limit, in tokens.
         seed: the same seed gives the same texts, whatever the batches.
         streams: which noise each prompt gets; default: its number.
+        shown: what the images of each prompt are; such a prompt is decoded alone.
         vocab_size: as for `GumbelNoise`.
         lams: λ of each prompt, for a model that takes it with each call.
         progress: called with the number of prompts done.
@@ -83,11 +86,14 @@ def sample(
         The new tokens of each prompt, an end token included, nothing after it.
     """
     streams = range(len(prompts)) if streams is None else streams
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    shown = [{}] * len(prompts) if shown is None else shown
+    order = sorted((i for i in range(len(prompts)) if not shown[i]), key=lambda index: len(prompts[index]))
+    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     texts: dict[int, list[int]] = {}
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
-        at = {} if lams is None else {"lam": [lams[index] for index in batch]}
+    for batch in (*batches, *([i] for i in range(len(prompts)) if shown[i])):
+        at = beside(shown[batch[0]], len(prompts[batch[0]]), model)
+        if lams is not None:
+            at["lam"] = [lams[index] for index in batch]
         new = decode_batch(
             model, tokenizer, [prompts[index] for index in batch], do_sample=False, max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([GumbelNoise([streams[i] for i in batch], seed, vocab_size)]),

@@ -12,6 +12,8 @@ from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 from wrapped import IMAGE, class_of, tiny
 
 from dera_merge import DeraError, ModelPair
+from dera_merge.calibrating.calibrate import calibrate
+from dera_merge.choosing.sweep import sweep
 from dera_merge.texts import prompts
 from dera_merge.texts.generate import decode
 
@@ -91,6 +93,34 @@ def test_the_command_line_shows_an_image(folders, picture):
     command = ["generate", *folders, "-l", "1", "--prompt", "w5 w9", "--image", picture]
     done = run(*command, "--max-new-tokens", NEW, "--device", "cpu", "--json")
     assert json.loads(done.stdout)["token_ids"] == tokens, done.stderr
+
+
+@torch.no_grad()
+def test_prompt_files_with_images_are_measured_and_swept_and_no_path_is_learned_from_them(folders, pair, picture, tmp_path):
+    parts = [{"type": "image", "path": picture.name}, {"type": "text", "text": "w5 w9"}]
+    rows = [{"messages": [{"role": "user", "content": parts}]}, {"messages": [{"role": "user", "content": "w5 w9"}]}]
+    asked, scored = picture.parent / "asked.jsonl", picture.parent / "scored.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored.write_text(json.dumps(rows[0] | {"completion": "w12 w33"}))
+    done = run("compare", *folders, "-l", 0.5, "--prompts", scored, "-o", tmp_path / "report", "--dtype", "float32", "--json")
+    assert done.returncode == 0, done.stderr
+    processor = AutoProcessor.from_pretrained(folders[0])
+    turn = [{"role": "user", "content": [parts[0] | {"path": str(picture)}, parts[1]]}]
+    inputs = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    start = inputs["input_ids"].shape[1]
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[12, 33]])], 1)
+    trio = *(class_of("Llava").from_pretrained(folder).eval() for folder in folders), pair.merged(0.5)
+    ref, aligned, merged = (
+        m(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, start - 1 : -1].double() for m in trio
+    )
+    log_p, log_q = ((ref + aligned) / 2).log_softmax(-1), merged.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert json.loads(done.stdout)["results"][0]["kl"] == pytest.approx(kl, rel=1e-3)
+
+    swept = sweep(pair, prompts.read(asked), [len], lams=[0.0, 1.0], reweight=False, max_new_tokens=4, check=False)
+    assert {answer.prompt for answer in swept.answers} == {0, 1}
+    with pytest.raises(DeraError, match="prompt 1 shows an image"):
+        calibrate(pair, [0.5], prompts.read(asked))
 
 
 def test_what_cannot_be_seen_is_refused_in_one_line(pair, picture, tmp_path):

@@ -151,6 +151,14 @@ def test_other_columns_stay_with_the_prompts_that_fit_and_one_line_says_what_was
         prompts.fitting(rows[1:2], chat, 64, 256)
 
 
+@pytest.mark.parametrize("says", ["{{ p['text'] }}", "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}"])
+def test_a_template_that_knows_parts_alone_loses_no_plain_text(says):
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}w3 {% for p in m['content'] %}" + says + "{% endfor %}{% endfor %} w4"
+    (prompt,) = prompts.encode([{"messages": [{"role": "user", "content": "w5 w9"}]}], words)
+    assert prompt.ids == [3, 5, 9, 4]
+
+
 def test_parts_of_a_turn_that_are_no_text_are_left_to_the_template():
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]
     assert asked({"messages": [{"role": "user", "content": parts}]}).turns == [{"role": "user", "content": parts}]
