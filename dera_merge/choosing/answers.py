@@ -20,7 +20,7 @@ from ..lambdas import Lam, Vector
 from ..texts.prompts import Prompt
 from ..texts.rewards import Reward
 
-Kind = Literal["exact", "merged"]
+Kind = Literal["exact", "merged", "rival"]
 Mode = Literal["exact", "merged", "speculative"]
 TEXTS = "texts.jsonl"
 FINISHED = "sweep.json"  # lies beside them once the report is written
@@ -54,7 +54,7 @@ class Answer:
     """A text of a model at one λ.
 
     Attributes:
-        mode: `"exact"`, or `"merged"`: whose it is.
+        mode: `"exact"`, or `"merged"`: whose it is; `"rival"`: the aligned model's own, which a judge compares with.
         prompt, sample: its prompt, and which of that prompt's texts it is.
         ids: its new tokens.
         rewards: name → number, None where the reward failed.

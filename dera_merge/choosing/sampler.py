@@ -25,6 +25,7 @@ from ..texts.rewards import Reward
 from ..texts.samplers import DraftedSampler, Sampler
 from .answers import Answer, Asked, Kind, Store
 
+OFFSETS = 9973  # streams of noise that λ may have of its own
 TELLING = 8  # texts of a later batch that cannot all be at fault
 
 
@@ -55,6 +56,7 @@ class SweepLab(Laboratory):
         self.prompts: list[Prompt] = asked.prompts
         self.rewards: list[Reward] = asked.rewards
         self.kind: Kind = "merged" if asked.mode == "merged" else "exact"
+        self.rivals: dict[int, str] = {}  # the aligned model's own answer to each prompt, where a judge wants it
         # Of each of exact DeRa's texts, log π_λ and KL from the reference, in nats: λ → number.
         self._known: dict[int, dict[Lam, tuple[float, float]]] = {}
         self._kls: dict[Lam, np.ndarray] = {}  # KL of the merged model from the reference on its own texts
@@ -98,25 +100,48 @@ class SweepLab(Laboratory):
             done += len(batch)
             self.tell(f"sampling from {'exact DeRa' if mode == 'exact' else 'the merged model'}", done, len(tasks))
 
+    def sample_rivals(self) -> None:
+        """Let the aligned model answer each prompt once by itself, where a judge compares with that."""
+        there = {a.prompt for a in self.store.answers if a.mode == "rival"}
+        wanted = range(len(self.prompts)) if any(reward.compares for reward in self.rewards) else ()
+        missing = sorted(set(wanted) - there, key=lambda p: len(self.prompts[p].ids))
+        sampler, aligned = self.merged_sampler if self.kind == "merged" else self.exact_sampler, self.pair.ends()[1]
+        together = sampler.at_once * self.processes
+        for start in range(0, len(missing), together):
+            share, fresh = self.share(missing[start : start + together]), []
+            if share:
+                streams = [p + len(self.prompts) * self.asked.samples * OFFSETS for p in share]  # no other text's
+                new, texts = self._written(sampler, share, [aligned] * len(share), streams)
+                fresh = [Answer("rival", aligned, p, 0, *both, {}) for p, *both in zip(share, new, texts, strict=True)]
+            self.store.add(sorted(gathered(fresh), key=lambda a: a.prompt))
+            self.tell("sampling what judges compare with", start, len(missing))
+        self.rivals |= {a.prompt: a.text for a in self.store.answers if a.mode == "rival"}
+
     def _answers(self, mode: Kind, sampler: Sampler, batch: Sequence[tuple[Lam, int, int]]) -> list[Answer]:
         """An answer for each (λ, prompt, sample), with its rewards."""
         # Both modes have the same noise: their texts part only where distributions do. So have all λ, unless texts of
         # several λ are pooled: then each λ has noise of its own, so that its texts say something new.
         pooled = self.asked.reweight
-        offsets = {lam: zlib.crc32(lambdas.name(lam).encode()) % 9973 if pooled else 0 for lam, _, _ in batch}
+        offsets = {lam: zlib.crc32(lambdas.name(lam).encode()) % OFFSETS if pooled else 0 for lam, _, _ in batch}
         streams = [p + len(self.prompts) * (n + self.asked.samples * offsets[lam]) for lam, p, n in batch]
-        prompts, lams = [self.prompts[p] for _, p, _ in batch], [lam for lam, _, _ in batch]
-        new = sampler.sample(prompts, lams, streams, max_new_tokens=self.asked.max_new_tokens)
-        texts = [self.pair.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+        new, texts = self._written(sampler, [p for _, p, _ in batch], [lam for lam, _, _ in batch], streams)
         rows = self._scored([
             self._exchange(p, text, ids) for (_, p, _), text, ids in zip(batch, texts, new, strict=True)
         ])  # fmt: skip
         return [Answer(mode, lam, p, n, ids, text, row)
                 for (lam, p, n), ids, text, row in zip(batch, new, texts, rows, strict=True)]  # fmt: skip
 
+    def _written(
+        self, sampler: Sampler, prompts: Sequence[int], lams: Sequence[Lam], streams: Sequence[int]
+    ) -> tuple[list[list[int]], list[str]]:
+        """A text to each of these prompts: its tokens, and what they say."""
+        asked = [self.prompts[p] for p in prompts]
+        new = sampler.sample(asked, lams, streams, max_new_tokens=self.asked.max_new_tokens)
+        return new, [self.pair.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+
     def _exchange(self, prompt: int, text: str, ids: list[int]) -> Exchange:
         """An answer to a prompt, as rewards see it."""
-        return Exchange(self.prompts[prompt].asked, text, self.prompts[prompt].columns, ids)
+        return Exchange(self.prompts[prompt].asked, text, self.prompts[prompt].columns, ids, self.rivals.get(prompt))
 
     def _scored(self, texts: list[Exchange]) -> list[dict[str, float | None]]:
         """The rewards of each text. Raises DeraError where one fails on a whole batch."""
@@ -159,6 +184,8 @@ class SweepLab(Laboratory):
             answers.append(Answer("exact", key[0], prompt, counts[key] - 1, ids, text, dict(known)))
         there = {(a.lam, a.prompt, a.sample) for a in self.store.answers}
         answers = [a for a in answers if (a.lam, a.prompt, a.sample) not in there]
+        aligned = self.pair.ends()[1]
+        self.rivals |= {a.prompt: a.text for a in answers if a.lam == aligned and a.sample == 0}
         for reward in self.rewards:
             lacking = [a for a in answers if reward.name not in a.rewards]
             values = (

@@ -27,7 +27,7 @@ from ..measuring.laboratory import Compute
 from ..merging.path import Curve, opened
 from ..models.fingerprint import fingerprint
 from ..models.pair import Pair
-from ..processes import launched
+from ..processes import gathered, launched
 from ..progress import Progress
 from ..serving import vllm_server as engines
 from ..texts import prompts as prompt_files
@@ -130,7 +130,7 @@ def sweep(
     if mode == "speculative" and engine:
         raise DeraError("--engine samples by itself; leave out --mode speculative")
     lams = pair.known(lams) if lams is not None else default_lambdas(pair, reweight)
-    rewards = [as_reward(reward) for reward in rewards]
+    rewards = [as_reward(reward, folder=out) for reward in rewards]
     names = [reward.name for reward in rewards]
     if len(set(names)) < len(names):
         raise DeraError("give each reward once")
@@ -174,10 +174,11 @@ def sweep(
 
         if scored is not None:
             lab.take(scored)
-            anchors = sorted({answer.lam for answer in store.answers})
+            anchors = sorted({answer.lam for answer in store.answers if answer.mode == lab.kind})
             grid = sorted({*grid, *anchors})
         else:
             with engines.engine(engine, pair, lambda: lab.exact, encoded, max_new_tokens, compute_dtype) as lab.engine:
+                lab.sample_rivals()
                 lab.sample(lab.kind, anchors)
                 begun_with = anchors
                 while (len(anchors) + 1) * len(encoded) * samples <= most:
@@ -191,6 +192,8 @@ def sweep(
             lab.let_go()
             lab.sample("merged", [lam for lam in anchors if lam not in pair.ends()])
         result = curves.result(grid if reweight else anchors, settings | {"anchors": anchors})
+        if judges := [spent for reward in rewards if (spent := _spent(reward))]:
+            result.settings["judges"] = judges
         lam = result.best["lambda"]
         if pair.models == 1 and (beta := beta if beta is not None else recorded_beta(pair)) is not None:
             result.best |= {"beta": beta, "equivalent_beta": beta / lam if lam else None}
@@ -204,6 +207,14 @@ def sweep(
             ).at(lam)  # fmt: skip
             result.faithful = {key: row[key] for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict", "why")}
         return result
+
+
+def _spent(reward: Reward) -> dict[str, Any] | None:
+    """What a reward took, in all processes together."""
+    if reward.spent is None:
+        return None
+    parts = gathered([reward.spent()])
+    return {"name": reward.name} | {key: sum(part[key] for part in parts) for key in parts[0]}
 
 
 def recorded_beta(pair: Pair) -> float | None:

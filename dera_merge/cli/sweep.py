@@ -45,6 +45,9 @@ def run(
         list[str] | None,
         what(help="module:function, file.py:function, command:…, model:ID, http://…, answer:number, tokens, length, …"),
     ] = None,
+    judge_prompt: Annotated[
+        str, what(metavar="FILE", help="What a judge (…/chat/completions#MODEL) is asked: pairwise, score or a file.")
+    ] = "pairwise",
     lam: Annotated[
         list[str] | None, what("-l", "--lambda", help="λ of interest (default 0,2): the curve spans them.")
     ] = None,
@@ -100,7 +103,7 @@ def run(
     from ..processes import launched
     from ..texts.rewards import load_reward
 
-    rewards = [load_reward(spec, place) for spec in reward or ()]
+    rewards = [load_reward(spec, place, judge_prompt, output) for spec in reward or ()]
     scored = read_scored(from_scored) if from_scored else None
     with progress("sweeping") as tell:
         result = choose(

@@ -147,6 +147,9 @@ def compare(
                         "--texts merged and for --with coupled")  # fmt: skip
     reward = None if reward is None else as_reward(reward)
     if reward is not None:
+        if reward.compares:
+            raise DeraError("a judge of pairs compares with λ=1's answers, which sweep has; a judge's prompt with "
+                            "{answer} judges one text by itself")  # fmt: skip
         first, *_ = checked([reward], encoded)
         if why := reward.why_not(first):  # which may be that text's fault
             warn(f"the reward {reward.name} fails on a first text: {why}")

@@ -70,10 +70,23 @@ def sentences(sweep: dict[str, Any]) -> list[str]:
     if unknown:
         treatment = "is left out" if isinstance(best["lambda"], Vector) else "is dotted there"
         said.append(f"At {len(unknown)} of {len(sweep['curve'])} λ too few texts say anything; the curve {treatment}.")
+    said += [_spent(judge) for judge in sweep["settings"].get("judges") or ()]
     if front := pareto(sweep):
         rest = f" and {len(front) - 8} more" if len(front) > 8 else ""
         said.append(f"No λ beats these in every reward at once: {', '.join(map(name, front[:8]))}{rest}.")
     return said
+
+
+def _spent(judge: dict[str, Any]) -> str:
+    """What a judge took."""
+    text = (
+        f"The judge {judge['name']} gave {judge['requests']:,} verdicts, {judge['asked_now']:,} of them now: "
+        f"{judge['prompt_tokens']:,} tokens read, {judge['completion_tokens']:,} written."
+    )
+    if judge.get("pairs"):
+        split = f"{judge['split'] / judge['pairs']:.0%} of {judge['pairs']:,} pairs"
+        text += f" In {split} its verdict changed with the places, which counts as a tie."
+    return text
 
 
 def pareto(sweep: dict[str, Any]) -> list[Lam]:

@@ -18,18 +18,20 @@ class Exchange(tuple[str, str]):
         completion: what was answered.
         columns: the other columns of the prompt's row, by name.
         ids: the tokens of the completion, where they are known.
+        rival: the aligned model's own answer, where there is one to compare with.
     """
 
     asked: str | Turns
     columns: Mapping[str, Any]
     ids: Sequence[int] | None
+    rival: str | None
 
     def __new__(
         cls, asked: str | Turns, completion: str, columns: Mapping[str, Any] | None = None,
-        ids: Sequence[int] | None = None,
+        ids: Sequence[int] | None = None, rival: str | None = None,
     ) -> Exchange:  # fmt: skip
         self = super().__new__(cls, (in_words(asked), completion))
-        self.asked, self.columns, self.ids = asked, columns or {}, ids
+        self.asked, self.columns, self.ids, self.rival = asked, columns or {}, ids, rival
         return self
 
     @property

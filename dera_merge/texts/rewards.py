@@ -7,6 +7,7 @@ A spec is one of
     command:WORDS         a program that reads JSON Lines of {"prompt", "completion", …} and writes a number a line
     model:ID[#LABEL]      a sequence classifier (directory or Hub id), see `classifier.py`
     http(s)://…[#LABEL]   a server that classifies texts, see `servers.py`
+    http(s)://…/chat/completions#MODEL  a language model as a judge, see `judge.py`
     answer:number[#COLUMN]  1 where the text ends at the number in a column of its prompt, also answer:boxed,
                           answer:choice, and answer:python for code that parses, see `verified.py`
     length                words of the text
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -25,12 +27,15 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..demo import reward as praise
 from ..errors import DeraError
 from .exchanges import Check, Exchange, RewardDown, Scorer
 from .functions import Called, function
+from .judge import Judge
 from .prompts import Prompt
 from .servers import Server
 from .verified import parses, verified
@@ -49,11 +54,15 @@ class Reward:
         name: what reports call it.
         scorer: gives each of several exchanges a number, or None where it has none.
         check: looks at it before any work is done for it, given a stand-in answer to each prompt; raises DeraError.
+        compares: whether it compares with the aligned model's own answer, `Exchange.rival`.
+        spent: what it took so far, for reports; None where that is nobody's cost.
     """
 
     name: str
     scorer: Scorer
     check: Check | None = None
+    compares: bool = False
+    spent: Callable[[], dict[str, Any]] | None = None
 
     def score(self, texts: Sequence[Exchange | tuple[str, str]]) -> list[float | None]:
         """The reward of each text; None where it has none, or fails, or is no finite number, twice.
@@ -107,8 +116,16 @@ class Reward:
         return f"{self.name} is {number}"
 
 
-def load_reward(spec: str, device: Any = "cpu") -> Reward:
+def load_reward(
+    spec: str, device: Any = "cpu", judge_prompt: str = "pairwise", folder: str | os.PathLike[str] | None = None
+) -> Reward:
     """A reward from its spec.
+
+    Args:
+        spec: in one of the forms above.
+        device: where a reward model runs.
+        judge_prompt: what a judge is asked: `"pairwise"`, `"score"`, or a file with a prompt.
+        folder: where what a judge says is kept, so that it is not asked again.
 
     Raises:
         DeraError: there is no such function, program or model.
@@ -121,6 +138,9 @@ def load_reward(spec: str, device: Any = "cpu") -> Reward:
     if spec == "lexicon":
         return Reward("lexicon", lambda texts: [praise(text) for _, text in texts])
     if spec.startswith(("http://", "https://")):
+        if urlsplit(spec).path.rstrip("/").endswith("/chat/completions"):
+            judge = Judge(spec, judge_prompt, None if folder is None else Path(folder))
+            return Reward(judge.name, judge, judge.check, judge.compares, judge.spent)
         server = Server(spec)
         return Reward(server.name, server, server.check)
     if spec == "answer:python":
@@ -138,12 +158,14 @@ def load_reward(spec: str, device: Any = "cpu") -> Reward:
     return as_reward(function(spec), spec)
 
 
-def as_reward(reward: Reward | str | Callable[..., Any], name: str | None = None) -> Reward:
+def as_reward(
+    reward: Reward | str | Callable[..., Any], name: str | None = None, folder: str | os.PathLike[str] | None = None
+) -> Reward:
     """A reward from a function or a spec; a reward stays as it is. Raises DeraError as `load_reward` does."""
     if isinstance(reward, Reward):
         return reward
     if isinstance(reward, str):
-        return load_reward(reward)
+        return load_reward(reward, folder=folder)
     called = Called(name or getattr(reward, "__name__", type(reward).__name__), reward)
     return Reward(called.name, called, called.check)
 

@@ -16,39 +16,19 @@ server's one score is asked for raw, with one the score that it gives to that la
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from ..errors import DeraError
-from .exchanges import Exchange, RewardDown
+from .endpoints import Endpoint, TooMuch
+from .exchanges import Exchange
 
 AT_ONCE = 16  # texts of one request
-PATIENCE = 60.0  # seconds for one answer
-PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before it is asked again where it cannot be reached, or is busy
-LARGEST = 1 << 26  # bytes of an answer
 TOKEN = "DERA_MERGE_REWARD_TOKEN"  # environment variable: sent as a bearer token
-_BUSY = (408, 425, 429, 502, 503, 504)
 _LISTS = ("rewards", "scores", "predictions", "results", "outputs", "data")
 _SCORES = ("score", "reward", "probs")
-
-
-class _TooMuch(Exception):
-    """A request that may do with fewer texts."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Redirects turn a POST into a GET, and would carry the token elsewhere."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
 
 
 class Server:
@@ -62,23 +42,10 @@ class Server:
     """
 
     def __init__(self, spec: str) -> None:
-        try:
-            parts = urlsplit(spec)
-            if not parts.hostname or parts.port == 0:
-                raise ValueError("there is no host")
-        except ValueError as error:
-            raise DeraError(f"{spec!r} is no address of a reward server: {error}") from error
-        if parts.username or parts.password:
-            raise DeraError(f"give the password of {parts.hostname} as a token in {TOKEN}, not in the address")
-        self.label = parts.fragment
-        self.address = urlunsplit(parts._replace(fragment=""))
-        # A query may hold a key, which no report is to show.
-        self.shown = urlunsplit(parts._replace(fragment="", query=""))
-        self.kind = parts.path.rstrip("/").rpartition("/")[2]
+        self.endpoint = Endpoint(spec, "reward server", TOKEN)
+        self.label, self.shown, self.kind = self.endpoint.label, self.endpoint.shown, self.endpoint.kind
         self.at_once = AT_ONCE
         self.seen: str | None = None  # the label of scores so far, where the server gives the likeliest alone
-        own = parts.hostname in ("localhost", "127.0.0.1", "::1")  # which no proxy reaches
-        self.opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if own else []))
 
     @property
     def name(self) -> str:
@@ -89,7 +56,7 @@ class Server:
         """Ask for one reward. Raises DeraError where none comes."""
         try:
             (value,) = self._scores(texts[:1])
-        except _TooMuch as error:
+        except TooMuch as error:
             raise DeraError(str(error)) from error
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise DeraError(f"the reward server {self.shown} gives no number: {value!r:.80}")
@@ -101,14 +68,14 @@ class Server:
             batch = texts[len(scores) : len(scores) + self.at_once]
             try:
                 scores += self._scores(batch)
-            except _TooMuch as error:
+            except TooMuch as error:
                 if len(batch) == 1:
                     raise DeraError(str(error)) from error
                 self.at_once = len(batch) // 2
         return scores
 
     def _scores(self, texts: Sequence[Exchange]) -> list[Any]:
-        answer = self._asked(self._body(texts), len(texts))
+        answer = self.endpoint.post(self._body(texts), alone=len(texts) == 1)
         rows = _rows(answer, len(texts))
         if rows is None or len(rows) != len(texts):
             came = "no list of scores" if rows is None else f"{len(rows)} scores for {len(texts)} texts"
@@ -162,72 +129,6 @@ class Server:
             return DeraError(f"the reward server {self.shown} gives no score of a label {self.label}; {has}")
         return DeraError(f"the reward server {self.shown} gives scores of labels; say which is the reward, as in "
                          f"{self.shown}#{labels[-1] if labels else 0} ({has})")  # fmt: skip
-
-    def _asked(self, body: dict[str, Any], texts: int) -> Any:
-        """What the server answers, asked again where it may answer later."""
-        for pause in (*PAUSES, None):
-            try:
-                return self._once(body, texts)
-            except _Later as later:
-                if pause is None:
-                    raise RewardDown(
-                        f"the reward server {self.shown} does not answer: {later}; start it, and go on with --resume "
-                        "if there are texts already"
-                    ) from later
-                time.sleep(pause)
-        raise AssertionError
-
-    def _once(self, body: dict[str, Any], texts: int) -> Any:
-        """The answer to a request for so many texts."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if token := os.environ.get(TOKEN):
-            headers["Authorization"] = f"Bearer {token}"
-        request = urllib.request.Request(self.address, json.dumps(body, default=str).encode(), headers)
-        deadline, content = time.monotonic() + PATIENCE, b""
-        try:
-            with self.opener.open(request, timeout=PATIENCE) as answer:
-                while part := answer.read1(1 << 16):
-                    content += part
-                    if time.monotonic() > deadline:
-                        raise TimeoutError
-                    if len(content) > LARGEST:
-                        raise DeraError(f"the reward server {self.shown} answers with more than {LARGEST >> 20} MB")
-        except urllib.error.HTTPError as error:
-            raise self._refusal(error) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise self._late(texts) from error
-            raise _Later(str(reason) or type(reason).__name__) from error
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError) as error:
-            said = " ".join(content[:80].decode(errors="replace").split())
-            raise DeraError(f"the reward server {self.shown} answers, but not with JSON: {said}") from error
-
-    def _late(self, texts: int) -> Exception:
-        """Of an answer that did not come in time."""
-        late = f"no answer in {PATIENCE:g} seconds"
-        if texts > 1:
-            return _TooMuch(late)
-        return RewardDown(f"the reward server {self.shown} gives {late} to a single text; is it at work?")
-
-    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        """Of a status that says no."""
-        said = " ".join(error.read(2000).decode(errors="replace").split())
-        what = f"status {error.code} {error.reason}"
-        if error.code in _BUSY:
-            return _Later(what)
-        told = f"the reward server {self.shown} refuses ({what}): {said:.160}".rstrip(": ")
-        if error.code in (401, 403):
-            return RewardDown(f"{told}; a token goes into {TOKEN}")
-        if error.code < 400 or error.code in (404, 405, 501):
-            return RewardDown(f"{told}; is the address right?")
-        return _TooMuch(told)
-
-
-class _Later(Exception):
-    """Why no answer came that may come later."""
 
 
 def _rows(answer: Any, count: int) -> list[Any] | None:

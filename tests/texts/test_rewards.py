@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from builders import tokenizer
 from commands import run
+from loopback import served
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from dera_merge import DeraError, ModelPair, compare, demo, load_reward, sweep
-from dera_merge.texts import servers
+from dera_merge.texts import endpoints
 from dera_merge.texts.exchanges import Exchange, RewardDown
 from dera_merge.texts.rewards import as_reward, checked
 
@@ -274,33 +272,6 @@ def test_an_adapter_is_a_reward_model_with_its_head_and_none_without(classifier,
 # Servers
 
 
-@contextmanager
-def judge(answer: Callable[[str, dict], object]) -> Iterator[str]:
-    """A server on loopback; `answer` gives what is sent as JSON, bytes to be sent as they are, or a status."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            said = answer(self.path, body | {"token": self.headers.get("Authorization")})
-            status, said = (said, b"sorry") if isinstance(said, int) else (200, said)
-            content = said if isinstance(said, bytes) else json.dumps(said).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            with suppress(OSError):
-                self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-
-
 def worth(text: str) -> float:
     return len(text) / 8  # exact in JSON
 
@@ -333,7 +304,7 @@ def answered(path: str, body: dict) -> object:
 @pytest.mark.parametrize("where", ["/predict#GOOD", "/one/predict", "/v1/classify#1", "/score", "/get_reward", "/endpoint#GOOD", "/mine", ""])
 def test_servers_of_every_kind_give_their_scores(where):
     texts = [Exchange("w6 w7", "w8" * n, {"level": n}) for n in range(1, 40)]
-    with judge(answered) as address:
+    with served(answered) as address:
         reward = load_reward(address + where)
         reward.check(texts)
         assert reward.score(texts) == [worth(text.whole) for text in texts]
@@ -348,7 +319,7 @@ def test_the_score_of_whichever_label_is_likeliest_is_no_reward():
     def likeliest(path, body):
         return [{"label": "GOOD" if "w8" in text else "BAD", "score": 0.9} for text in body["inputs"]]
 
-    with judge(likeliest) as address:
+    with served(likeliest) as address:
         reward = load_reward(address)
         assert reward.score([RAW]) == [0.9]
         assert "say which is the reward" in reward.why_not(("w6", "w9"))
@@ -362,13 +333,13 @@ def test_the_score_of_whichever_label_is_likeliest_is_no_reward():
      (302, "status 302"), (500, "status 500")],
 )  # fmt: skip
 def test_a_server_that_is_wrong_is_told_of_in_a_line_before_any_work(said, why):
-    with judge(lambda path, body: said) as address, pytest.raises(DeraError, match=why) as told:
+    with served(lambda path, body: said) as address, pytest.raises(DeraError, match=why) as told:
         load_reward(f"{address}/judge?key=secret").check([CHAT])
     assert "secret" not in str(told.value)
 
 
 def test_a_server_that_is_slow_is_waited_for_with_fewer_texts_and_one_that_hangs_is_not(monkeypatch):
-    monkeypatch.setattr(servers, "PATIENCE", 0.5)
+    monkeypatch.setattr(endpoints, "PATIENCE", 0.5)
     asked = []
 
     def slow(path, body):
@@ -377,11 +348,11 @@ def test_a_server_that_is_slow_is_waited_for_with_fewer_texts_and_one_that_hangs
         return [worth(text) for text in body["inputs"]]
 
     texts = [Exchange("w6", "w8" * n) for n in range(1, 13)]
-    with judge(slow) as address:
+    with served(slow) as address:
         assert load_reward(address).score(texts) == [worth(text.whole) for text in texts]
         assert asked[0] == 12
         assert max(asked[1:]) <= 6
-    with judge(lambda path, body: time.sleep(2) or [1.0]) as address:
+    with served(lambda path, body: time.sleep(2) or [1.0]) as address:
         begun = time.monotonic()
         with pytest.raises(RewardDown, match=r"no answer in 0\.5 seconds"):
             load_reward(address).score(texts[:2])
@@ -389,9 +360,9 @@ def test_a_server_that_is_slow_is_waited_for_with_fewer_texts_and_one_that_hangs
 
 
 def test_a_busy_server_is_asked_again_and_one_that_goes_ends_the_run(monkeypatch):
-    monkeypatch.setattr(servers, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(endpoints, "PAUSES", (0.01, 0.01))
     statuses = [503, 429]
-    with judge(lambda path, body: statuses.pop() if statuses else {"rewards": [1.0]}) as address:
+    with served(lambda path, body: statuses.pop() if statuses else {"rewards": [1.0]}) as address:
         reward = load_reward(f"{address}/get_reward")
         assert reward.score([RAW]) == [1.0]
     with pytest.raises(RewardDown, match="does not answer: .*refused"):
@@ -402,14 +373,14 @@ def test_a_text_that_a_server_refuses_is_the_only_one_without_a_reward():
     def picky(path, body):
         return 413 if any("w8" in text for text in body["inputs"]) else [1.0] * len(body["inputs"])
 
-    with judge(picky) as address:
+    with served(picky) as address:
         assert load_reward(address).score([CHAT, RAW, ("a", "b"), ("a", "w8")])[2:] == [1.0, None]
 
 
 def test_a_token_goes_along_and_no_password_is_taken_in_an_address(monkeypatch):
     monkeypatch.setenv("DERA_MERGE_REWARD_TOKEN", "abc")
     tokens = []
-    with judge(lambda path, body: tokens.append(body["token"]) or [1.0]) as address:
+    with served(lambda path, body: tokens.append(body["token"]) or [1.0]) as address:
         reward = load_reward(f"{address}/x?api_key=hidden")
         assert reward.score([RAW]) == [1.0]
     assert tokens == ["Bearer abc"]
@@ -458,7 +429,7 @@ def test_another_reward_in_the_place_of_a_finished_sweep_keeps_its_texts(pair, t
 
 
 def test_a_server_that_goes_in_the_middle_keeps_the_texts(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(servers, "PAUSES", (0.01,))
+    monkeypatch.setattr(endpoints, "PAUSES", (0.01,))
     left = [3]  # answers: the check, and two batches
 
     def dying(path, body):
@@ -467,7 +438,7 @@ def test_a_server_that_goes_in_the_middle_keeps_the_texts(pair, tmp_path, monkey
 
     rows = [{"prompt": f"The hotel {n}"} for n in range(10)]
     how = {**HOW, "anchors": [0.0, 0.5, 1.0, 2.0], "out": tmp_path}
-    with judge(dying) as address:
+    with served(dying) as address:
         reward = load_reward(f"{address}/get_reward")
         with pytest.raises(RewardDown, match="--resume"):
             sweep(pair, rows, [reward], [0.0, 2.0], **how)
