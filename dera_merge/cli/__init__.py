@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import DeraError, DeraWarning
 from ..files.room import is_full
 from . import calibrate, compare, demo, doctor, endings, export, generate, help, inspection, merge, push, sweep
+from .recipes import with_config
 from .show import Notes, note, one_line
 
 INTERRUPTED = 130
@@ -43,7 +44,8 @@ COMMANDS = {
     "doctor": doctor,
 }  # fmt: skip
 for _name, _module in COMMANDS.items():
-    app.command(_name, cls=help.Command, epilog="\n".join(_module.EXAMPLES), context_settings=help.WIDE)(_module.run)
+    _command = app.command(_name, cls=help.Command, epilog="\n".join(_module.EXAMPLES), context_settings=help.WIDE)
+    _command(with_config(_module.run))
 
 
 @app.callback()

@@ -1,0 +1,140 @@
+"""`--config FILE.yaml` of every command: its own options in a file. What is typed beats the file.
+
+Keys are the names of options without their dashes, and `ref`, `aligned` and the like for what stands without a name;
+lists are for what may be repeated, or separated by commas. The values become click's `default_map`, so that they go
+through the same checks as typed ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+import yaml
+
+from ..files.atomic import write_atomically
+from . import mergekit
+from .help import where
+
+OWN = ("config", "help")  # options that no file sets
+
+
+def with_config(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with `--config`."""
+    hints = get_type_hints(command, include_extras=True)
+    kinds = {name: get_args(hint)[0] for name, hint in hints.items() if get_args(hint)}
+    listed = [name for name, kind in kinds.items() if str in (kind, *get_args(kind))]
+
+    def read(context: typer.Context, file: Path | None) -> Path | None:
+        """Take the options in a file as defaults of those that are not typed."""
+        if file is not None:
+            try:
+                content = _loaded(file, context.info_name)
+                context.default_map = _values(content, context.command.params, listed)
+            except ValueError as error:
+                raise typer.BadParameter(f"{file}: {error}", param_hint="--config") from None
+        return file
+
+    told = "YAML of these options; typed ones beat it."
+    kind = Annotated[Path | None, where("--config", metavar="FILE", callback=read, is_eager=True, help=told)]
+    option = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    given = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
+    given = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in given]
+
+    def run(config: Path | None = None, **values: Any) -> None:
+        command(**values)
+
+    run.__signature__ = inspect.Signature([*given, option])
+    run.__annotations__ = {p.name: p.annotation for p in (*given, option)}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+def write_recipe(context: typer.Context, file: Path) -> Path:
+    """Write down the options that a command runs with, so that `--config` gives them again; returns the file."""
+    content = {
+        _key(parameter): str(value) if isinstance(value, Path) else value
+        for parameter in context.command.params
+        if parameter.name not in (*OWN, "as_json")
+        and (value := context.params.get(parameter.name)) not in (None, [], ())
+    }
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+    write_atomically(file, f"# dera-merge {context.info_name} --config {file}\n{text}".encode())
+    return file
+
+
+def _loaded(file: Path, command: str | None) -> dict[Any, Any]:
+    """The content of a recipe. Raises ValueError where it is none."""
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError("holds no options; it is to be NAME: VALUE, line by line")
+    if not mergekit.is_one(content):
+        return content
+    if command != "merge":
+        raise ValueError("is a file of mergekit, which merge reads")
+    return mergekit.options_of(content)
+
+
+def _values(content: dict[Any, Any], parameters: list[Any], listed: Sequence[str]) -> dict[str, Any]:
+    """What a recipe sets, by the names that click has for parameters, as texts and lists of texts.
+
+    Args:
+        listed: names of parameters that are texts, which may be lists separated by commas.
+
+    Raises:
+        ValueError: a key is unknown, or a value is not what its option takes.
+    """
+    known: dict[str, list[Any]] = {}
+    for parameter in parameters:
+        if parameter.name not in OWN:
+            known.setdefault(_key(parameter), []).append(parameter)
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        key = str(name).replace("_", "-")
+        if key not in known:
+            near = ", ".join(difflib.get_close_matches(key, known, 3))
+            says = f"near are {near}" if near else f"it has {', '.join(sorted(known))}"
+            raise ValueError(f"{str(name)!r} is no option of this command; {says}")
+        first, *others = known[key]
+        if others and isinstance(value, list):  # ALIGNED, and --aligned for more of them
+            values |= {first.name: _text(value[0], key), others[0].name: _taken(others[0], key, value[1:], listed)}
+        elif value is not None:
+            values[first.name] = _taken(first, key, value, listed)
+    return values
+
+
+def _key(parameter: Any) -> str:
+    """What a file calls a parameter: an option's long name, an argument's name in small letters."""
+    if parameter.param_type_name == "argument":
+        return (parameter.metavar or parameter.name).strip("[]").lower().replace("_", "-")
+    return max(parameter.opts, key=len).lstrip("-")
+
+
+def _taken(parameter: Any, key: str, value: Any, listed: Sequence[str]) -> Any:
+    """A value as the command line would bring it. Raises ValueError where its option takes no such thing."""
+    if getattr(parameter, "is_flag", False):
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} is on or off: write true or false")
+        return value
+    parts = [_text(part, key) for part in (value if isinstance(value, list) else [value])]
+    if getattr(parameter, "multiple", False):
+        return parts
+    if not parts or (len(parts) > 1 and (parameter.name not in listed or parameter.param_type_name == "argument")):
+        raise ValueError(f"{key} takes one value")
+    return ",".join(parts)
+
+
+def _text(value: Any, key: str) -> str:
+    """A value as it would be typed. Raises ValueError where it is no text or number."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{key} takes a text or a number; put it in quotes if it is one")
+    return str(value)
