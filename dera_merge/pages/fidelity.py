@@ -183,12 +183,10 @@ def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[d
             rows = [{**row, "kl": row["kl"] if row["holds"] == holds else None} for row in prediction]
             label = "line, predicted" if holds else "line, guessed"
             draw_curve(axis, rows, lambda r: above(r["kl"]), label=label, color="C1", linewidth=1.2, linestyle=style)
-    path = any("line" in result for result in results)
     rows = _apart_at_the_ends(results)
     style = {"color": "C1", "marker": ".", "linewidth": 1}
     draw_curve(axis, rows, lambda r: above(r.get("line", {}).get("kl")), label="line", **style)
-    label = "merged along the path" if path else "merged"
-    draw_curve(axis, rows, lambda r: above(r["kl"]), label=label, color="C0", marker="o", markersize=4)
+    draw_curve(axis, rows, lambda r: above(r["kl"]), label="merged", color="C0", marker="o", markersize=4)
     rows, at = over_lambda(axis, rows)
     bands = zip(*(row.get("kl_ci") or NO_BAND for row in rows), strict=True)
     low, high = ([above(bound) for bound in bounds] for bounds in bands)
