@@ -26,7 +26,9 @@ class Started:
         self._streams = [str(folder / f"{name}-{len(list(folder.iterdir()))}") for name in ("stdout", "stderr")]
         for stream in self._streams:
             Path(stream).touch()
-        self._process = _forkserver.Process(target=_main, args=(list(map(str, arguments)), self._streams, cwd, limit))
+        self._process = _forkserver.Process(
+            target=_main, args=(list(map(str, arguments)), self._streams, dict(os.environ), cwd, limit)
+        )
         self._process.start()
         self.pid = self._process.pid
 
@@ -53,7 +55,7 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
         return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=cwd)
     with tempfile.TemporaryDirectory() as folder:
         streams = [str(Path(folder) / name) for name in ("stdout", "stderr")]
-        process = _forkserver.Process(target=_main, args=(words, streams, cwd))
+        process = _forkserver.Process(target=_main, args=(words, streams, dict(os.environ), cwd))
         process.start()
         process.join(300)
         if process.exitcode is None:
@@ -63,7 +65,10 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(words, process.exitcode, *written)
 
 
-def _main(arguments: list[str], streams: list[str], cwd: Path | None, limit: int | None = None) -> None:
+def _main(
+    arguments: list[str], streams: list[str], environment: dict[str, str], cwd: Path | None, limit: int | None = None
+) -> None:
+    os.environ |= environment  # of the test: what it was forked off has that of an earlier one
     if limit:
         import resource
 

@@ -57,7 +57,7 @@ def test_a_recipe_is_the_command_and_what_is_typed_beats_it(recipe, tmp_path):
         ("merge", "- a\n- b\n", "holds no options"),
         ("merge", "a: [", "is no YAML"),
         ("merge", "!!python/object/apply:os.system ['touch /tmp/x']", "is no YAML"),
-        ("merge", {"ref": "a", "aligned": "b", "lambda": 1, "output": "c", "seed": "many"}, "'many' is not a valid int"),
+        ("merge", {"ref": "a", "aligned": "b", "lambda": 1, "output": "c", "seed": "many"}, "Invalid value for '--seed'"),
         ("merge", {"ref": ["a", "b"]}, "ref takes one value"),
         ("push", {"merge_method": "linear"}, "is a file of mergekit, which merge reads"),
         ("merge", {"config": "x"}, "'config' is no option"),
