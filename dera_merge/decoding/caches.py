@@ -31,7 +31,7 @@ class PairCache(Cache):
     after speculation, repeat, reset) reaches all.
     """
 
-    is_compileable = False  # else `generate` would build masks from the mixture's config instead of each model's
+    is_compileable = False  # else `generate` would make masks of one model's config, and for too few rows
 
     def __init__(self, *caches: Cache) -> None:
         super().__init__(layers=[layer for cache in caches for layer in cache.layers])
@@ -101,6 +101,11 @@ def given(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     return past_key_values if cache is None else cache
 
 
+def has_fixed_size(settings: GenerationConfig) -> bool:
+    """Whether the kind of cache that a call asks for has room for a number of tokens, and no more."""
+    return settings.cache_implementation not in (None, "dynamic", "offloaded", "paged", "quantized")
+
+
 def empty(
     model: PreTrainedModel, settings: GenerationConfig | None = None, most_tokens: int | None = None
 ) -> Cache | None:
@@ -132,5 +137,4 @@ def empty(
         options = copy.deepcopy(settings.cache_config or {})  # a call must not use up the next one's
         return QuantizedCache(**{"backend": "quanto", "config": config, **options})
     # `generate` has checked the name: what is left are transformers' names for caches of fixed size.
-    longest = max(most_tokens or 0, settings.max_cache_len or 0)
-    return StaticCache(config=config, max_cache_len=longest, offloading="offloaded" in kind)
+    return StaticCache(config=config, max_cache_len=most_tokens or 0, offloading="offloaded" in kind)

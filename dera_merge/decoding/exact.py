@@ -30,11 +30,11 @@ from ..errors import DeraError
 from ..models.pair import Pair
 from ..models.source import Source
 from ..models.trust import Trust
-from . import caches, settings
+from . import caches, compiled, settings
 from .caches import PairCache, RowsCache
 from .config import DeraConfig
 from .dial import DialForCausalLM
-from .hooks import Sides, at, sees
+from .hooks import Sides, at, repeated, sees
 from .lambda_model import Lam, LambdaModel, Passes, causal_output
 from .load import load_sides
 from .mix import mix, on_new_rows, shares_of
@@ -92,6 +92,7 @@ class DeraForCausalLM(LambdaModel):
         ref.dera_known_rows = known_rows
         self._passes = [Passes(model) for model in self.sides]
         self._pass_of_rows = None if rows is None else Passes(rows)
+        self._room = 0  # tokens that caches of fixed size have room for
         self.eval()
 
     def _configure(self, config: GenerationConfig, as_configured: bool) -> None:
@@ -166,9 +167,9 @@ class DeraForCausalLM(LambdaModel):
         # An accelerator works on while the host goes to the next model, so those that block come last.
         order = sorted(range(len(self.sides)), key=lambda number: self.sides[number].device.type == "cpu")
         for number in order:
-            own = {key: value[number] if isinstance(value, Sides) else value for key, value in more.items()}
             model, inner = self.sides[number], None if cache is None else cache.caches[number]
-            outputs[number] = self._passes[number].run(at(given, model), at(own, model), inner)
+            own = [at(_of(number, inputs), model) for inputs in (given, more)]
+            outputs[number] = self._passes[number].run(*own, inner)
         ordered = [outputs[number] for number in range(len(order))]
         states = [passes.state(output) for passes, output in zip(self._passes, ordered, strict=True)]
         state: dict[str, Any] = {key: Sides(own[key] for own in states) for key in states[0]}
@@ -181,9 +182,8 @@ class DeraForCausalLM(LambdaModel):
     ) -> tuple[list[torch.Tensor], dict[str, Any]]:
         """As `_a_pass_each`, from one pass over a batch that has every sequence once for each side."""
         ids, sides = given["input_ids"], len(self.sides)
-        own = {key: value[0] if isinstance(value, Sides) else _repeated(key, value, len(ids), sides)
-               for key, value in more.items()}  # fmt: skip
-        given = {key: _repeated(key, value, len(ids), sides) for key, value in given.items()}
+        given, own = ({key: value[0] if isinstance(value, Sides) else repeated(key, value, len(ids), sides)
+                       for key, value in inputs.items()} for inputs in (given, more))  # fmt: skip
         shares = torch.eye(sides, dtype=self.rows.dtype, device=ids.device)[:, 1:].repeat_interleave(len(ids), 0)
         with self.rows.dera_strength.of(shares if sides > 2 else shares[:, 0], ids.shape[1]):
             output = self._pass_of_rows.run(given, own, None if cache is None else cache.inner)
@@ -248,6 +248,9 @@ class DeraForCausalLM(LambdaModel):
         if cache is not None or generation_config.use_cache is False:
             return
         together = self.rows is not None and not sees(model_kwargs)
+        if caches.has_fixed_size(generation_config):
+            # As transformers does: what was compiled for the longest call so far serves shorter ones.
+            self._room = max_cache_length = max(self._room, max_cache_length, generation_config.max_cache_len or 0)
         if (cache := self._new_cache(together, generation_config, max_cache_length)) is None:
             return
         model_kwargs[caches.CACHE] = cache
@@ -271,7 +274,14 @@ class DeraForCausalLM(LambdaModel):
         """
         if known and next_sequence_length is None:
             next_sequence_length = input_ids.shape[1] - known
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        parts, copies = self._running(inputs.get(caches.CACHE))
+        return compiled.with_masks(inputs, parts, copies, kwargs.get("is_first_iteration", False)) if parts else inputs
+
+    def _running(self, cache: PairCache | RowsCache | None) -> tuple[list[tuple[PreTrainedModel, Cache]], int]:
+        if isinstance(cache, RowsCache):
+            return [(self.rows, cache.inner)], len(self.sides)
+        return [] if cache is None else list(zip(self.sides, cache.caches, strict=True)), 1
 
     def _get_candidate_generator(
         self,
@@ -427,14 +437,9 @@ class DeraForCausalLM(LambdaModel):
         return model
 
 
-def _repeated(key: str, value: Any, batch: int, sides: int) -> Any:
-    """What belongs to each sequence, for the sequences as the rows of each side, one side after another."""
-    if isinstance(value, dict):
-        return {name: _repeated(name, inner, batch, sides) for name, inner in value.items()}
-    axis = 1 if key == "position_ids" and isinstance(value, torch.Tensor) and value.ndim == 3 else 0  # of M-RoPE
-    if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[axis] == batch:
-        return torch.cat([value] * sides, axis)
-    return value
+def _of(number: int, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of one model among those of all."""
+    return {key: value[number] if isinstance(value, Sides) else value for key, value in inputs.items()}
 
 
 AutoModelForCausalLM.register(DeraConfig, DeraForCausalLM)

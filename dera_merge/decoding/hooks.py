@@ -150,3 +150,13 @@ def at(inputs: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
         return value.to(model.device) if isinstance(value, torch.Tensor) else value
 
     return {key: move(value) for key, value in inputs.items()}
+
+
+def repeated(key: str, value: Any, batch: int, sides: int) -> Any:
+    """What belongs to each sequence, for the sequences as the rows of each side, one side after another."""
+    if isinstance(value, dict):
+        return {name: repeated(name, inner, batch, sides) for name, inner in value.items()}
+    axis = 1 if key == "position_ids" and isinstance(value, torch.Tensor) and value.ndim == 3 else 0  # of M-RoPE
+    if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[axis] == batch:
+        return torch.cat([value] * sides, axis)
+    return value

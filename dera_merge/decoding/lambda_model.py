@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import DeraError
 from ..lambdas import Vector, known, numbers
 from ..models import doors
-from . import caches
+from . import caches, compiled
 from .config import DeraConfig
 from .hooks import ReferenceHooks, check_generates
 
@@ -70,7 +70,8 @@ class LambdaModel(ReferenceHooks, PreTrainedModel, GenerationMixin):
         check_generates(type(self.asked))
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         lam = lam.tolist() if isinstance(lam, torch.Tensor) else lam
-        lams = self._lams(lam, 1 if ids is None else len(ids)).to(self.device)
+        # In memory of its own, whatever λ came as: a compiled step is for tensors that lie as the first call's did.
+        lams = self._lams(lam, 1 if ids is None else len(ids)).to(self.device).contiguous()
         if (cache := caches.given(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))) is not None:
             kwargs[caches.CACHE] = cache
         return super().generate(inputs, *args, lam=lams, **kwargs)
@@ -95,6 +96,14 @@ class LambdaModel(ReferenceHooks, PreTrainedModel, GenerationMixin):
             size = "" if self.models == 1 else f", each of {self.models} numbers"
             raise ValueError(f"lam has shape {tuple(values.shape)}, expected one λ or {batch}, one per sequence{size}")
         return values.expand(batch, *shape)
+
+    def _running(self, cache: Cache | None) -> tuple[list[tuple[PreTrainedModel, Cache]], int]:
+        """The models that run with a cache, each with its own part of it, and how many rows each has for a sequence."""
+        return [] if cache is None else [(self.asked, cache)], 1
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        parts, _ = self._running(model_kwargs.get(caches.CACHE))
+        return bool(parts) and compiled.may_compile(parts, model_kwargs, generation_config)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching keeps one paged cache for one model and hands on no λ."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ..errors import DeraError
 
-Use = Literal["exact decoding", "adapters", "models", "compare", "exact DeRa in vLLM", "Model Runner V2"]
+Use = Literal["exact decoding", "adapters", "models", "compare", "exact DeRa in vLLM", "Model Runner V2", "tests"]
 # Oldest and newest release that the tests ran with: the floors of pyproject.toml and the pins of constraints*.txt. Of
 # vLLM they ran with one only.
 TESTED = {
@@ -33,7 +33,7 @@ class Door:
     """One name of another library.
 
     Attributes:
-        use: the feature that stops without it.
+        use: the feature that stops without it; `"tests"`: none does, tests and scripts alone need it.
         owner: where the name is: a module, or `module:Class`.
         name: of a class, function, method or attribute.
         why: what it is needed for.
@@ -119,9 +119,16 @@ DOORS: tuple[Door, ...] = (
     Door("exact decoding", _CACHE, "__init__", "one cache of several models' layers", ("layers",)),
     Door("exact decoding", _CACHE, "layers", "one cache of several models' layers", instance=True),
     Door("exact decoding", _CACHE, "is_compileable", "keeps generate from making masks as for one model"),
+    Door("exact decoding", _CACHE, "is_linear", "which layers have masks"),
+    Door("exact decoding", "transformers.masking_utils", "create_masks_for_generate",
+         "masks of a compiled step, for each model and the rows that it gets",
+         ("config", "inputs_embeds", "attention_mask", "cache|past_key_values", "position_ids")),
+    Door("exact decoding", _GENERATION, "_valid_auto_compile_criteria", "each model inside says whether it compiles",
+         ("model_kwargs", "generation_config")),
     Door("exact decoding", _CACHE, "activate_past_recording", "caches that can be rolled back"),
     Door("exact decoding", "transformers.cache_utils:DynamicLayer", "keys", "a draft's cache is made of the pair's",
          instance=True),
+    Door("tests", "transformers:CompileConfig", "_compile_all_devices", "compiles on a CPU within generate"),
     Door("models", _MODEL, "all_tied_weights_keys", "which tensors an architecture shares", instance=True),
     Door("models", "transformers.conversion_mapping", "get_model_conversion_mapping", "how files become memory",
          ("model",)),

@@ -454,14 +454,6 @@ def test_bfloat16_flips_only_tokens_whose_lead_is_within_its_noise(llama, lora):
     assert flips / checked < 0.1
 
 
-def test_torch_compile_traces_it_whole(exact):
-    ids, lams = torch.tensor([PROMPTS[0], PROMPTS[0][::-1]]), torch.tensor([0.3, 2.0])
-    with torch.no_grad():
-        expected = exact(ids, lam=lams).logits
-        compiled = torch.compile(exact, backend="eager", fullgraph=True)(ids, lam=lams).logits
-    torch.testing.assert_close(compiled, expected)
-
-
 def test_prompt_lookup_drafts_are_verified(models, exact):
     prompt = PROMPTS[2] * 2
     output = exact.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, lam=2.0, prompt_lookup_num_tokens=3)
