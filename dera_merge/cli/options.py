@@ -47,7 +47,7 @@ Stack = Annotated[
 ]
 NewTokens = Annotated[
     Literal["aligned", "refuse"],
-    what(help="Tokens that only ALIGNED has: its rows at every λ (docs/method.md), or refused but at λ=1."),
+    what(help="Tokens that only ALIGNED has: its rows at every λ (docs/theory.md), or refused but at λ=1."),
 ]
 AllowPickle = Annotated[bool, trust("--allow-pickle", help="Read .bin files (with weights_only=True).")]
 TrustRemoteCode = Annotated[bool, trust("--trust-remote-code", help="Let transformers run code from checkpoints.")]

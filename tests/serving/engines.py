@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def documented(heading: str) -> list[str]:
-    """The shell commands of a section of docs/serving.md, in order, those that name REF and ALIGNED first."""
+    """The shell commands of a section of docs/serving.md, in order, the one that copies the demo pair first."""
     text = (ROOT / "docs" / "serving.md").read_text().replace("\\\n", " ")
     begin, section = text.split("\n## ", 1)[0], text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     blocks = re.findall(r"```bash\n(.*?)```", begin + section, re.S)
@@ -28,13 +28,13 @@ def documented(heading: str) -> list[str]:
 
 
 def shell(command: str, cwd: Path) -> str:
-    """What a command of the docs prints, run as if `cwd` were a checkout."""
-    if not (cwd / "dera_merge").exists():
-        (cwd / "dera_merge").symlink_to(ROOT / "dera_merge")
-    names, here = documented("What it takes")[0], Path(sys.executable).parent
+    """What a command of the docs prints, run where the demo pair is in `demo/`."""
+    if not (cwd / "demo").exists():
+        (cwd / "demo").symlink_to(ROOT / "dera_merge" / "demo")
+    here = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(
-        ["bash", "-c", f"{names}\n{command}"], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        ["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

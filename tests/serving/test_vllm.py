@@ -63,8 +63,8 @@ def kind(request) -> str:
 def directory(kind, tmp_path_factory) -> Path:
     """What the docs' command writes."""
     home = tmp_path_factory.mktemp(kind)
-    export, serve = documented("Exact DeRa in vLLM")[2:4]
-    assert serve in shell(f"ALIGNED=dera_merge/demo/aligned-{kind}\n{export}", home)
+    _, export, _, serve, _ = documented("Exact DeRa in vLLM")
+    assert serve in shell(export.replace("aligned-lora", f"aligned-{kind}"), home)
     return home / "out" / "exact"
 
 
