@@ -10,10 +10,11 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import DeraError
@@ -34,9 +35,9 @@ class PairCache(Cache):
     is_compileable = False  # else `generate` would make masks of one model's config, and for too few rows
 
     def __init__(self, *caches: Cache) -> None:
-        super().__init__(layers=[layer for cache in caches for layer in cache.layers])
+        super().__init__(layers=[layer for cache in caches for layer in layers_of(cache)])
         self.caches = caches
-        self.depth = len(caches[0].layers)
+        self.depth = len(layers_of(caches[0]))
 
     def sides(self, layer: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Keys, and values, of the reference and each aligned model at a layer.
@@ -53,9 +54,9 @@ class RowsCache(Cache):
     is_compileable = False
 
     def __init__(self, inner: Cache, sides: int) -> None:
-        super().__init__(layers=inner.layers)
+        super().__init__(layers=layers_of(inner))
         self.inner = inner  # what the model gets: masks depend on the kind of cache
-        self.depth = len(inner.layers)
+        self.depth = len(layers_of(inner))
         self.count = sides
 
     def sides(self, layer: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -72,6 +73,13 @@ class RowsCache(Cache):
         """Rows of the reference's part of the batch, and the same rows of each aligned model's."""
         total = next(len(layer.keys) for layer in self.layers if getattr(layer, "keys", None) is not None)
         return torch.cat([rows + number * total // self.count for number in range(self.count)])
+
+
+def layers_of(cache: Cache) -> list[Any]:
+    """The layers of a cache, those of a cache of two among them: BLT has one more for its patches."""
+    if isinstance(cache, EncoderDecoderCache):
+        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    return cache.layers
 
 
 def arguments_of(model: torch.nn.Module) -> frozenset[str]:

@@ -140,6 +140,8 @@ class DeraForCausalLM(LambdaModel):
             return_dict: False gives a tuple.
         """
         cache = caches.given(cache, past_key_values)
+        if isinstance(cache, Sides):  # a state that is no cache of transformers': xLSTM's
+            kwargs[caches.CACHE], cache = cache, None
         self._check_cache(cache)
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise DeraError("a mixture has no attentions or hidden states of its own; ask model.ref or model.aligned")
@@ -173,8 +175,10 @@ class DeraForCausalLM(LambdaModel):
         ordered = [outputs[number] for number in range(len(order))]
         states = [passes.state(output) for passes, output in zip(self._passes, ordered, strict=True)]
         state: dict[str, Any] = {key: Sides(own[key] for own in states) for key in states[0]}
-        if cache is None and all(isinstance(output.get(caches.CACHE), Cache) for output in ordered):
-            state[caches.CACHE] = PairCache(*(output[caches.CACHE] for output in ordered))  # of a kind of their own
+        own_caches = [output.get(caches.CACHE) for output in ordered]  # maybe of a kind of their own
+        taken = (None,) * len(ordered) if cache is None else cache.caches
+        if all(isinstance(own, Cache) and own is not inner for own, inner in zip(own_caches, taken, strict=True)):
+            state[caches.CACHE] = PairCache(*own_caches)
         return [output.logits for output in ordered], state
 
     def _one_pass(
@@ -186,10 +190,11 @@ class DeraForCausalLM(LambdaModel):
                        for key, value in inputs.items()} for inputs in (given, more))  # fmt: skip
         shares = torch.eye(sides, dtype=self.rows.dtype, device=ids.device)[:, 1:].repeat_interleave(len(ids), 0)
         with self.rows.dera_strength.of(shares if sides > 2 else shares[:, 0], ids.shape[1]):
-            output = self._pass_of_rows.run(given, own, None if cache is None else cache.inner)
+            output = self._pass_of_rows.run(given, own, inner := None if cache is None else cache.inner)
         state: dict[str, Any] = {key: Sides([value]) for key, value in self._pass_of_rows.state(output).items()}
-        if cache is None and isinstance(output.get(caches.CACHE), Cache):
-            state[caches.CACHE] = RowsCache(output[caches.CACHE], sides)
+        own_cache = output.get(caches.CACHE)
+        if isinstance(own_cache, Cache) and own_cache is not inner:
+            state[caches.CACHE] = RowsCache(own_cache, sides)
         return list(output.logits.chunk(sides)), state
 
     def generate(

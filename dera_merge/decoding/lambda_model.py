@@ -166,5 +166,9 @@ class Passes:
         return self.model(**inputs)
 
     def state(self, output: Any) -> dict[str, Any]:
-        """What of a pass's output the next one takes, a cache of another kind than transformers' own left out."""
-        return {key: output[key] for key in output if key in self.names - _NO_STATE and output[key] is not None}
+        """What of a pass's output the next one takes, but for a `Cache`; xLSTM's is none, but a state."""
+        return {
+            key: output[key] for key in output
+            if key in self.names and output[key] is not None
+            and (key not in _NO_STATE or (key == caches.CACHE and not isinstance(output[key], Cache)))
+        }  # fmt: skip

@@ -3,12 +3,18 @@
 Oracles: each model's own `generate`, the formula on logits that it gives, and a state dict interpolated here.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from builders import save_tokenizer, tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from wrapped import VOCAB, WRAPPED, class_of, picture, tiny
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from tiny_models import Sizes, tiny_model
 
 from dera_merge import DeraError, DeraForCausalLM, ModelPair, compare
 
@@ -200,8 +206,18 @@ def _rwkv():
     return RwkvForCausalLM(RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, context_length=64))
 
 
+def _blt():
+    """The cache that it is given becomes a part of one of two, which it hands on."""
+    return tiny_model("blt", Sizes(vocab=VOCAB), 0)
+
+
+def _xlstm():
+    """Its state is no cache of transformers', though it is called one."""
+    return tiny_model("xlstm", Sizes(vocab=VOCAB), 0)
+
+
 OWN_WAY = {"openai-gpt": _openai_gpt, "xlm": _xlm, "xlnet": _xlnet, "cpmant": _cpmant,
-           "recurrent_gemma": _recurrent_gemma, "rwkv": _rwkv}  # fmt: skip
+           "recurrent_gemma": _recurrent_gemma, "rwkv": _rwkv, "blt": _blt, "xlstm": _xlstm}  # fmt: skip
 
 
 def moved(build, seed):
