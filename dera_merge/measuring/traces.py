@@ -129,16 +129,19 @@ def trace_of(
         DeraError: logits are not finite, or the model is no decoder followed by a head.
     """
     _, decoder = decoder_of(model)
-    hidden: dict[int, torch.Tensor] = {}
+    found: dict[int, torch.Tensor] = {}
     for batch in batches(texts):
         chosen = [texts[index] for index in batch]
         states = decoder(**inputs_of(chosen, model, room), use_cache=False)[0]
         sizes = [len(text.completion) for text in chosen]
-        hidden |= dict(zip(batch, scored(states, chosen).split(sizes), strict=True))
-    head = head_of(model, heads)
-    _check_head(model, head, texts[0], hidden[0])
-    known_rows = getattr(model, "dera_known_rows", None)
-    return Trace(torch.cat([hidden[index] for index in range(len(texts))]), head, known_rows)
+        found |= dict(zip(batch, scored(states, chosen).split(sizes), strict=True))
+    hidden, head = torch.cat([found[index] for index in range(len(texts))]), head_of(model, heads)
+    if not _is_head(model, head, texts[0], hidden, 1):
+        hidden, head = _tapped(model, texts, heads)
+        if not _is_head(model, head, texts[0], hidden, 0):
+            raise DeraError(f"{type(model).__name__} reads texts both ways, or makes its logits of more than one state "
+                            "of its decoder, so compare cannot measure it")  # fmt: skip
+    return Trace(hidden, head, getattr(model, "dera_known_rows", None))
 
 
 def logits_of(sides: Sequence[Trace], chunk: slice, vocab_size: int) -> list[torch.Tensor]:
@@ -215,13 +218,7 @@ def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = No
         if child != way and module is not None
     }
     modules = torch.nn.ModuleDict(beside)
-    if heads is not None:
-        same = (kept for kept in heads if all(map(torch.equal, kept.parameters(), modules.parameters())))
-        kept = next(same, None)
-        if kept is None:
-            kept = copy.deepcopy(modules)
-            heads.append(kept)
-        modules = kept
+    modules = _outlasting(modules, heads)
     for level, (owner, way) in enumerate(zip(copies, [*parents, last], strict=True)):
         inner = copies[level + 1] if level < len(parents) else _Replay(decoder)
         owner._modules = {
@@ -235,17 +232,56 @@ def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = No
     return logits
 
 
-def _check_head(model: PreTrainedModel, head: Head, text: Text, hidden: torch.Tensor) -> None:
-    """Raise DeraError where `head` does not give the logits of the whole model, or they are not finite."""
-    begun = replace(text, ids=text.ids[: text.start + 1])
+def _tapped(
+    model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None
+) -> tuple[torch.Tensor, Head]:
+    """States and head as of `trace_of`, where a model calls its decoder otherwise: what enters the output embeddings.
+
+    Each text is read alone, as such a model may want its padding elsewhere.
+    """
+    outputs = model.get_output_embeddings()
+    if outputs is None:
+        raise DeraError(f"{type(model).__name__} has no output embeddings, so compare cannot measure it")
+    entered: list[torch.Tensor] = []
+    tap = outputs.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    try:
+        for text in texts:
+            model(**inputs_of([text], model), use_cache=False)
+            entered[-1] = scored(entered[-1], [text])
+    finally:
+        tap.remove()
+    kept = _outlasting(torch.nn.ModuleDict({"outputs": outputs}), heads)
+    return torch.cat(entered), lambda hidden: kept["outputs"](hidden).float()
+
+
+def _outlasting(modules: torch.nn.ModuleDict, heads: list[torch.nn.ModuleDict] | None) -> torch.nn.ModuleDict:
+    """The modules of a head, or one of `heads` that equals them, which gets a copy if none does."""
+    if heads is None:
+        return modules
+    same = (
+        kept for kept in heads
+        if kept.keys() == modules.keys() and all(map(torch.equal, kept.parameters(), modules.parameters()))
+    )  # fmt: skip
+    kept = next(same, None)
+    if kept is None:
+        kept = copy.deepcopy(modules)
+        heads.append(kept)
+    return kept
+
+
+def _is_head(model: PreTrainedModel, head: Head, text: Text, hidden: torch.Tensor, more: int) -> bool:
+    """Whether `head` gives the whole model's logits of the first state, with `more` tokens of the completion read.
+
+    Raises:
+        DeraError: the logits are not finite.
+    """
+    begun = replace(text, ids=text.ids[: text.start + more])
     whole = model(**inputs_of([begun], model), use_cache=False).logits[0, text.start - 1].float()
     if not whole.isfinite().any():
         raise DeraError(f"{type(model).__name__} gives no finite logits; is λ too large, or an input broken?")
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     try:
         rebuilt = head(hidden[:1])[0]
-        same = torch.allclose(whole, rebuilt, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
-    except (TypeError, IndexError, RuntimeError):  # it calls its decoder otherwise, or takes more from it
-        same = False
-    if not same:
-        raise DeraError(f"{type(model).__name__} is not a decoder followed by a head; compare cannot measure it yet")
+        return torch.allclose(whole, rebuilt, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
+    except (TypeError, IndexError, RuntimeError, AttributeError):  # it calls its decoder otherwise, or takes more of it
+        return False
