@@ -120,7 +120,8 @@ def _model_line(model: dict[str, Any]) -> str:
     if merged := model.get("merged"):
         sides = [merged["ref"], merged["aligned"], *(merged["others"] or ())]
         names = " and ".join(side["name"] for side in sides)
-        parts.append(f"merged by dera-merge: λ={merged['lambda']:g} of {names}")
+        lams = ", ".join([f"λ={merged['lambda']:g}", *merged.get("lambda_for", ())])
+        parts.append(f"merged by dera-merge: {lams} of {names}")
         again = [side["name"] for side in sides if side.get("merge")]
         parts += [f"{name} is a merge itself" for name in again]
     if fidelity := model.get("fidelity"):

@@ -11,6 +11,7 @@ import torch
 from ..errors import DeraError
 from ..files.buffers import Buffers
 from ..files.checkpoint import REAL, Checkpoint, slices, total_bytes
+from ..merging.parts import rules_of
 from ..merging.recipe import FIGURES, PARTIAL, RECIPE, read_recipe
 from ..merging.storage import Storage
 from ..merging.tally import ENOUGH, NO_CHANGE, doubt
@@ -77,6 +78,8 @@ def describe(name: str, allow_pickle: bool = False, trust_remote_code: bool = Fa
     if (source.folder / RECIPE).is_file():
         written = read_recipe(source.folder)
         facts["merged"] = {key: written.get(key) for key in ("ref", "aligned", "others", "lambda", "rounding", "seed")}
+        if rules := rules_of(written.get("path")):
+            facts["merged"]["lambda_for"] = rules
         if (source.folder / FIGURES).is_file():  # published with a report
             row = Report.load(source.folder / FIGURES).at(written["lambda"])
             facts["fidelity"] = {key: row.get(key) for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict")}
