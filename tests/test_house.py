@@ -24,6 +24,7 @@ FLOORS = [
     {"serving", "vllm"},
     {"measuring"},
     {"calibrating", "choosing", "publishing", "doctor", "api"},
+    {"auto"},
     {"tour", "exact", "retraining", "__init__"},
     {"cli"},
     {"__main__"},

@@ -19,7 +19,7 @@ import typer
 from .. import __version__
 from ..errors import DeraError, DeraWarning
 from ..files.room import is_full
-from . import calibrate, compare, demo, doctor, endings, export, generate, help, inspection, merge, push, sweep
+from . import auto, calibrate, compare, demo, doctor, endings, export, generate, help, inspection, merge, push, sweep
 from .recipes import with_config
 from .show import Notes, note, one_line
 
@@ -41,7 +41,7 @@ app = typer.Typer(
 COMMANDS = {
     "merge": merge, "export-exact": export, "generate": generate, "compare": compare, "calibrate": calibrate,
     "inspect": inspection, "sweep": sweep, "push": push, "demo": demo,
-    "doctor": doctor,
+    "doctor": doctor, "auto": auto,
 }  # fmt: skip
 for _name, _module in COMMANDS.items():
     _command = app.command(_name, cls=help.Command, epilog="\n".join(_module.EXAMPLES), context_settings=help.WIDE)
@@ -115,4 +115,4 @@ def _in_words(error: Exception) -> str:
 
 def _how_to_go_on() -> str | None:
     resumable = [name for name, module in COMMANDS.items() if "resume" in inspect.signature(module.run).parameters]
-    return endings.how_to_go_on(sys.argv[1:], resumable)
+    return endings.how_to_go_on(sys.argv[1:], resumable, again=["auto"])

@@ -48,8 +48,16 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
-def how_to_go_on(words: list[str], resumable: Collection[str]) -> str | None:
-    """The command that goes on with what this one began, None where nothing does; `resumable`: names of commands."""
+def how_to_go_on(words: list[str], resumable: Collection[str], again: Collection[str] = ()) -> str | None:
+    """The command that goes on with what this one began, None where nothing does.
+
+    Args:
+        words: what was typed behind the program's name.
+        resumable: commands that take --resume.
+        again: commands that go on where they are typed again.
+    """
+    if words and words[0] in again:
+        return shlex.join(["dera-merge", *words])
     if not words or words[0] not in resumable:
         return None
     kept = [word for word in words if word not in ("--overwrite", "--resume")]
