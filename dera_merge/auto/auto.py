@@ -41,11 +41,11 @@ from .outcome import Outcome
 
 LOOKED_AT = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
 HALF_WAY = 0.5
-COMPARED = 16  # prompts, on which merges are measured
+COMPARED, FLOORED = 16, 4  # prompts, on which merges are measured, and on which bfloat16 is
 LESSONS, LESSON_TOKENS = 256, 48  # of calibrate
-# Seconds that calibrate takes of a text, in those that compare takes of one, sampling and reading: it samples the text
-# too, and goes over it three times forth and back (measured on both pairs, docs/auto.md).
-LESSON_COST = 3.0
+# Seconds that calibrate takes of a text, in those that compare takes of one: both sample and read it, and calibrate
+# goes over it three times forth and back. It was 1.3 on the demo pair; 2 errs on the long side.
+LESSON_COST = 2.0
 PATIENCE = 30 * 60  # seconds that a learned path may take without being asked for
 GAIN = "1.9 to 3.5 times nearer to exact DeRa on a real pair (docs/fidelity.md)"
 log = logging.getLogger(__name__)
@@ -166,12 +166,13 @@ class _Run:
         """How far merges are from exact DeRa: along λ, or of what was written."""
         out = self.folder / name
         weights = None if approx is None else verify(approx)["files"]
-        settings = {**self.mark, "lams": lams, "prompts": _digest(prompts), "weights": weights}
+        settings = {**self.mark, "lams": lams, "prompts": _digest(prompts), "weights": weights, "floored": FLOORED}
 
         def work(resume: bool) -> Report:
             made = compare(
-                self.pair, lams, prompts, approx=approx, unfinished=out, resume=resume, overwrite=not resume, **self.how
-            )
+                self.pair, lams, prompts, approx=approx, extra_prompts=FLOORED, unfinished=out, resume=resume,
+                overwrite=not resume, **self.how,
+            )  # fmt: skip
             made.save(out)
             return Report.load(out)
 
