@@ -34,6 +34,7 @@ from ..merging.recipe import verify
 from ..models.fingerprint import fingerprint
 from ..models.pair import Pair
 from ..pages.frame import number, read
+from ..processes import launched
 from ..progress import Progress, unheard
 from ..texts import prompts as prompt_files
 from .journal import Journal
@@ -97,6 +98,8 @@ def auto(
     """
     wanted, tell, folder = wanted or Wanted(), progress or unheard, Path(out)
     pair.only_pair("auto is")
+    if launched()[1] > 1:
+        raise DeraError("auto runs in one process; start it without accelerate launch or torchrun")
     if wanted.lam is not None and (wanted.rewards or wanted.target_kl is not None):
         raise DeraError("λ is given, so there is nothing to choose; leave out --lambda, or --reward and --target-kl")
     if folder.exists() and not folder.is_dir():
