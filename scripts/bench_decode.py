@@ -3,6 +3,8 @@
 
     python scripts/bench_decode.py REF ALIGNED [--dtype float32] [--batch 1,8,32] [--lambda 0.5] [--memory]
     python scripts/bench_decode.py REF ALIGNED --more ALIGNED2          # two adapters on one base
+    python scripts/bench_decode.py REF ALIGNED --steps eager,static,compiled --only two,one,dial      # kinds of a step
+    python scripts/bench_decode.py REF ALIGNED --ops --only two,one,dial             # and of what a step consists
     python scripts/bench_decode.py --random 7b --device cuda --dtype bfloat16 --batch 1,8
 
 Contestants: one merged model (1.0 by definition); a plain loop over two models with a cache each; a logits processor
@@ -11,6 +13,9 @@ drafting, both verify); PEFT's mixed batch, where PEFT can; transformers' assist
 ours: two passes, one pass, speculative. All greedy, all with the same number of new tokens, none stops early.
 Contestants take turns within a round, and a figure is the median over rounds of the ratio to `one model` in that round.
 Prints Markdown tables.
+
+`--steps`: of those that transformers' `generate` runs, a step as it is, with a cache of fixed size, and compiled (on a
+CPU, too, which takes minutes). `--ops` counts what one step runs: matrix products, and all kernels.
 
 `--random` makes a pair of that shape with random weights: then acceptance means nothing, and drafts are left out.
 """
@@ -25,10 +30,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import CompileConfig, DynamicCache, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from dera_merge import DeraForCausalLM, ModelPair, Speculation
 from dera_merge.decoding.caches import CACHE
@@ -36,11 +42,18 @@ from dera_merge.decoding.mix import mix, shares_of
 from dera_merge.decoding.speculation import MergedDraft
 from dera_merge.texts import prompts
 
-Run = Callable[[torch.Tensor], torch.Tensor]  # prompts (batch, tokens) → with new tokens
+Run = Callable[..., torch.Tensor]  # prompts (batch, tokens) → with new tokens; some take how many
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
+STEPS = ("eager", "static", "compiled")
+# What moves no data: none of it is a kernel.
+VIEWS = frozenset(
+    "view reshape as_strided transpose t expand slice select unsqueeze squeeze split chunk flatten unflatten detach "
+    "alias narrow permute _unsafe_view empty empty_like empty_strided resolve_conj resolve_neg result_type item "
+    "_local_scalar_dense is_nonzero lift_fresh split_with_sizes numpy_T set_ resize_ view_as unbind".split()
+)
 QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -159,11 +172,36 @@ class ReadsItself(MergedDraft):
             self.cache.crop(min(0, known - have))
 
 
-def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[str, Callable[[], Run]]:
+def of_step(step: str) -> dict[str, object]:
+    """Arguments of `generate` for a kind of step."""
+    if step == "eager":
+        return {}
+    static = {"cache_implementation": "static"}
+    config = CompileConfig() if torch.cuda.is_available() else CompileConfig(mode=None)
+    config._compile_all_devices = True  # on a CPU too
+    return static | ({"compile_config": config} if step == "compiled" else {"disable_compile": True})
+
+
+def ops_of_step(run: Run, ids: torch.Tensor) -> tuple[int, int]:
+    """Matrix products, and all that does work, in one step: what a text longer by a token runs more."""
+    counts = []
+    for new in (3, 4):
+        with torch.profiler.profile() as profile:
+            run(ids, new)
+        aten = [(event, event.name.removeprefix("aten::")) for event in profile.events() if "aten::" in event.name]
+        moving = {id(event) for event, name in aten if name not in VIEWS}
+        work = [name for event, name in aten
+                if id(event) in moving and moving.isdisjoint(map(id, event.cpu_children))]  # fmt: skip
+        counts.append((sum("mm" in name for name in work), len(work)))
+    return counts[1][0] - counts[0][0], counts[1][1] - counts[0][1]
+
+
+def contestants(
+    args: argparse.Namespace, pair: ModelPair, batch: int, step: str = "eager"
+) -> dict[str, Callable[[], Run]]:
     """Name → makes the contestant: loads what it needs and gives a function."""
     dtype, lam, new = getattr(torch, args.dtype), args.lam, args.tokens
     options = {"dtype": dtype, "device": args.device}
-    loaded: dict[str, DeraForCausalLM] = {}
 
     def exact() -> DeraForCausalLM:
         if "exact" not in loaded:
@@ -171,10 +209,15 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
         return loaded["exact"]
 
     def merged(kind: torch.dtype) -> PreTrainedModel:
-        return pair.merged(lam, device=args.device, compute_dtype=kind)
+        if (key := f"merged, {kind}") not in loaded:
+            loaded[key] = pair.merged(lam, device=args.device, compute_dtype=kind)
+        return loaded[key]
 
-    def generated(model: PreTrainedModel, **more: object) -> Run:
-        return lambda ids: model.generate(ids, max_new_tokens=new, **QUIET, **more)
+    def generated(model: PreTrainedModel, copies: int = 1, **more: object) -> Run:
+        how = of_step(step)
+        return lambda ids, new=new: model.generate(
+            ids.repeat(copies, 1), max_new_tokens=new, **QUIET, **how, **more
+        )
 
     def drafted(how: str) -> Run:
         draft = merged(torch.bfloat16)
@@ -199,9 +242,7 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
     }
     if pair.shared_base:
         found["ours, one pass"] = lambda: generated(exact())
-        found["two rows through the base alone"] = lambda: (
-            lambda ids: exact().ref.generate(ids.repeat(2, 1), max_new_tokens=new, **QUIET)
-        )
+        found["two rows through the base alone"] = lambda: generated(exact().ref, 2)
         found["dial, λ for each row"] = lambda: generated(exact().dial())
         if not args.random:
             found["PEFT mixed batch"] = lambda: peft_mixed_batch(exact().ref, args.aligned, lam, new, dtype)
@@ -218,9 +259,7 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
             DeraForCausalLM(together().ref, together().sides[1:], apart)
         )
         found["two aligned models, one pass"] = lambda: generated(together())
-        found["three rows through the base alone"] = lambda: (
-            lambda ids: exact().ref.generate(ids.repeat(3, 1), max_new_tokens=new, **QUIET)
-        )
+        found["three rows through the base alone"] = lambda: generated(exact().ref, 3)
     if batch == 1 and not args.random:
         for block in (2, 4, 8):
             found[f"CoS, blocks of {block}"] = lambda block=block: cos(exact().ref, exact().aligned, lam, new, block)
@@ -230,7 +269,13 @@ def contestants(args: argparse.Namespace, pair: ModelPair, batch: int) -> dict[s
     return found
 
 
+# Those whose step transformers can compile.
+GENERATED = (
+    "one model (merged)", "ours, two passes", "ours, one pass", "two rows through the base alone",
+    "dial, λ for each row",
+)  # fmt: skip
 totals: dict[str, Speculation] = {}
+loaded: dict[str, Any] = {}
 
 
 def random_pair(shape: str, folder: str) -> tuple[str, str]:
@@ -267,6 +312,8 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="contestants whose names have one of these parts, separated by commas"
     )
+    parser.add_argument("--steps", default="eager", help=f"kinds of a step, separated by commas: {', '.join(STEPS)}")
+    parser.add_argument("--ops", action="store_true", help="count what one step runs")
     parser.add_argument("--memory", action="store_true", help="peak memory of each contestant in a process of its own")
     parser.add_argument(
         "--drafts", action="store_true", help="time a token of quantised drafts too (float32 and CPU only)"
@@ -275,6 +322,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.random:
         args.ref, args.aligned = random_pair(args.random, args.dir)
+    torch._dynamo.config.recompile_limit = 64  # all contestants go through one function of torch's
     torch.set_grad_enabled(False)
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     pair = ModelPair.from_pretrained(args.ref, args.aligned)
@@ -296,7 +344,15 @@ def main() -> None:
             memory[name] = f"{done.stdout.split()[-1]} MB"
     for batch in map(int, args.batch.split(",")):
         runs = {name: make() for name, make in contestants(args, pair, batch).items() if wanted(name)}
+        for step in args.steps.split(","):
+            if step != "eager":
+                runs |= {f"{name}, {step}": make() for name, make in contestants(args, pair, batch, step).items()
+                         if wanted(name) and name in GENERATED}  # fmt: skip
         texts = inputs(args, pair, batch)
+        if args.ops:
+            print(f"\n| batch {batch}, one step | matrix products | kernels |\n|---|---|---|")
+            for name in filter(GENERATED.__contains__, runs):
+                print(f"| {name} | {' | '.join(map(str, ops_of_step(runs[name], texts[0])))} |", flush=True)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         outputs: dict[str, torch.Tensor] = {}
         for number in range(args.rounds + 1):  # the first is for warming up

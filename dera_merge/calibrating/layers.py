@@ -127,6 +127,8 @@ class Bent(torch.nn.Module):
 class _Gained:
     """Stands in for the `Strength` of a bent layer's inner module, with the gains g(λ) in the place of λ."""
 
+    sides = 0  # rows have a λ each
+
     def __init__(self, layer: Bent) -> None:
         self._layer = layer
 

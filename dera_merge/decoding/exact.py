@@ -188,8 +188,7 @@ class DeraForCausalLM(LambdaModel):
         ids, sides = given["input_ids"], len(self.sides)
         given, own = ({key: value[0] if isinstance(value, Sides) else repeated(key, value, len(ids), sides)
                        for key, value in inputs.items()} for inputs in (given, more))  # fmt: skip
-        shares = torch.eye(sides, dtype=self.rows.dtype, device=ids.device)[:, 1:].repeat_interleave(len(ids), 0)
-        with self.rows.dera_strength.of(shares if sides > 2 else shares[:, 0], ids.shape[1]):
+        with self.rows.dera_strength.each(sides, sides * len(ids), ids.shape[1]):
             output = self._pass_of_rows.run(given, own, inner := None if cache is None else cache.inner)
         state: dict[str, Any] = {key: Sides([value]) for key, value in self._pass_of_rows.state(output).items()}
         own_cache = output.get(caches.CACHE)
@@ -286,7 +285,7 @@ class DeraForCausalLM(LambdaModel):
     def _running(self, cache: PairCache | RowsCache | None) -> tuple[list[tuple[PreTrainedModel, Cache]], int]:
         if isinstance(cache, RowsCache):
             return [(self.rows, cache.inner)], len(self.sides)
-        return [] if cache is None else list(zip(self.sides, cache.caches, strict=True)), 1
+        return list(zip(self.sides, cache.caches, strict=True)) if isinstance(cache, PairCache) else [], 1
 
     def _get_candidate_generator(
         self,

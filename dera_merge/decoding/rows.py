@@ -7,7 +7,8 @@ many λ: each row (sequence) of the batch has a strength s_k for each aligned mo
     y = (1-Σ s_k)·reference(x) + Σ s_k·aligned_k(x)         other adapters (DoRA, …) of linear layers, embeddings, norms
 
 s = 0 is the reference, s_k = 1 alone the k-th aligned model, and s = λ is θ_ref + Σ λ_k·Δ_k, because the modules that
-adapters change are linear in their weights. The base weights are read once for all rows.
+adapters change are linear in their weights. The base weights are read once for all rows. Exact decoding, whose rows are
+each one side's alone, need not multiply: each side adds its own to its own rows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import DeraError
 from ..models import doors
 from .mix import shares_of
+
+_REGROUPED = "this model regroups its tokens between layers, so that rows of a batch cannot have a λ each"
 
 
 class Strength(threading.local):
@@ -34,20 +38,43 @@ class Strength(threading.local):
 
     rows: torch.Tensor | None = None  # (rows,); with several aligned models (rows, models)
     shares: torch.Tensor | None = None  # of the reference and each aligned model in a row, (rows, 1 + models)
+    sides: int = 0  # instead of these: how many equal blocks the rows are, each of one side's rows alone
+    count: int = 0  # rows
     tokens: int = 0  # of each row, in this pass
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Strength, ()  # a copied model begins outside of any pass
 
-    @contextmanager
-    def of(self, rows: torch.Tensor, tokens: int) -> Iterator[None]:
+    def of(self, rows: torch.Tensor, tokens: int) -> AbstractContextManager[None]:
         """Strengths (rows,) or (rows, models) for one forward pass over (rows, tokens) ids; then those of before."""
-        before = self.rows, self.shares, self.tokens
-        self.rows, self.shares, self.tokens = rows, shares_of(rows), tokens
+        return self._in_pass(rows, shares_of(rows), 0, len(rows), tokens)
+
+    def each(self, sides: int, count: int, tokens: int) -> AbstractContextManager[None]:
+        """The same for rows that are the reference's, then the aligned model's (or models'): `sides` equal blocks.
+
+        No strength is multiplied: each side computes its own rows, the reference's as if nothing else were there.
+        """
+        return self._in_pass(None, None, sides, count, tokens)
+
+    @contextmanager
+    def _in_pass(self, *now: Any) -> Iterator[None]:
+        before = self.rows, self.shares, self.sides, self.count, self.tokens
+        self.rows, self.shares, self.sides, self.count, self.tokens = now
         try:
             yield
         finally:
-            self.rows, self.shares, self.tokens = before
+            self.rows, self.shares, self.sides, self.count, self.tokens = before
+
+    def blocks(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A module's values, (rows, …) or (rows·tokens, n), of each side's rows.
+
+        Raises:
+            DeraError: as for `spread`.
+        """
+        if len(values) != self.count and not (values.ndim == 2 and len(values) == self.count * self.tokens):
+            raise DeraError(_REGROUPED)
+        size = len(values) // self.sides
+        return tuple(values[start : start + size] for start in range(0, len(values), size))
 
     def spread(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Numbers by row, in a shape that multiplies a module's values.
@@ -64,7 +91,7 @@ class Strength(threading.local):
             return rows.view(len(rows), *[1] * (values.ndim - 2), -1)
         if values.ndim == 2 and len(values) == len(rows) * self.tokens:
             return rows.repeat_interleave(self.tokens, 0)
-        raise DeraError("this model regroups its tokens between layers, so that rows of a batch cannot have a λ each")
+        raise DeraError(_REGROUPED)
 
 
 class LowRankRows(torch.nn.Module):
@@ -88,14 +115,21 @@ class LowRankRows(torch.nn.Module):
         pairs = [pair for pair in factors if pair]
         self.register_buffer("down", torch.cat([a for a, _ in pairs]).to(dtype), persistent=False)
         self.register_buffer("up", torch.cat([b for _, b in pairs], 1).T.contiguous().to(dtype), persistent=False)
+        self.ranks = [0 if pair is None else len(pair[0]) for pair in factors]  # of each side
         # The side that each rank belongs to; None where all are the one aligned model's, so that each has its strength.
-        sides = [number for number, pair in enumerate(factors) for _ in range(0 if pair is None else len(pair[0]))]
+        sides = [number for number, rank in enumerate(self.ranks) for _ in range(rank)]
         plain = len(factors) == 2 and 0 not in sides
         side_of = None if plain else torch.tensor(sides, device=self.down.device)
         self.register_buffer("side_of", side_of, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(x)
+        if self.strength.sides:
+            downs, ups = self.down.split(self.ranks), self.up.split(self.ranks)
+            for rows, own, down, up in zip(self.strength.blocks(x), self.strength.blocks(y), downs, ups, strict=True):
+                if len(down):
+                    _add(own, torch.nn.functional.linear(rows.to(down.dtype), down), up)
+            return y
         t = torch.nn.functional.linear(x.to(self.down.dtype), self.down)
         if self.strength.rows is not None:
             by_rank = self.strength.rows if self.side_of is None else self.strength.shares[:, self.side_of]
@@ -103,7 +137,13 @@ class LowRankRows(torch.nn.Module):
             t = (t * s).to(t.dtype)
         elif self.side_of is not None:
             t = t * (self.side_of == 1)
-        return torch.addmm(y.flatten(0, -2), t.flatten(0, -2).to(y.dtype), self.up.to(y.dtype)).view(y.shape)
+        _add(y, t, self.up)
+        return y
+
+
+def _add(y: torch.Tensor, t: torch.Tensor, up: torch.Tensor) -> None:
+    """y += t·up, in one kernel: y (…, out), t (…, rank), up (rank, out)."""
+    y.view(-1, y.shape[-1]).addmm_(t.flatten(0, -2).to(y.dtype), up.to(y.dtype))
 
 
 class MixedRows(torch.nn.Module):
@@ -116,6 +156,9 @@ class MixedRows(torch.nn.Module):
         self.strength = strength
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.strength.sides:
+            sides = zip((self.ref, *self.aligned), self.strength.blocks(x), strict=True)
+            return torch.cat([side(rows, *args, **kwargs) for side, rows in sides])
         if self.strength.rows is None:
             return self.aligned[0](x, *args, **kwargs)
         mixed: torch.Tensor | float = 0.0

@@ -1,6 +1,7 @@
 """One set of weights with a strength for each row: against PEFT's own models, and against merges."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -147,12 +148,31 @@ def test_experts_regroup_tokens_so_a_mixture_of_experts_takes_two_passes(lora, t
         pair.dial()
 
 
+@torch.no_grad()
+def test_exact_rows_cost_two_products_on_the_aligned_half(llama, lora):
+    """No strength is multiplied, and the reference's rows are the base layer's own, bit for bit."""
+    base = llama(0, dtype=torch.float32)
+    rows = ModelPair.from_pretrained(base, lora(base)).exact().rows
+    layer = next(m for m in rows.modules() if isinstance(m, LowRankRows))
+    x = torch.randn(4, 3, 32)
+    with rows.dera_strength.each(2, 4, 3), torch.profiler.profile() as profile:
+        y = layer(x)
+    plain = layer.base_layer(x)
+    assert torch.equal(y[:2], plain[:2])
+    torch.testing.assert_close(y[2:], plain[2:] + x[2:] @ layer.down.T @ layer.up)
+    ran = Counter(event.name for event in profile.events())
+    assert ran["aten::addmm_"] == 1
+    assert ran["aten::mm"] + ran["aten::addmm"] == 2  # W·x and A·x
+    assert not ran["aten::mul"]
+
+
 def test_tokens_that_cannot_be_told_apart_are_an_error(llama, lora):
     base = llama(0, dtype=torch.float32)
     rows = ModelPair.from_pretrained(base, lora(base)).exact().rows
     layer = next(m for m in rows.modules() if isinstance(m, LowRankRows))
-    with rows.dera_strength.of(torch.tensor([0.0, 1.0]), 3), pytest.raises(DeraError, match="regroups"):
-        layer(torch.randn(5, layer.base_layer.in_features))
+    for strengths in (rows.dera_strength.of(torch.tensor([0.0, 1.0]), 3), rows.dera_strength.each(2, 2, 3)):
+        with strengths, pytest.raises(DeraError, match="regroups"):
+            layer(torch.randn(5, layer.base_layer.in_features))
 
 
 def test_on_its_own_it_is_the_aligned_model(llama, lora):
