@@ -35,6 +35,7 @@ class Sweep:
         settings: how it was found.
         faithful: how far the merged model at the best λ is from exact DeRa, where that was checked.
         commands: what to run to ship the best λ.
+        judges: what each judge was asked, and the tokens that it took.
         answers: all texts.
     """
 
@@ -48,6 +49,7 @@ class Sweep:
     commands: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    judges: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def chosen(self) -> bool:
@@ -59,6 +61,7 @@ class Sweep:
         return finite({
             "ref": self.ref, "aligned": self.aligned, "best": self.best, "curve": self.curve, "points": self.points,
             "faithful": self.faithful, "commands": self.commands, "settings": self.settings,
+            **({"judges": self.judges} if self.judges else {}),
         })  # fmt: skip
 
     def save(self, out: str | os.PathLike[str]) -> Path:

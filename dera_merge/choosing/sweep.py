@@ -152,7 +152,9 @@ def sweep(
     curve = opened(path, pair, lams)
     grid = sorted({*lams, *grid_between(lams)}) if reweight else sorted(lams)
     anchors = pair.known(anchors) if anchors is not None else first_anchors(pair, lams) if reweight else grid
-    grid = sorted({*grid, *anchors})
+    grid = sorted({*grid, *anchors, *([1.0] if keep is not None else [])})
+    if keep is not None and not reweight and 1.0 not in anchors:
+        raise DeraError("--keep asks for a share of λ=1's reward, and each λ is sampled by itself; let -l hold 1")
     settings = {
         "prompts": len(encoded), "samples": samples, "max_new_tokens": max_new_tokens, "anchors": anchors, "seed": seed,
         "rewards": dict(zip(names, weights, strict=True)), "reweight": reweight, "budget": budget,
@@ -192,8 +194,7 @@ def sweep(
             lab.let_go()
             lab.sample("merged", [lam for lam in anchors if lam not in pair.ends()])
         result = curves.result(grid if reweight else anchors, settings | {"anchors": anchors})
-        if judges := [spent for reward in rewards if (spent := _spent(reward))]:
-            result.settings["judges"] = judges
+        result.judges = [spent for reward in rewards if (spent := _spent(reward))]
         lam = result.best["lambda"]
         if pair.models == 1 and (beta := beta if beta is not None else recorded_beta(pair)) is not None:
             result.best |= {"beta": beta, "equivalent_beta": beta / lam if lam else None}

@@ -128,6 +128,8 @@ class Hit:
         return Pick(round(lam, DIGITS) + 0.0, np.quantile(drawn, [0.025, 0.975]).tolist(), target)
 
     def next(self, found: Estimates) -> Lam | None:
+        if not found.known.any():
+            return None
         lam = self.pick(found).lam
         return None if found.ess[found.at(lam)] >= SURE else round(lam, 2) + 0.0
 
@@ -150,25 +152,30 @@ class Keep:
     minimise: Cost = "tokens"
 
     def pick(self, found: Estimates) -> Pick:
-        """Raises DeraError where λ=1 is not known, or surely earns nothing of which a share could be kept."""
+        """Raises DeraError where λ=1 is not known."""
         if 1.0 not in found.lams or not found.known[found.at(1.0)]:
             raise DeraError("--keep asks for a share of λ=1's reward, and too few texts say what that is; give -l and "
                             "--anchors that hold 1, or more --samples")  # fmt: skip
-        one, (reward, draws) = found.at(1.0), found.columns["reward"]
-        low, high = interval(draws)[:, one]
-        if not low > 0:
-            raise DeraError(f"--keep asks for a share of λ=1's reward, which is not surely above 0: {reward[one]:.2g} "
-                            f"({low:.2g} to {high:.2g}); give a reward that is, or more prompts")  # fmt: skip
-        worth, (cost, cost_draws) = self.worth(found), found.columns[COLUMN_OF[self.minimise]]
-        best, keeping = int(np.argmax(worth)), np.isfinite(worth)
+        one, worth, keeping = found.at(1.0), self.worth(found), self._keeping(found)
+        cost, draws = found.columns[COLUMN_OF[self.minimise]]
+        best = int(np.argmax(worth))
         with np.errstate(invalid="ignore"):  # no KL at λ=0
-            saved, saved_draws = 1 - cost[best] / cost[one], 1 - cost_draws[:, best] / cost_draws[:, one]
+            saved, saved_draws = 1 - cost[best] / cost[one], 1 - draws[:, best] / draws[:, one]
         target = {
-            "by": "keep", "column": "kept", "value": self.share, "minimise": self.minimise,
-            "met": bool(best != one), "keeping": [lam for lam, k in zip(found.lams, keeping, strict=True) if k],
-            "saved": float(saved), "saved_ci": interval(saved_draws).tolist(),
+            "by": "keep", "column": "kept", "value": self.share, "minimise": self.minimise, "met": bool(best != one),
+            "of_ci": interval(found.columns["reward"][1])[:, one].tolist(), "saved": float(saved),
+            "saved_ci": interval(saved_draws).tolist(),
+            "keeping": [lam for lam, keeps in zip(found.lams, keeping, strict=True) if keeps],
         }  # fmt: skip
-        return Pick(found.lams[best], where_best(found.lams, np.where(keeping, -cost_draws, -np.inf)), target)
+        return Pick(found.lams[best], where_best(found.lams, np.where(keeping, -draws, -np.inf)), target)
+
+    def _keeping(self, found: Estimates) -> np.ndarray:
+        """Which λ surely keep the share, (L,): 1 does; no other where 1 does not surely earn more than 0."""
+        one = found.at(1.0)
+        earns = interval(found.columns["reward"][1])[0, one] > 0
+        keeping = found.known & earns & (interval(found.columns["kept"][1])[0] >= self.share)
+        keeping[one] = True
+        return keeping
 
     def next(self, found: Estimates) -> Lam | None:
         """The cheapest λ that may keep its share, as long as few effective texts stand for it."""
@@ -178,8 +185,7 @@ class Keep:
         return None if found.ess[best] >= SURE else found.lams[best]
 
     def worth(self, found: Estimates) -> np.ndarray:
-        keeping = found.known & (interval(found.columns["kept"][1])[0] >= self.share)
-        return np.where(keeping, -found.columns[COLUMN_OF[self.minimise]][0], -np.inf)
+        return np.where(self._keeping(found), -found.columns[COLUMN_OF[self.minimise]][0], -np.inf)
 
 
 def crossing(lams: np.ndarray, values: np.ndarray, wanted: float) -> tuple[float, bool]:

@@ -124,7 +124,7 @@ def run(
 def _show(result: Sweep, output: Path) -> None:
     """The table and the answer in words."""
     from ..pages.frame import read as as_read
-    from ..pages.sweep import LEGEND, cells, columns, sentences, shown
+    from ..pages.sweep import cells, columns, legend, sentences, shown
 
     content = as_read(result.to_dict())
     table = Table(title="What λ earns and costs", **PLAIN)
@@ -138,7 +138,7 @@ def _show(result: Sweep, output: Path) -> None:
     for row in shown(content):
         table.add_row(*cells(row, wanted), style="bold" if row["lambda"] == result.best["lambda"] else None)
     out.print(table)
-    say(LEGEND)
+    say(legend(wanted))
     for sentence in sentences(content):
         say(f"- {sentence}")
     if result.commands:

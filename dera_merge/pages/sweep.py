@@ -21,13 +21,17 @@ COLUMNS = (
     "lambda", "reward", "reward_ci", "kl", "kl_token", "length", "wins_aligned", "wins_ref", "gain_ci", "kept_ci",
     "ess",
 )  # fmt: skip
-LEGEND = (
-    "reward: mean over prompts, with its 95 % interval. kl: KL from the reference, nats a text; kl_token: nats a "
-    "token. length: tokens. wins_aligned, wins_ref: how often a text earns more than one of λ=1 (of several aligned "
-    "models: of the best alone) and of the reference, ties half. gain_ci: interval of the reward less that of λ=1 "
-    "(likewise). kept_ci: of the reward as a share of λ=1's. ess: effective texts a prompt; 1 is what one text "
-    "sampled there would be."
-)
+LEGEND = {
+    "reward": "mean over prompts, with its 95 % interval",
+    "kl": "KL from the reference, nats a text",
+    "kl_token": "KL from the reference, nats a token",
+    "length": "tokens",
+    "wins_aligned": "how often a text earns more than one of λ=1 (of several aligned models, the best), ties half",
+    "wins_ref": "the same beside the reference",
+    "gain_ci": "interval of the reward less that of λ=1 (likewise)",
+    "kept_ci": "interval of the reward as a share of λ=1's",
+    "ess": "effective texts a prompt; 1 is what one text sampled there would be",
+}
 
 
 def sentences(sweep: dict[str, Any]) -> list[str]:
@@ -70,7 +74,7 @@ def sentences(sweep: dict[str, Any]) -> list[str]:
     if unknown:
         treatment = "is left out" if isinstance(best["lambda"], Vector) else "is dotted there"
         said.append(f"At {len(unknown)} of {len(sweep['curve'])} λ too few texts say anything; the curve {treatment}.")
-    said += [_spent(judge) for judge in sweep["settings"].get("judges") or ()]
+    said += [_spent(judge) for judge in sweep.get("judges") or ()]
     if front := pareto(sweep):
         rest = f" and {len(front) - 8} more" if len(front) > 8 else ""
         said.append(f"No λ beats these in every reward at once: {', '.join(map(name, front[:8]))}{rest}.")
@@ -142,6 +146,11 @@ def columns(sweep: dict[str, Any]) -> tuple[str, ...]:
     return tuple(column for column in wanted if column in sweep["curve"][0].keys() - lacking)
 
 
+def legend(columns: Sequence[str]) -> str:
+    """What these columns are."""
+    return " ".join(f"{column}: {LEGEND[column]}." for column in columns if column in LEGEND)
+
+
 def shown(sweep: dict[str, Any], most: int = 12) -> list[dict[str, Any]]:
     """Rows of the curve for a table: those that were sampled, the best, and some between."""
     keep = {point["lambda"] for point in sweep["points"]} | {sweep["best"]["lambda"]}
@@ -158,9 +167,8 @@ def markdown(sweep: dict[str, Any]) -> str:
     commands = "\n".join(sweep["commands"])
     ship = f"To ship it:\n\n```bash\n{commands}\n```\n\n" if commands else ""
     settings = ", ".join(f"{key} {value}" for key, value in sweep["settings"].items() if value is not None)
-    return (
-        f"# Which λ?\n\n{' '.join(sentences(sweep))}\n\n{table}\n\n{LEGEND}\n\n{ship}Measured with: {settings}.\n"
-    )
+    said = [" ".join(sentences(sweep)), table, legend(wanted)]
+    return "\n\n".join(["# Which λ?", *said, f"{ship}Measured with: {settings}.\n"])
 
 
 def plot_sweep(sweep: dict[str, Any], file: Path) -> Path | None:
@@ -318,7 +326,7 @@ def html(sweep: dict[str, Any], prompts: Sequence[str], answers: Sequence[dict[s
     """
     wanted = columns(sweep)
     return page(
-        "sweep.html", "Which λ?", sweep, charts(sweep), said=sentences(sweep), columns=wanted, legend=LEGEND,
+        "sweep.html", "Which λ?", sweep, charts(sweep), said=sentences(sweep), columns=wanted, legend=legend(wanted),
         rows=[cells(row, wanted) for row in shown(sweep)], best=shown(sweep).index(_best(sweep)),
         texts=_texts(prompts, answers),
     )  # fmt: skip

@@ -57,6 +57,11 @@ def _kept(best: dict[str, Any], target: dict[str, Any]) -> list[str]:
     share, less = f"{target['value']:.0%}", {"tokens": "fewer tokens", "kl": "less KL"}[target["minimise"]]
     if target["value"] * 100 % 1:
         share = f"{target['value']:.1%}"
+    if not target["of_ci"][0] > 0:
+        return [
+            f"λ = 1 does not surely earn more than 0, so that {share} of its reward says nothing: "
+            f"{_range(target['of_ci'])}. More prompts, or a reward that is above 0, may."
+        ]
     if not target["met"]:
         return [
             f"No λ surely keeps {share} of λ=1's reward with {less}: λ = 1 itself is left. More prompts or --samples "

@@ -154,7 +154,7 @@ def test_a_sweep_that_was_interrupted_asks_nothing_twice(pair, tmp_path):
         again = sweep(pair, PROMPTS, [spec], **how, resume=True)
     assert len(asked) == count
     assert again.curve == first.curve
-    assert again.settings["judges"][0] | {"asked_now": 0} == first.settings["judges"][0] | {"asked_now": 0}
+    assert again.judges[0] | {"asked_now": 0} == first.judges[0] | {"asked_now": 0}
     one = next(row for row in first.curve if row["lambda"] == 1.0)
     assert one["reward_ci"][0] - 0.1 <= 0.5 <= one["reward_ci"][1] + 0.1, "the aligned model is even with itself"
     rivals = {a.prompt: a for a in first.answers if a.mode == "rival"}
@@ -162,7 +162,7 @@ def test_a_sweep_that_was_interrupted_asks_nothing_twice(pair, tmp_path):
     for a in first.answers:  # the reward is what the judge said of this text and the aligned model's own
         if a.mode == "exact":
             ours, theirs = len(a.text.split()), len(rivals[a.prompt].text.split())
-            assert a.rewards[first.settings["judges"][0]["name"]] == (ours > theirs) + 0.5 * (ours == theirs)
+            assert a.rewards[first.judges[0]["name"]] == (ours > theirs) + 0.5 * (ours == theirs)
 
 
 def test_the_key_comes_from_the_environment_alone_and_is_left_nowhere(sides, tmp_path, monkeypatch):
