@@ -90,6 +90,7 @@ def _run() -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except UsageError as error:
+        error.message = error.message.removeprefix("Value error, ")  # of the library that checks choices
         error.show(sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):  # typer makes an exit status of Ctrl-C
@@ -114,5 +115,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _how_to_go_on() -> str | None:
+    if not help.Command.begun:  # the command line may be none that could go on
+        return None
     resumable = [name for name, module in COMMANDS.items() if "resume" in inspect.signature(module.run).parameters]
     return endings.how_to_go_on(sys.argv[1:], resumable, again=["auto"])

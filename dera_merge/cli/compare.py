@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..errors import DeraError
 from .checks import check_report_folder, choose_device, given_prompts
 from .help import how, what, where
 from .options import (
@@ -94,6 +95,9 @@ def run(
     if launched()[0]:  # another process writes and prints
         raise typer.Exit(3 if gate and not gate["passed"] else 0)
     report.save(output)
+    if reward and not any((row.get("coupled") or {}).get("reward") for row in report.results):
+        raise DeraError(f"the reward {reward} fails on every text, so {output / 'report.html'} has none of it; mend "
+                        "it, or leave --reward out")  # fmt: skip
     if given.as_json:
         print_json(report.to_dict())
     else:

@@ -23,7 +23,17 @@ trust: Any = partial(typer.Option, rich_help_panel=TRUST)
 
 
 class Command(TyperCommand):
-    """A command whose help groups its options, and shows its examples (the epilog, one a line) as they are typed."""
+    """A command whose help groups its options, and shows its examples (the epilog, one a line) as they are typed.
+
+    Attributes:
+        begun: whether the options of one were read, so that it is at work.
+    """
+
+    begun = False
+
+    def invoke(self, ctx: Any) -> Any:
+        Command.begun = True
+        return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """The panels, in the order of `PANELS`."""

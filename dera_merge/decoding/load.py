@@ -13,7 +13,7 @@ import torch
 from ..errors import DeraError
 from ..models.adapter import Adapter
 from ..models.architecture import LOADING, Architecture, loading
-from ..models.kinds import model_class
+from ..models.kinds import config_of, model_class
 from ..models.pair import Pair
 from ..models.trust import NOTHING, Trust
 from ..models.weights import Stored
@@ -134,10 +134,8 @@ def load_model(
     Raises:
         DeraError: transformers cannot load it, or would make a tensor up.
     """
-    from transformers import AutoConfig
-
+    config = kwargs.get("config") or config_of(folder, trust)
     try:
-        config = kwargs.get("config") or AutoConfig.from_pretrained(folder, trust_remote_code=trust.code)
         quantised = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
         if quantised and "device_map" not in kwargs:
             kwargs["device_map"] = {"": device}  # quantised weights are made where they stay

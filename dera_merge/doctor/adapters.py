@@ -54,7 +54,6 @@ def check_adapter(findings: Findings, source: Source, base: str | None, trust: T
         trust: what may be read and run of the files.
         progress: called with (tensors read, tensors in all).
     """
-    findings.loads |= dict.fromkeys(("PEFT", "vLLM", "llama.cpp"))
     try:
         adapter = Adapter(source.folder, trust.pickle)
     except DeraError as error:

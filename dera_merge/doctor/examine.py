@@ -24,7 +24,7 @@ from .settings import check_companions, check_config, check_links
 
 _STILL = 0.95  # share of weights that did not move; training in bfloat16 with a small step leaves less than that
 _ROUNDED = "merge again in float32, or by dera-merge, which rounds stochastically"  # what to do about it
-PROGRAMS = ("transformers", "vLLM", "llama.cpp")
+PROGRAMS = {"full": ("transformers", "vLLM", "llama.cpp"), "adapter": ("PEFT", "vLLM", "llama.cpp")}
 
 
 def examine(
@@ -100,9 +100,10 @@ def _examine_one(
     if (folder / PARTIAL).is_file() and not any((folder / name).is_file() for name in CONFIGS):
         findings.broken(PARTIAL, "this merge is not finished", "run merge again with --resume")
         return None
-    check_links(findings, folder)
     with findings.refusals("directory"):
         kind = "adapter" if source.is_adapter else "full"
+        findings.loads |= dict.fromkeys(PROGRAMS[kind])
+        check_links(findings, folder)
         recipe = _check_recipe(findings, folder) if (folder / RECIPE).is_file() else None
         check_companions(findings, folder)
         if kind == "adapter":
@@ -131,7 +132,6 @@ def _check_recipe(findings: Findings, folder: Path) -> dict[str, Any] | None:
 
 
 def _check_full(findings: Findings, source: Source, trust: Trust, progress: Tell) -> None:
-    findings.loads |= dict.fromkeys(PROGRAMS)
     try:
         config = load_config(source)
     except DeraError as error:
@@ -164,8 +164,9 @@ def _check_against(
     findings: Findings, source: Source, base: str, adapter: str | None, trust: Trust, progress: Tell
 ) -> None:
     """A full model against what it was made of: whether anything of the training is in it, or all of an adapter."""
-    allowed = {"allow_pickle": trust.pickle, "trust_remote_code": trust.code}
-    with warnings.catch_warnings(), findings.refusals("weights"):
+    # Tokens that BASE lacks are no fault of a model: they are what training, or `--new-tokens aligned`, added.
+    allowed = {"allow_pickle": trust.pickle, "trust_remote_code": trust.code, "new_tokens": "aligned"}
+    with warnings.catch_warnings(), findings.refusals("weights", stops=False):
         warnings.simplefilter("ignore", DeraWarning)
         if adapter is None:
             pair = Pair.from_pretrained(base, source.folder, **allowed)

@@ -63,18 +63,22 @@ class Findings:
         """A program does not load it; the first reason stays."""
         self.loads[program] = self.loads.get(program) or reason
 
-    def reason(self, where: str, reason: str, broken: bool = True) -> None:
-        """What a check of a merge says; what comes behind the last semicolon is what to do."""
+    def reason(self, where: str, reason: str, broken: bool = True, stops: bool = True) -> None:
+        """What a check of a merge says; what comes behind the last semicolon is what to do. `stops` as of `broken`."""
         what, _, remedy = reason.replace("\n", " ").rpartition("; ")
-        (self.broken if broken else self.warn)(where, *((what, remedy) if what else (remedy, AGAIN)))
+        said = (what, remedy) if what else (remedy, AGAIN)
+        if broken:
+            self.broken(where, *said, stops)
+        else:
+            self.warn(where, *said)
 
     @contextmanager
-    def refusals(self, where: str) -> Iterator[None]:
-        """Write down what a check of a merge raises."""
+    def refusals(self, where: str, stops: bool = True) -> Iterator[None]:
+        """Write down what a check of a merge raises. `stops` as of `broken`."""
         try:
             yield
         except DeraError as error:
-            self.reason(where, str(error))
+            self.reason(where, str(error), stops=stops)
 
     @property
     def any_broken(self) -> bool:

@@ -130,13 +130,13 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self._pickled: dict[str, torch.Tensor] = {}
         self._open: dict[Path, BinaryIO] = {}
-        self._stems = (stem, "pytorch_model" if stem == "model" else stem)
+        self._stem, self._pickled_stem = stem, "pytorch_model" if stem == "model" else stem
         files = _shards(folder, f"{stem}.safetensors")
         if files:
             for file, expected in files.items():
                 header = read_header(file)
                 self._add(header, file, expected)
-        elif pickles := _shards(folder, f"{self._stems[1]}.bin"):
+        elif pickles := _shards(folder, f"{self._pickled_stem}.bin"):
             if not allow_pickle:
                 raise PickledOnly(
                     f"{folder} has only pickled weights ({next(iter(pickles)).name}), which can run code when read; "
@@ -150,10 +150,13 @@ class Checkpoint:
         self.files = tuple(files or pickles)
 
     def unread(self) -> list[Path]:
-        """Weight files of the directory that are not read, since others come first or no index names them."""
-        safe, pickled = self._stems
-        beside = [*self.folder.glob(f"{safe}*.safetensors"), *self.folder.glob(f"{pickled}*.bin")]
-        return sorted(file for file in beside if file not in self.files)
+        """Weight files of the directory that are not read, since others come first or no index names them.
+
+        Not `consolidated.safetensors`, which Mistral's own programs read.
+        """
+        safe = "*" if self._stem == "model" else f"{self._stem}*"  # beside an adapter a model may lie
+        beside = [*self.folder.glob(f"{safe}.safetensors"), *self.folder.glob(f"{self._pickled_stem}*.bin")]
+        return sorted(file for file in beside if file not in self.files and not file.match("consolidated*"))
 
     def is_copy_of(self, other: Checkpoint) -> bool:
         """Whether both hold the same tensors, bit for bit; it reads them whole only where samples do not differ."""

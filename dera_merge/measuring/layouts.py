@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import DeraError
 from ..files.checkpoint import TensorInfo
-from ..models.kinds import check_kind, is_text_decoder, text_config
+from ..models.kinds import check_kind, config_of, is_text_decoder, text_config
 from ..models.source import PROCESSOR_FILES, Source
 from ..models.trust import Trust
 
@@ -72,7 +72,6 @@ def what_works(
         adapter on it, and so a dial.
     """
     import transformers
-    from transformers import AutoConfig
 
     from ..decoding.hooks import check_generates
 
@@ -90,13 +89,15 @@ def what_works(
     elif not any((source.folder / file).is_file() for file in PROCESSOR_FILES):
         works["images"] = "no processor lies beside it"
     try:
-        AutoConfig.from_pretrained(source.folder, trust_remote_code=trust.code)
+        config_of(source.folder, trust)
+    except DeraError as error:
+        works["exact"] = works["generate"] = str(error).splitlines()[0]
+        return works
+    try:
         if found := getattr(transformers, name, None):
             check_generates(found)
     except DeraError as error:
         works["generate"] = str(error)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
-        works["exact"] = works["generate"] = f"transformers cannot build it: {str(error).splitlines()[0]}"
     return works
 
 

@@ -148,9 +148,10 @@ def _read(file: Path) -> bytes:
 
 def problem_of(file: Path) -> str | None:
     """Why a file of `TOKENIZER_FILES` cannot be what its name says; None where it can."""
-    content = file.read_bytes() if file.stat().st_size <= _LIMIT else b""
-    if not content:
-        return "it is empty or larger than 100 MB"
+    if file.stat().st_size > _LIMIT:
+        return "it is larger than 100 MB"
+    if not (content := file.read_bytes()):
+        return "it is empty"
     if file.suffix == ".json":
         try:
             told = load_json(file)

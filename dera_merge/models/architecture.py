@@ -14,7 +14,7 @@ import torch
 from ..errors import DeraError
 from ..files.checkpoint import TensorInfo
 from . import doors
-from .kinds import model_class
+from .kinds import config_of, model_class
 from .layout import Layout
 from .trust import NOTHING, Trust
 
@@ -97,10 +97,8 @@ class Architecture:
 
 def empty_model(folder: Path, trust: Trust = NOTHING) -> PreTrainedModel:
     """The model that `folder/config.json` describes, on the meta device. Raises DeraError where transformers cannot."""
-    from transformers import AutoConfig
-
+    config = config_of(folder, trust)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.code)
         with LOADING, torch.device("meta"):
             found = model_class(config)
             auto = hasattr(found, "from_config")

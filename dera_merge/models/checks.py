@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import DeraError, warn
 from .damage import check_adapter, check_full
+from .kinds import config_of
 from .side import Side
 from .trust import NOTHING, Trust
 
@@ -85,12 +86,10 @@ def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
 def _as_built(side: Side, trust: Trust, text: bool) -> dict[str, Any] | None:
     """A config, or its text decoder's, with all that transformers fills in; None where it does not know the model."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(side.base.folder, trust_remote_code=trust.code)
+        config = config_of(side.base.folder, trust)
         return config.get_text_config(decoder=True).to_dict() | {"architectures": None} if text else config.to_dict()
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError):
+    except (DeraError, ValueError, AttributeError):
         return None
 
 

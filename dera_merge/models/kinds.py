@@ -49,6 +49,12 @@ def is_wrapped(name: str, model_type: str | None) -> bool:
     return name in CLASSES.values() or (name.endswith("ForConditionalGeneration") and model_type in CLASSES)
 
 
+def sees_images(config: dict[str, Any]) -> bool:
+    """Whether a config is of a class that wraps a text decoder and reads images too."""
+    name = str((config.get("architectures") or [""])[0])
+    return is_wrapped(name, config.get("model_type")) and not is_text_decoder(name)
+
+
 def model_class(config: PreTrainedConfig) -> Any:
     """What loads the class that a config's `architectures` names: an Auto class of transformers, or the class itself.
 
@@ -57,12 +63,22 @@ def model_class(config: PreTrainedConfig) -> Any:
     import transformers
 
     name = (config.architectures or [""])[0]
-    if is_wrapped(name, config.model_type) and not is_text_decoder(name):
+    if sees_images({"architectures": config.architectures, "model_type": config.model_type}):
         auto, classes = transformers.AutoModelForImageTextToText, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     else:
         auto, classes = transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     known = type(config) in classes or hasattr(config, "auto_map")
     return auto if known else getattr(transformers, name, auto)
+
+
+def config_of(folder: Path, trust: Trust) -> PreTrainedConfig:
+    """transformers' config of the model in a folder. Raises DeraError where it makes none of config.json."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust.code)
+    except Exception as error:  # whatever a config's own code or checks raise
+        raise DeraError(f"transformers cannot load {folder}: {error}") from error
 
 
 def text_config(folder: Path, config: dict[str, Any], trust: Trust) -> dict[str, Any]:
@@ -73,14 +89,11 @@ def text_config(folder: Path, config: dict[str, Any], trust: Trust) -> dict[str,
         config: config.json.
         trust: whether code that comes with it may run.
     """
-    from transformers import AutoConfig
-
     nested = [key for key, value in config.items() if isinstance(value, dict) and key.endswith("_config")]
     if not set(nested) - {"quantization_config"}:
         return config
     try:
-        built = AutoConfig.from_pretrained(folder, trust_remote_code=trust.code)
-        return built.get_text_config(decoder=True).to_dict()
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError):
+        return config_of(folder, trust).get_text_config(decoder=True).to_dict()
+    except (DeraError, ValueError, AttributeError):
         inner = config.get("text_config")
         return config | inner if isinstance(inner, dict) else config

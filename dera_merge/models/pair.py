@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .. import lambdas
-from ..errors import DeraError
+from ..errors import DeraError, warn
 from ..files.checkpoint import TensorInfo
 from . import tokenizer
 from .architecture import Architecture
@@ -109,6 +109,8 @@ class Pair:
         pair = cls(sides, quantised, trust, new_tokens)
         if new_tokens == "aligned" and pair.brings_tokens:
             pair.only_pair("--new-tokens aligned is")
+        elif new_tokens == "aligned" and (pair.ref.vocabulary_rows or 0) > (pair.aligned.vocabulary_rows or 0):
+            warn("ALIGNED has no tokens that REF lacks, only REF has some; --new-tokens aligned changes nothing")
         return pair
 
     # The sides

@@ -11,7 +11,7 @@ from ..errors import DeraError, warn
 from ..files.checkpoint import Checkpoint
 from .adapter import Adapter
 from .damage import leave_out_value_head
-from .kinds import check_kind, text_config
+from .kinds import check_kind, config_of, text_config
 from .quantized import quantised_tensor
 from .source import Source, check_sizes, load_config
 from .stacking import on_another, stacks, warn_of_one_base
@@ -71,12 +71,7 @@ class Side:
         Raises:
             DeraError: transformers does not know the model.
         """
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(self.base.folder, trust_remote_code=code)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise DeraError(f"transformers cannot load {self.base.folder}: {error}") from error
+        config = config_of(self.base.folder, Trust(code=code))
         if self.quantisation is None and hasattr(config, "quantization_config"):
             del config.quantization_config
         return config

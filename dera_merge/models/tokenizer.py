@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DeraError, warn
 from ..files.atomic import load_json
+from .kinds import config_of
 from .side import Side
 from .source import VOCABULARY_FILES
 from .trust import Trust
@@ -36,13 +37,14 @@ def load_tokenizer(folder: Path, config: Path, trust: Trust) -> PreTrainedTokeni
     Raises:
         DeraError: it cannot be loaded.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model_config = AutoConfig.from_pretrained(config, trust_remote_code=trust.code)
+    model_config = config_of(config, trust)
     try:
         return AutoTokenizer.from_pretrained(folder, config=model_config, trust_remote_code=trust.code)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise DeraError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+        why = f"{error} is missing in one of its files" if isinstance(error, KeyError) else error
+        raise DeraError(f"the tokenizer in {folder} cannot be loaded: {why}") from error
 
 
 def check_tokenizers(ref: Side, aligned: Side, trust: Trust) -> None:

@@ -16,6 +16,7 @@ import yaml
 from ..errors import DeraError
 from ..measuring.report import Report
 from ..merging.parts import output_name, rules_of
+from ..models.source import PROCESSOR_FILES
 from ..pages.fidelity import COLUMNS, LEGEND, cells, sentences
 
 BEGIN, END = "<!-- dera-merge: begin -->", "<!-- dera-merge: end -->"
@@ -124,7 +125,7 @@ def base_of(recipe: dict[str, Any]) -> Parent:
 
 def section(
     recipe: dict[str, Any], report: Report | None, repo_id: str, revision: str,
-    siblings: Sequence[tuple[str, float]] = (), alone: bool = False, plot: str | None = None,
+    siblings: Sequence[tuple[str, float]] = (), alone: bool = False, plot: str | None = None, sees: bool = False,
 ) -> str:  # fmt: skip
     """Our section of the card of one λ, marks included.
 
@@ -135,6 +136,7 @@ def section(
         siblings: branch and λ of all that is published together.
         alone: the card is of the repository, and has no weights beside it; `recipe` and `report` are of one of the λ.
         plot: the report's plot, a file beside the card.
+        sees: the model is of a class that reads images too.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -156,6 +158,8 @@ def section(
         siblings=siblings, alone=alone, plot=plot, result=result,
         legend=LEGEND, table=rows and "\n".join(f"| {' | '.join(row)} |" for row in rows),
         said=result and sentences(result),
+        loader="AutoModelForImageTextToText" if sees else "AutoModelForCausalLM",
+        reader="AutoProcessor" if not {*PROCESSOR_FILES}.isdisjoint(recipe.get("files") or ()) else "AutoTokenizer",
     )  # fmt: skip
     return f"{BEGIN}\n{text.strip()}\n{END}"
 

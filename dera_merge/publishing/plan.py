@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .. import lambdas
 from ..errors import DeraError, warn
-from ..files.atomic import json_bytes
+from ..files.atomic import json_bytes, load_json
 from ..measuring.report import Report
 from ..merging.parts import output_name
 from ..merging.recipe import CONFIGS, FIGURES, RECIPE, verify, weights_digest
+from ..models.kinds import sees_images
 from ..models.source import GENERATION, PROCESSOR_FILES, TOKENIZER_FILES
 from ..pages.fidelity import plot_fidelity
 from ..progress import Progress
@@ -208,7 +209,8 @@ def _target(
     if lam is not None:
         files = {name: place / name for name in [*recipe["files"], RECIPE]} | figures
     plot = PLOT if PLOT in files else None
-    section = card.section(recipe, report, repo_id, branch, siblings, alone=lam is None, plot=plot)
+    config = load_json(place / "config.json") if (place / "config.json").is_file() else {}
+    section = card.section(recipe, report, repo_id, branch, siblings, lam is None, plot, sees_images(config))
     values = card.metadata(recipe, None if lam is None else report, repo_id, inherited)
     old = downloaded(api, repo_id, parent, CARD) if CARD in present else None
     replace = ("license", "license_name", "license_link") if license else ()

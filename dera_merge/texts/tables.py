@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def rows(source: str | os.PathLike[str], limit: int | None = None) -> list[tuple
     Raises:
         DeraError: it cannot be read, or is none of these.
     """
+    if not os.fspath(source):
+        raise DeraError(f"prompts: no name is given; give {FORMS}")
     path = Path(source)
     found = _of_file(path) if path.exists() and not path.is_dir() else _of_data_set(os.fspath(source))
     return list(itertools.islice(found, limit))
@@ -61,8 +64,11 @@ def _of_file(path: Path) -> Rows:
         if content[:4] == b"PAR1":
             return _of_parquet(path, content)
         text = content.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DeraError(f"prompts {path} cannot be read as UTF-8 text: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DeraError(f"prompts {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        packed = "what it holds packed is no text, or " if name != path else ""
+        raise DeraError(f"prompts {path} cannot be read as UTF-8 text: {packed}{error}") from error
     if "\0" in text:
         raise DeraError(f"prompts {path} cannot be read as UTF-8 text: it holds zero bytes; is it UTF-16?")
     kind = name.suffix.lower()

@@ -14,8 +14,8 @@ from builders import weights
 from commands import run
 from transformers import AutoModelForCausalLM
 
-from dera_merge import ModelPair, demo
-from dera_merge.cli import show
+from dera_merge import ModelPair, cli, demo
+from dera_merge.cli import help, show
 from dera_merge.merging.recipe import PARTIAL
 
 
@@ -253,6 +253,27 @@ def test_a_report_is_not_written_into_an_input(tmp_path):
     shutil.copytree(demo.REF, tmp_path / "ref")
     done = run("compare", tmp_path / "ref", demo.ALIGNED_DENSE, "-l", "1", "-o", tmp_path / "ref" / "sub")
     assert_one_line(done, 1, "lies in an input")
+
+
+def test_an_interruption_before_the_options_are_read_names_no_command_to_go_on_with(monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    words = "dera-merge merge a b -l 1 -o c"
+    for method, said in (("make_context", "interrupted\n"), ("invoke", f"interrupted; go on with: {words} --resume\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", words.split())
+            patch.setattr(help.Command, "begun", method == "invoke")
+            patch.setattr(help.Command, method, interrupted)
+            with pytest.raises(SystemExit, match="130"):
+                cli.main()
+        assert capsys.readouterr().err == said
+
+
+def test_a_choice_that_there_is_not_is_named_plainly():
+    done = run("merge", "a", "b", "-l", "1", "-o", "c", "--new-tokens", "x")
+    assert done.returncode == 2
+    assert "Invalid value for '--new-tokens': 'x' is not one of" in done.stderr
 
 
 def test_control_characters_in_names_are_escaped():

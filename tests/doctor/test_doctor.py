@@ -120,6 +120,32 @@ def test_links_to_nothing_and_files_that_are_something_else(tmp_path):
     assert "tokenizer.json: it is JSON, but holds something else" in lines(folder)[0]
 
 
+def test_a_tokenizer_that_is_not_there_stands_against_loading(tmp_path):
+    folder = ill(FULL, tmp_path / "model")
+    (folder / "tokenizer.json").write_text("")
+    assert "tokenizer.json: it is empty; " in lines(folder)[0]
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(tmp_path / "gone")
+    result = examine(str(folder))
+    assert result["broken"]
+    assert all("tokenizer.json: it is a link" in reason for reason in result["loads"].values())
+
+
+def test_a_weight_file_of_any_name_that_nothing_reads_is_named_but_not_what_mistrals_programs_read(tmp_path):
+    folder = ill(FULL, tmp_path / "model")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert lines(folder) == []
+    shutil.copy(folder / "model.safetensors", folder / "old.safetensors")
+    assert "old.safetensors: it lies beside model.safetensors and is not read" in only(folder)
+
+
+def test_what_is_its_own_base_is_no_merge_of_it_but_loads(tmp_path):
+    result = examine(str(FULL), str(shutil.copytree(FULL, tmp_path / "copy")))
+    (finding,) = result["findings"]
+    assert (finding["level"], "Δ = 0" in finding["what"]) == ("broken", True)
+    assert set(result["loads"].values()) == {None}
+
+
 def test_a_config_that_is_no_json(tmp_path):
     for folder, name in ((FULL, "config.json"), (LORA, "adapter_config.json")):
         place = shutil.copytree(folder, tmp_path / folder.name)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraForCausalLM, ModelPair, compare
-from dera_merge.errors import DeraError
+from dera_merge.doctor.examine import examine
+from dera_merge.errors import DeraError, DeraWarning
 
 NEW = 70  # rows of ALIGNED; REF has VOCAB
 IDS = torch.tensor([[3, 66, 5, 69], [64, 8, 7, 6]])  # with new tokens in the context
@@ -83,6 +84,17 @@ def test_new_rows_are_aligneds_at_every_lambda_and_lambda_1_is_aligned(grown, tm
         assert model.config.vocab_size == NEW
         assert torch.equal(logits(pair.merged(lam)), logits(model))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(merged[1.0])), logits(aligned), rtol=0, atol=2e-5)
+
+
+def test_a_doctor_finds_nothing_wrong_with_tokens_that_the_base_lacks(llama, tmp_path):
+    ref, aligned = llama(0), llama(1, vocab_size=NEW, near=None)
+    shutil.copytree(aligned, tmp_path / "aligned")
+    save_wide_tokenizer(tmp_path / "aligned")
+    (out,) = ModelPair.from_pretrained(ref, tmp_path / "aligned", new_tokens="aligned").merge(tmp_path / "out", [0.5])
+    assert not [row for row in examine(str(out), str(ref))["findings"] if "tokens" in row["what"]]
+    assert not examine(str(out), str(ref))["broken"]
+    with pytest.warns(DeraWarning, match="only REF has some"):
+        ModelPair.from_pretrained(tmp_path / "aligned", ref, new_tokens="aligned")
 
 
 def test_without_a_word_only_lambda_1_is_merged_and_the_way_out_is_named(grown, tmp_path):

@@ -427,6 +427,13 @@ def ours(recipe=RECIPE):
     return card.metadata(recipe, None, "me/m", {"license": "mit"}), card.section(recipe, None, "me/m", "main")
 
 
+def test_a_card_of_a_model_that_sees_loads_it_by_its_own_auto_class():
+    files = {"files": {"model.safetensors": {}, "processor_config.json": {}}}
+    section = card.section(RECIPE | files, None, "me/m", "main", sees=True)
+    assert 'model = AutoModelForImageTextToText.from_pretrained("me/m")\nprocessor = AutoProcessor.' in section
+    assert 'model = AutoModelForCausalLM.from_pretrained("me/m")\ntokenizer = AutoTokenizer.' in ours()[1]
+
+
 def test_only_what_is_ours_changes_in_a_card():
     there = (
         "---\n# a comment\nlanguage: [en]   # mine\ntags:\n- chat\n# between\nmodel-index:\n- name: other\n  results: []\n"

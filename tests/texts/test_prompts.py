@@ -151,6 +151,17 @@ def test_other_columns_stay_with_the_prompts_that_fit_and_one_line_says_what_was
         prompts.fitting(rows[1:2], chat, 64, 256)
 
 
+def test_no_name_and_a_packed_file_of_something_else_are_refused_in_one_line(tmp_path):
+    with pytest.raises(DeraError, match="no name is given"):
+        prompts.read("")
+    (tmp_path / "broken.gz").write_bytes(gzip.compress(b"x" * 99)[:20] + b"garbage of some length")
+    (tmp_path / "picture.gz").write_bytes(gzip.compress(bytes(range(128, 256))))
+    for name, said in (("broken.gz", "cannot be read"), ("picture.gz", "what it holds packed is no text")):
+        with pytest.raises(DeraError, match=said) as refusal:
+            prompts.read(tmp_path / name)
+        assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("says", ["{{ p['text'] }}", "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}"])
 def test_a_template_that_knows_parts_alone_loses_no_plain_text(says):
     words = tokenizer()

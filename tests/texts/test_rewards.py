@@ -16,7 +16,7 @@ from loopback import served
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from dera_merge import DeraError, ModelPair, compare, demo, load_reward, sweep
+from dera_merge import DeraError, ModelPair, cli, compare, demo, load_reward, sweep
 from dera_merge.texts import endpoints
 from dera_merge.texts.exchanges import Exchange, RewardDown
 from dera_merge.texts.rewards import as_reward, checked
@@ -459,6 +459,20 @@ def test_compare_looks_at_a_reward_before_the_work_and_loses_nothing_at_the_end(
     ):
         row = compare(pair, [0.5], ROWS, reward=lambda text: 1 / 0, **how).at(0.5)
     assert (row["coupled"]["reward"], row["coupled"]["reward_failed"]) == (None, 2)
+
+
+def test_compare_ends_as_an_error_where_a_reward_failed_on_every_text_and_keeps_the_report(tmp_path, monkeypatch, capsys):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "bad.py").write_text("def reward(text): return 1 / 0\n")
+    words = ["compare", demo.REF, demo.ALIGNED_LORA, "-l", 0.5, "--prompts", tmp_path / "q.jsonl", "--max-new-tokens", 4,
+             "--with", "coupled", "--reward", f"{tmp_path / 'bad.py'}:reward", "-o", tmp_path / "out", "--json"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["dera-merge", *map(str, words)])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "fails on every text, so" in said.err
+    assert (tmp_path / "out" / "report.json").is_file()
 
 
 def test_json_is_all_there_is_on_stdout_whatever_a_reward_does(tmp_path):
