@@ -170,6 +170,7 @@ COLUMNS = {
     **{what: [f"dense {what}"] for what in ("merge", "live", "exact", "generate", "compare")},
     **{form: [f"{form} {what}" for what in CELLS[form] if what != "rows"] for form in ADAPTERS},
     "rows": ["attention rows"],
+    "layouts": [f"layouts {what}" for what in CELLS["layouts"]],
 }
 COLUMNS["generate"] = ["dense generate", "dense own"]
 
@@ -214,7 +215,9 @@ def written(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "",
         "An adapter's column is merge, live model, exact forward and padded generation of it together: LoRA on the",
         "layers of attention, on all linear layers, on experts by `target_parameters`, and DoRA. *rows* is `dial`: a λ",
-        "for each row of a batch. *generate* is padded greedy decoding, and at λ = 0 and 1 the model's own.",
+        "for each row of a batch. *generate* is padded greedy decoding, and at λ = 0 and 1 the model's own. *layouts*",
+        "is files as they are elsewhere: tensors for multi-token prediction in REF alone, experts fused on one side",
+        "and one by one on the other (or other prefixes), adapters with transformers 4's names of modules.",
         "",
         *lines_of(totals),
         "",

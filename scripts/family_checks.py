@@ -9,21 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import tempfile
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from layout_checks import layouts
+from oracles import (
+    NEW,
+    TOLERANCE,
+    NotApplicable,
+    Wrong,
+    between,
+    close,
+    dora_between,
+    first_line,
+    greedy,
+    load,
+    outcome,
+    same_tokens,
+    turned,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import END, FIRST, PAD, UNKNOWN, Sizes, stir, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dera_merge import DeraError, ModelPair, compare
+from dera_merge import ModelPair, compare
 
 ADAPTERS = ("attention", "all-linear", "experts", "DoRA")
 CELLS = {
@@ -32,123 +46,17 @@ CELLS = {
     "all-linear": ("merge", "live", "exact", "generate"),
     "experts": ("merge", "live", "exact", "generate"),
     "DoRA": ("merge", "live", "exact", "generate"),
+    "layouts": ("MTP", "mixed", "old names"),
 }
 NAMES = [f"{form} {what}" for form, cells in CELLS.items() for what in cells]
 LAM = 0.3
-NEW = 6  # tokens generated
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [END]}  # no row ends before the others
-TOLERANCE = 3e-4  # relative to the largest value: float32 through a few layers
-NARROW = 2e-3  # two tokens nearer than this, relative, are taken for equal
 ATTENTION = set(
     "q_proj k_proj v_proj o_proj qkv_proj query_key_value c_attn q_attn Wqkv query key value q_lin v_lin q_b_proj "
     "kv_b_proj qkv in_proj x_proj Wq Wv query_proj project_q project_v q v c_proj qkv_linear receptance".split()
 )
 NO_EXPERTS = "no experts held in one tensor"
 BESIDE_MAMBA = {"out_proj", "conv1d"}  # which PEFT does not take in models with Mamba layers
-
-
-class Wrong(Exception):
-    """Two results that ought to be one; says how far apart they are."""
-
-
-class NotApplicable(Exception):
-    """There is nothing to check here."""
-
-
-def close(mine: torch.Tensor, theirs: torch.Tensor, what: str = "") -> None:
-    if mine.shape != theirs.shape:
-        raise Wrong(f"{what} has shape {tuple(mine.shape)}, not {tuple(theirs.shape)}".strip())
-    difference = (mine.double() - theirs.double()).abs()
-    distance = (difference.max() / theirs.double().abs().max().clamp(min=1e-6)).item() if difference.numel() else 0.0
-    if not distance <= TOLERANCE:
-        raise Wrong(f"{what} off by {distance:.1e}".strip())
-
-
-# Oracles
-
-
-def load(folder: Path) -> PreTrainedModel:
-    """The plain model of a directory; raises where transformers made a tensor up."""
-    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
-    model, report = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise Wrong(f"the file lacks {missing[0]}")
-    return model.eval()
-
-
-def between(ref: PreTrainedModel, aligned: PreTrainedModel, lam: float) -> PreTrainedModel:
-    """The state dicts mixed in float64, in the plain class."""
-    mixed, ours, theirs = copy.deepcopy(ref), ref.state_dict(), aligned.state_dict()
-    for name, tensor in mixed.state_dict().items():  # of tied tensors one is written twice
-        if tensor.is_floating_point():
-            tensor.copy_((1 - lam) * ours[name].double() + lam * theirs[name].double())
-    return mixed
-
-
-@contextlib.contextmanager
-def turned(adapted: PreTrainedModel, lam: float) -> Iterator[PreTrainedModel]:
-    """A model with PEFT's layers in it, unmerged, at λ times their scale: θ_ref + λΔ of a plain LoRA."""
-    layers = [module for module in adapted.modules() if isinstance(getattr(module, "scaling", None), dict)]
-    for layer in layers:
-        layer.scaling["default"] *= lam
-    try:
-        yield adapted
-    finally:
-        for layer in layers:
-            layer.scaling["default"] /= lam
-
-
-def dora_between(adapted: PreTrainedModel, lam: float) -> PreTrainedModel:
-    """θ_ref + λΔ of a DoRA in the plain layers: Δ is m·(W + s·BA)/‖W + s·BA‖ - W, by rows (Liu et al., 2024)."""
-    model = copy.deepcopy(adapted)
-    for path, layer in list(model.named_modules()):
-        if not len(getattr(layer, "lora_magnitude_vector", ())):
-            continue
-        plain = layer.get_base_layer()
-        turn = isinstance(plain, transformers.pytorch_utils.Conv1D)
-        weight = plain.weight.double().T if turn else plain.weight.double()
-        product = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
-        moved = weight + layer.scaling["default"] * product
-        magnitude = layer.lora_magnitude_vector["default"].weight.double()
-        moved *= (magnitude / moved.norm(dim=1))[:, None]
-        mixed = torch.lerp(weight, moved, lam).float()
-        plain.weight = torch.nn.Parameter(mixed.T.contiguous() if turn else mixed)  # parted from what it is tied to
-        model.set_submodule(path, plain)
-    return model
-
-
-def greedy(
-    models: Sequence[PreTrainedModel], shares: Sequence[float], batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (rows, NEW) of a plain loop over mixed logits, and by how much each was ahead of the second, relative.
-
-    Each step is a `generate` of one token by each model, from the whole text: its own hooks, and no cache to go wrong.
-    """
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    ahead = []
-    for _ in range(NEW):
-        logits = 0.0
-        for model, share in zip(models, shares, strict=True):
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1, do_sample=False,
-                                 output_logits=True, return_dict_in_generate=True)  # fmt: skip
-            logits = logits + share * out.logits[0].double()
-        size = logits.abs().amax(-1)
-        logits[:, END] = -torch.inf
-        best = logits.topk(2).values
-        ahead.append((best[:, 0] - best[:, 1]) / size)
-        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return ids[:, -NEW:], torch.stack(ahead, 1)
-
-
-def same_tokens(mine: torch.Tensor, theirs: torch.Tensor, ahead: torch.Tensor) -> None:
-    """Up to where two tokens were as good as level."""
-    for row, (ours, wanted, margin) in enumerate(zip(mine.tolist(), theirs.tolist(), ahead.tolist(), strict=True)):
-        for step, (a, b, by) in enumerate(zip(ours, wanted, margin, strict=True)):
-            if a != b:
-                if by > NARROW:
-                    raise Wrong(f"token {step + 1} of row {row + 1} is {a}, not {b}")
-                break
 
 
 # One family
@@ -214,6 +122,7 @@ class Family:
         yield from self.dense()
         for form in ADAPTERS:
             yield from self.adapter(form)
+        yield from layouts(self)
 
     def dense(self) -> Iterator[tuple[str, Callable[[], None]]]:
         pair = Lazy(lambda: ModelPair.from_pretrained(self.base, self.folder / "aligned"))
@@ -402,11 +311,6 @@ def words(ids: Iterable[int]) -> str:
     return " ".join(f"w{n}" for n in ids)
 
 
-def first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]}…"
-
-
 @torch.no_grad()
 def check(name: str, sizes: Sizes, seed: int, say: Callable[[dict[str, Any]], None]) -> None:
     """Go through the cells of a family; `say` gets each as it is known, `{"cell", "state", "why"}`, and what it is."""
@@ -430,22 +334,3 @@ def refusal(model: PreTrainedModel, folder: Path, say: Callable[[dict[str, Any]]
     found = outcome(lambda: ModelPair.from_pretrained(folder / "base", folder / "base").merge(folder / "out", [LAM]))
     say({"class": type(model).__name__})
     say({"cell": "dense merge", **(found if found["state"] != "ok" else {"state": "wrong", "why": "is not refused"})})
-
-
-def outcome(work: Callable[[], Any]) -> dict[str, str]:
-    """What came of a check: `state` and `why`."""
-    try:
-        work()
-    except DeraError as error:
-        one_line = "\n" not in str(error)
-        return {"state": "refused" if one_line else "crash", "why": first_line(error)}
-    except NotApplicable as error:
-        return {"state": "n/a", "why": str(error)}
-    except Wrong as error:
-        return {"state": "wrong", "why": first_line(error)}
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}:{place.lineno}"
-        trace = "".join(traceback.format_exception(error)[-6:])
-        return {"state": "crash", "why": f"{type(error).__name__}: {first_line(error)} ({where})", "trace": trace}
-    return {"state": "ok", "why": ""}
