@@ -231,7 +231,7 @@ def moved(build, seed):
     return model
 
 
-@pytest.mark.parametrize("kind", OWN_WAY)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "blt")) for kind in OWN_WAY])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_at_the_ends_a_class_with_a_way_of_its_own_generates_as_it_does_alone(kind, use_cache):
     models = [moved(OWN_WAY[kind], seed) for seed in (1, 2)]
