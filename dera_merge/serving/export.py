@@ -15,8 +15,12 @@ import errno
 import math
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from ..merging.companions import cleaned, companions, generation_file, tokenizer
 from ..merging.merge import merge
 from ..merging.output import check_clear_of_inputs
 from ..models.ends import generation_settings
+from ..models.kinds import config_of
 from ..models.pair import Pair
 from ..models.pieces import LowRank
 from ..models.side import Side
@@ -39,12 +44,21 @@ Places = dict[str, tuple[Path, list[Path]]]  # name in the directory → the fol
 
 
 def held_once(pair: Pair) -> bool:
-    """Whether both models can stand on one set of weights: adapters of B·A on linear layers, over the same base."""
+    """Whether both models can stand on one set of weights: adapters of B·A on a decoder's linear layers, over one base.
+
+    Not with experts, whose weights vLLM turns in place once they are loaded: it would turn shared ones twice.
+    """
     if not pair.shared_base:
         return False
     if pair.requantises or pair.stacked or pair.names.unties:
         return False
-    linear = {pair.layout.name(f"{module}.weight") for module in pair.architecture.linear}
+    decoder = pair.architecture.decoder  # towers are not made there
+    shapes = {name: shape for name, shape in pair.architecture.shapes.items() if name.startswith(decoder)}
+    if any(".experts." in name or len(shape) == 3 for name, shape in shapes.items()):
+        return False
+    linear = {
+        pair.layout.name(f"{module}.weight") for module in pair.architecture.linear if module.startswith(decoder)
+    }
     return all(
         name in linear and all(isinstance(piece, LowRank) for piece in pieces)
         for weights in pair.names.weights
@@ -78,9 +92,11 @@ def export_exact(
         `path`, `lambda`, `held_once` (both on one set of weights), `linked` and `copied` (bytes of weights).
 
     Raises:
-        DeraError: the pair does not fit together, or the output cannot be written. Nothing is left of it then.
+        DeraError: the pair does not fit together, vLLM cannot run it, or the output cannot be written. Nothing is left
+            of it then.
     """
     pair.only_pair("export-exact is")
+    _check_served(pair)
     lam = float(lam) + 0.0
     if not math.isfinite(lam):
         raise DeraError(f"λ must be finite, not {lam}")
@@ -107,6 +123,29 @@ def export_exact(
     except OSError as error:
         raise DeraError(f"{folder} cannot be written: {error.strerror or error}") from error
     return {"path": str(folder), "lambda": lam, "held_once": once, **sizes}
+
+
+def _check_served(pair: Pair) -> None:
+    """Raise DeraError where the plugin cannot run models of this kind, or the vLLM that is installed here has none."""
+    name, model = pair.architecture.model_class.__name__, pair.architecture.model
+    layers = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    if model._is_stateful or not all(str(layer).endswith("attention") for layer in layers):
+        raise DeraError(f"{name} keeps more than keys and values of what it read, which exact DeRa in vLLM does not "
+                        "run; merge the pair, or decode it with pair.exact()")  # fmt: skip
+    if not _served_by_vllm(name):
+        raise DeraError(f"the vLLM that is installed here has no {name}; merge the pair, or decode it with "
+                        "pair.exact()")  # fmt: skip
+
+
+@cache
+def _served_by_vllm(name: str) -> bool:
+    """Whether the vLLM that is installed here has a class; True where there is none that could be asked."""
+    if find_spec("vllm") is None:
+        return True
+    # In a process of its own: importing vLLM changes settings of torch.
+    asked = [sys.executable, "-c", "import vllm; print(*vllm.ModelRegistry.get_supported_archs())"]
+    answer = subprocess.run(asked, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return answer.returncode != 0 or name in answer.stdout.split()
 
 
 def _write(
@@ -202,14 +241,13 @@ def _describe(folder: Path, target: Path, base: str, code: bool, quantised: bool
 
 def _config(pair: Pair, stage: Path, lam: float) -> dict[str, Any]:
     """The directory's config.json."""
-    from transformers import AutoConfig
-
     home = next(stage / name for name in ("base", "ref") if (stage / name).is_dir())
-    text = AutoConfig.from_pretrained(home, trust_remote_code=pair.trust.code)
+    whole = config_of(home, pair.trust)
+    text = whole.get_text_config(decoder=True)
     text.name_or_path = ""  # else the temporary directory of this export
-    text.get_text_config(decoder=True).vocab_size = pair.vocab_size
+    text.vocab_size = pair.vocab_size
     names = {name: name for name in ("ref", "aligned", "base") if (stage / name).is_dir()}
-    config = DeraConfig(text, lam=lam, pair=names, architectures=["DeraForCausalLM"], dtype=text.dtype)
+    config = DeraConfig(text, lam=lam, pair=names, architectures=["DeraForCausalLM"], dtype=whole.dtype)
     made = {"exported": {name: side.source.pinned for name, side in zip(("ref", "aligned"), pair.sides, strict=True)}}
     return config.to_dict() | made
 

@@ -13,22 +13,25 @@ Base and adapter are held once: see `vllm/shared.py`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..models import doors
 
 doors.check("exact DeRa in vLLM")  # before the imports of these names, which a rename would break without a reason
 
+from vllm.config import MultiModalConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import init_vllm_registered_model
 
 from ..decoding.mix import mix, shares_of
 from ..errors import DeraError
+from ..models.kinds import config_of
 from ..models.pair import Pair
 from ..models.side import Side
 from ..models.source import Source
@@ -45,6 +48,7 @@ class DeraForCausalLM(nn.Module):
     """Two models of any architecture that vLLM knows, over the same tokens; vLLM makes one from a DeRa directory."""
 
     get_model_state_cls = staticmethod(model_state)  # what Model Runner V2 asks for
+    supports_mrope = True  # asked for where the pair's config has three positions for each token
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -59,13 +63,12 @@ class DeraForCausalLM(nn.Module):
         self.lambdas = Lambdas.of(vllm_config)
         self.default = torch.tensor([float(config.lam)], device=vllm_config.device_config.device)
 
-        configs = [
-            AutoConfig.from_pretrained(side.base.folder, trust_remote_code=trust.code) for side in self.pair.sides
-        ]
+        configs = [config_of(side.base.folder, trust) for side in self.pair.sides]
         self.width = [inner.get_text_config().hidden_size for inner in configs]
 
         def build(name: str, inner: PreTrainedConfig) -> nn.Module:
-            return init_vllm_registered_model(vllm_config, hf_config=inner, prefix=f"{prefix}.{name}".lstrip("."))
+            own = vllm_config if inner.get_text_config() is inner else _without_towers(vllm_config, inner)
+            return init_vllm_registered_model(own, hf_config=inner, prefix=f"{prefix}.{name}".lstrip("."))
 
         self.ref = build("ref", configs[0])
         self.held_once = self.pair.shared_base
@@ -81,6 +84,10 @@ class DeraForCausalLM(nn.Module):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Part of vLLM's interface; exact DeRa reads tokens, as the two models embed them differently."""
         raise DeraError("exact DeRa takes tokens, not embeddings")
+
+    def get_mrope_input_positions(self, input_tokens: list[int], *_: Any, **__: Any) -> tuple[torch.Tensor, int]:
+        """The three positions of each token of a text, (3, tokens), which are one; later tokens lag behind by 0."""
+        return torch.arange(len(input_tokens)).expand(3, -1), 0
 
     def forward(
         self,
@@ -146,6 +153,15 @@ class DeraForCausalLM(nn.Module):
                 load_shared(self.pair, self.ref, self.aligned)
             return loaded | {name for name, _ in self.named_parameters()}
         return loaded | {f"aligned.{name}" for name in self.aligned.load_weights(_stored(self.pair.aligned))}
+
+
+def _without_towers(vllm_config: VllmConfig, inner: PreTrainedConfig) -> VllmConfig:
+    """The engine's config for a class that wraps a text decoder: what it sees images with is not made."""
+    vllm_config, model_config = copy.copy(vllm_config), copy.copy(vllm_config.model_config)
+    model_config.multimodal_config = MultiModalConfig(language_model_only=True)
+    model_config.hf_config = inner  # vLLM takes from there whether embeddings are tied
+    vllm_config.model_config = model_config
+    return vllm_config
 
 
 def _stored(side: Side) -> Iterable[tuple[str, torch.Tensor]]:

@@ -7,11 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
+import families
 import pytest
 import torch
-from builders import VOCAB, weights
+import wrapped
+from builders import VOCAB, save_tokenizer, weights
 from commands import run
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, DeraForCausalLM, ModelPair, demo
@@ -167,6 +169,44 @@ def test_only_what_it_wrote_itself_is_replaced(llama, tmp_path):
     with pytest.raises(DeraError, match="lies in the input"):
         pair.export_exact(llama(0) / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "saved"]
+
+
+@pytest.mark.parametrize("kind", ["Qwen3_5", "lfm2"])
+def test_models_that_keep_more_than_keys_and_values_are_refused_before_anything_is_written(kind, tmp_path):
+    for seed, name in enumerate(("ref", "aligned")):
+        layers = {"layer_types": ["conv", "full_attention"]}
+        model = wrapped.tiny(kind, seed) if kind in wrapped.WRAPPED else families.build(kind, seed, **layers)
+        model.save_pretrained(tmp_path / name)
+        save_tokenizer(tmp_path / name)
+    with pytest.raises(DeraError, match="keeps more than keys and values") as refusal:
+        ModelPair.from_pretrained(tmp_path / "ref", tmp_path / "aligned").export_exact(tmp_path / "out" / "exact")
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_a_class_that_wraps_a_text_decoder_the_config_shows_an_engine_the_decoder(tmp_path):
+    for seed, name in enumerate(("ref", "aligned")):
+        wrapped.tiny("Gemma3", seed).save_pretrained(tmp_path / name)
+        save_tokenizer(tmp_path / name)
+    ModelPair.from_pretrained(tmp_path / "ref", tmp_path / "aligned").export_exact(tmp_path / "out", 0.3)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["text_config"]["model_type"], config["text_config"]["num_attention_heads"]) == ("gemma3_text", 4)
+    ref, aligned = (wrapped.class_of("Gemma3").from_pretrained(tmp_path / name).eval() for name in ("ref", "aligned"))
+    model = DeraForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(model), mixed(ref, aligned, 0.3))
+
+
+@pytest.mark.parametrize(("kind", "targets", "once"), [
+    ("Gemma3", r".*language_model.*q_proj", True), ("Gemma3", r".*q_proj", False), ("qwen3_moe", r".*q_proj", False),
+])  # fmt: skip
+def test_an_adapter_is_held_once_where_an_engine_can(kind, targets, once, tmp_path):
+    """Not where it changes a tower, which is not made for text, nor beside experts, whose weights an engine turns."""
+    model = wrapped.tiny(kind, 0) if kind in wrapped.WRAPPED else families.build(kind, 0)
+    model.save_pretrained(tmp_path / "ref")
+    save_tokenizer(tmp_path / "ref")
+    get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).save_pretrained(tmp_path / "lora")
+    made = ModelPair.from_pretrained(tmp_path / "ref", tmp_path / "lora").export_exact(tmp_path / "out", 0.5)
+    assert made["held_once"] == once
 
 
 def test_a_failure_leaves_nothing(llama, tmp_path, monkeypatch):

@@ -16,8 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
+import wrapped
+from builders import save_tokenizer
 from commands import run
 from engines import documented, metric, serving, shell
 
@@ -250,6 +253,51 @@ def test_two_ranks_serve_what_one_does(tmp_path, prompts):
         client = OpenAI(base_url=f"{address}/v1", api_key="none")
         for prompt, lam in zip(prompts, LAMS, strict=False):
             assert complete(client, out, prompt, lam).choices[0].token_ids == greedy(exact, prompt, lam=lam)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("kind", ["Gemma3", "Qwen3VL", "qwen3_moe"])
+def test_models_that_are_wrapped_or_have_experts_answer_text_as_exact_decoding_does(kind, adapted, tmp_path, monkeypatch):
+    """A sliding window, three positions for each token, experts: each in a pair of full models and as an adapter."""
+    from openai import BadRequestError, OpenAI
+    from peft import LoraConfig, get_peft_model
+
+    monkeypatch.setitem(wrapped.TEXT, "head_dim", 32)  # vLLM's attention on CPUs knows no smaller ones
+    monkeypatch.setitem(wrapped.ROPE, "mrope_section", [4, 6, 6])
+    sizes = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 64}
+    for seed, name in enumerate(("ref", "aligned")):
+        model = families.build(kind, seed, **sizes) if kind == "qwen3_moe" else wrapped.tiny(kind, seed)
+        if adapted and seed:
+            torch.manual_seed(seed)
+            targets = r".*(language_model|model\.layers).*(q_proj|v_proj|o_proj)"
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        model.save_pretrained(tmp_path / name)
+        save_tokenizer(tmp_path / name)
+    out = tmp_path / "exact"
+    made = run("export-exact", tmp_path / "ref", tmp_path / "aligned", "-o", out, "--json")
+    assert made.returncode == 0, made.stderr
+    exact = DeraForCausalLM.from_pretrained(out)
+    asked = [(prompt, lam) for prompt in ([5, 9, 12, 33], [7, 8, 40, 21, 30, 31, 6]) for lam in (0.0, 0.5, 2.0)]
+    endless = {"max_tokens": 20, "extra_body": {"ignore_eos": True}}
+    with serving([*VLLM, "serve", out, *QUICK[:-1], 128], tmp_path / "log", **CPU) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda a: complete(client, out, *a, **endless).choices[0].token_ids, asked))
+        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+        with pytest.raises(BadRequestError, match="multimodal"):
+            client.chat.completions.create(model=str(out), messages=[{"role": "user", "content": [picture]}])
+    for (prompt, lam), answer in zip(asked, answers, strict=True):
+        assert answer == greedy(exact, prompt, 20, lam=lam, eos_token_id=None)
+
+
+def test_a_class_that_vllm_does_not_have_is_refused_when_the_directory_is_made(tmp_path):
+    for seed, name in enumerate(("ref", "aligned")):
+        families.build("biogpt", seed).save_pretrained(tmp_path / name)
+        save_tokenizer(tmp_path / name)
+    made = run("export-exact", tmp_path / "ref", tmp_path / "aligned", "-o", tmp_path / "exact")
+    assert made.returncode == 1
+    assert "has no BioGptForCausalLM" in made.stderr
+    assert not (tmp_path / "exact").exists()
 
 
 def test_a_merged_checkpoint_is_an_ordinary_model(tmp_path, prompts, tokenizer):
