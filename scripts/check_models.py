@@ -183,7 +183,10 @@ def written(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         row = [f"{record['family'].partition(':')[0]} ({record['class']})"]
         for cells in COLUMNS.values():
             found = [record["cells"][cell] for cell in cells if cell in record["cells"]]
-            worst = min(found, key=lambda cell: GRAVITY.index(cell["state"]), default={"state": "n/a", "why": ""})
+            if not found:
+                row.append("")
+                continue
+            worst = min(found, key=lambda cell: GRAVITY.index(cell["state"]))
             note = ""
             if worst["state"] in ("refused", "wrong", "crash") or (worst["why"] and worst["why"] != NO_EXPERTS):
                 note = f"[^{notes.setdefault(general(worst['why']), len(notes) + 1)}]"
@@ -211,7 +214,7 @@ def written(records: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "is right, by an oracle that shares no code with dera-merge: state dicts interpolated in memory, loaded into",
         "the plain class, PEFT's forward with its adapter unmerged, a plain loop over mixed logits. *refused* is one",
         "line that says why, before anything is written. – is where there is nothing to do, or, with a note, where",
-        "transformers or PEFT do not agree with themselves.",
+        "transformers or PEFT do not agree with themselves; an empty field was not tried.",
         "",
         "An adapter's column is merge, live model, exact forward and padded generation of it together: LoRA on the",
         "layers of attention, on all linear layers, on experts by `target_parameters`, and DoRA. *rows* is `dial`: a λ",
