@@ -4,9 +4,10 @@ mergekit.
 
     python scripts/bench_merge.py DIR [--only NAME…] [--repeat 3] [--mergekit PYTHON]
 
-Makes its inputs in DIR (random weights; about 14 GB free are needed), measures each case `--repeat` times in turn with
-its yardstick and prints the median ratio. `--mergekit` is the interpreter of an environment with mergekit 0.1.5 in it
-(it wants older libraries than this project). The file system's cache is warm: inputs are read once before.
+Makes its inputs in DIR (random weights; about 20 GB free are needed, 6 for `--only experts`), measures each case
+`--repeat` times in turn with its yardstick and prints the median ratio. `--mergekit` is the interpreter of an
+environment with mergekit 0.1.5 in it (it wants older libraries than this project). The file system's cache is warm:
+inputs are read once before.
 """
 
 from __future__ import annotations
@@ -98,6 +99,39 @@ def make_lora(folder: Path, size: str, targets: tuple[str, ...] = TARGETS, rank:
               "target_modules": list(targets), "base_model_name_or_path": str(folder.parent)}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+EXPERTS = """
+import glob, shutil, sys, torch
+from safetensors.torch import load_file, save_file
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+folder, layers, experts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+config = Qwen3MoeConfig(
+    hidden_size=2048, moe_intermediate_size=768, intermediate_size=6144, num_hidden_layers=layers, num_experts=experts,
+    num_experts_per_tok=8, num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=4096,
+)
+torch.manual_seed(0)
+torch.set_default_dtype(torch.bfloat16)
+model = Qwen3MoeForCausalLM(config)
+model.save_pretrained(folder + "/ref")
+held = ["experts.gate_up_proj", "experts.down_proj"]
+settings = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], target_parameters=held, init_lora_weights=False)
+get_peft_model(model, settings).save_pretrained(folder + "/lora")
+shutil.copytree(folder + "/ref", folder + "/aligned")
+for file in glob.glob(folder + "/aligned/*.safetensors"):
+    moved = {name: value + 1e-4 * torch.randn(value.shape) for name, value in load_file(file).items()}
+    save_file(moved, file, metadata={"format": "pt"})
+print("[0, 0]")
+"""
+
+
+def make_experts(folder: Path, layers: int = 2, experts: int = 128) -> tuple[Path, Path, Path]:
+    """Qwen3-30B-A3B's shapes in fewer layers; as fine-tuned; and a LoRA on attention and experts."""
+    ref, aligned, lora = (folder / name for name in ("ref", "aligned", "lora"))
+    if not (aligned / "config.json").exists():  # in a process of its own: a child's peak is at least its parent's
+        python(EXPERTS, str(folder), str(layers), str(experts))
+    return ref, aligned, lora
 
 
 # What is timed: each in a process of its own, which says how long it worked and how much memory it had at most
@@ -194,13 +228,21 @@ def mergekit_command(interpreter: str, ref: Path, aligned: Path, out: Path, work
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", nargs="*", default=["time", "memory", "mergekit", "processes"])
+    parser.add_argument("--only", nargs="*", default=["time", "memory", "mergekit", "processes", "experts"])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--mergekit", help="interpreter of an environment that holds mergekit 0.1.5")
     args = parser.parse_args()
     work = args.folder
     work.mkdir(parents=True, exist_ok=True)
     out = work / "out"
+    if "experts" in args.only:
+        one, other, adapter = make_experts(work / "experts")
+        peaks = [merge(one, aligned, out, [0.5])[1] / 1e6 for aligned in (other, adapter)]
+        print("\n| peak RSS, two layers of 128 experts | dense | LoRA |\n|---|---|---|")
+        print(f"| Qwen3-30B-A3B's shapes | {peaks[0]:.0f} MB | {peaks[1]:.0f} MB |", flush=True)
+        clear(out)
+        if args.only == ["experts"]:
+            return
     models = {size: (make_model(work / f"ref {size}", size, False), make_model(work / f"aligned {size}", size, True))
               for size in SIZES}  # fmt: skip
     loras = {size: make_lora(work / f"lora {size}", size) for size in SIZES}
