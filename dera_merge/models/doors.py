@@ -164,7 +164,6 @@ DOORS: tuple[Door, ...] = (
     Door("exact DeRa in vLLM", "vllm.forward_context", "get_forward_context", "where requests begin in a pass"),
     Door("exact DeRa in vLLM", "vllm.model_executor.models.utils", "init_vllm_registered_model", "makes the models",
          ("vllm_config", "hf_config", "prefix")),
-    Door("exact DeRa in vLLM", "vllm.config:MultiModalConfig", "language_model_only", "builds no towers"),
     Door("exact DeRa in vLLM", "vllm.model_executor.layers.linear", "LinearMethodBase", "what an adapted layer does"),
     Door("exact DeRa in vLLM", "vllm.model_executor.parameter", "ModelWeightParameter", "cuts an adapter for a rank"),
     Door("exact DeRa in vLLM", _PARAMETER, "_weight_loader", "tells where a model loads a tensor", instance=True),

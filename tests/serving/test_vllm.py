@@ -264,7 +264,7 @@ def test_models_that_are_wrapped_or_have_experts_answer_text_as_exact_decoding_d
 
     monkeypatch.setitem(wrapped.TEXT, "head_dim", 32)  # vLLM's attention on CPUs knows no smaller ones
     monkeypatch.setitem(wrapped.ROPE, "mrope_section", [4, 6, 6])
-    sizes = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 64}
+    sizes = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 64, "max_position_embeddings": 128}
     for seed, name in enumerate(("ref", "aligned")):
         model = families.build(kind, seed, **sizes) if kind == "qwen3_moe" else wrapped.tiny(kind, seed)
         if adapted and seed:
