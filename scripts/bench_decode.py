@@ -48,11 +48,11 @@ SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
 STEPS = ("eager", "static", "compiled")
-# What moves no data: none of it is a kernel.
+# What moves no data: none of it is a kernel. (`to` is one only where it copies, and then that is seen within it.)
 VIEWS = frozenset(
     "view reshape as_strided transpose t expand slice select unsqueeze squeeze split chunk flatten unflatten detach "
     "alias narrow permute _unsafe_view empty empty_like empty_strided resolve_conj resolve_neg result_type item "
-    "_local_scalar_dense is_nonzero lift_fresh split_with_sizes numpy_T set_ resize_ view_as unbind".split()
+    "_local_scalar_dense is_nonzero lift_fresh split_with_sizes numpy_T set_ resize_ view_as unbind to".split()
 )
 QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
