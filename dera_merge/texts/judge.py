@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -225,8 +226,12 @@ class Judge:
         if self._file is None or not self._unwritten:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in self._unwritten)
+        with self._file.open("ab+") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # a line that an interrupted run has cut off
+                    stream.write(b"\n")
+            stream.writelines(json.dumps(answer).encode() + b"\n" for answer in self._unwritten)
         self._unwritten = []
 
 

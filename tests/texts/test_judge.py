@@ -148,6 +148,12 @@ def test_a_sweep_that_was_interrupted_asks_nothing_twice(pair, tmp_path):
         first = sweep(pair, PROMPTS, [spec], **how)
         assert len(asked) == len(set(asked))
         count = len(asked)
+        kept = (tmp_path / "judge.jsonl").read_text()
+        (tmp_path / "judge.jsonl").write_text(kept + '{"key": "cut o')
+        assert load_reward(spec, folder=tmp_path).score(exchanges("w60 w61")) == [0.0]
+        assert load_reward(spec, folder=tmp_path).score(exchanges("w60 w61")) == [0.0]
+        assert len(asked) == count + 2, "what follows a line that was cut off is found again"
+        count = len(asked)
         lines = (tmp_path / "texts.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "texts.jsonl").write_text("".join(lines[:3]))  # most batches, and some rivals, are lost
         (tmp_path / "sweep.json").unlink(missing_ok=True)
@@ -190,7 +196,8 @@ def test_the_key_comes_from_the_environment_alone_and_is_left_nowhere(sides, tmp
     assert not (tmp_path / "refused").exists()
     assert set(keys) == {f"Bearer {SECRET}"}
     written = {file: file.read_text(errors="replace") for file in (tmp_path / "out").iterdir()}
-    assert "You sent Bearer …." in written[tmp_path / "out" / "judge.jsonl"]
+    replies = list(map(json.loads, written[tmp_path / "out" / "judge.jsonl"].splitlines()))
+    assert "You sent Bearer …." in replies[0]["said"]
     for text in (*written.values(), done.stdout, done.stderr, str(refused.value)):
         assert SECRET not in text
-    assert json.loads(written[tmp_path / "out" / "judge.jsonl"].splitlines()[0]).keys() == {"key", "said", "usage"}
+    assert replies[0].keys() == {"key", "said", "usage"}
