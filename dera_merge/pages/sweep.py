@@ -112,7 +112,7 @@ def cells(row: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> list[str]:
     texts = []
     for column in columns:
         value = row.get(column)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if value is None or (isinstance(value, float) and math.isnan(value)) or value == [None, None]:
             texts.append("–")
         elif column == "lambda":
             texts.append(name(value))

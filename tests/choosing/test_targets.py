@@ -151,3 +151,11 @@ def test_the_command_line_hits_a_length_and_says_where_it_cannot(tmp_path):
     for wrong in ([], ["--keep", 0.9], ["--target-kl", 1, "--target-length", 9], ["--target-kl", 1, "--minimise", "kl"]):
         assert run(*words, *wrong, "-o", tmp_path / "wrong").returncode == 2
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_reward_that_is_always_0_ends_in_a_report_that_says_so(pair, tmp_path):
+    zero = [Reward("zero", lambda texts: [0.0 for _ in texts])]
+    found = sweep(pair, PROMPTS, zero, [0.0, 1.0], keep=0.98, **HOW)
+    found.save(tmp_path)
+    assert not found.best["target"]["met"]
+    assert "tell no λ apart" in (tmp_path / "sweep.md").read_text()
