@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo docs test test-slow test-models test-versions test-vllm test-llamacpp dist lint clean
+.PHONY: demo docs test test-slow test-models test-versions test-vllm test-llamacpp dist space lint clean
 
 demo: .venv/with-demo
 	$(BIN)/dera-merge demo
@@ -69,6 +69,14 @@ dist: .venv/installed
 	rm -rf dist build
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+
+# What a Space on the Hub consists of: the page, and the package beside it.
+space:
+	rm -rf build/space
+	mkdir -p build/space
+	cp space/app.py space/README.md space/requirements.txt build/space
+	cp -r dera_merge build/space
+	find build/space -name __pycache__ -prune -exec rm -r {} +
 
 # Torch first and with its pin: an unpinned torch may fetch gigabytes of CUDA libraries.
 .venv/with-demo: pyproject.toml constraints.txt

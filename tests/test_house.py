@@ -23,7 +23,7 @@ FLOORS = [
     {"texts"},
     {"serving", "vllm"},
     {"measuring"},
-    {"calibrating", "choosing", "publishing", "doctor", "api"},
+    {"calibrating", "choosing", "publishing", "doctor", "playing", "api"},
     {"auto"},
     {"tour", "exact", "retraining", "__init__"},
     {"cli"},

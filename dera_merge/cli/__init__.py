@@ -19,7 +19,22 @@ import typer
 from .. import __version__
 from ..errors import DeraError, DeraWarning
 from ..files.room import is_full
-from . import auto, calibrate, compare, demo, doctor, endings, export, generate, help, inspection, merge, push, sweep
+from . import (
+    auto,
+    calibrate,
+    compare,
+    demo,
+    doctor,
+    endings,
+    export,
+    generate,
+    help,
+    inspection,
+    merge,
+    play,
+    push,
+    sweep,
+)
 from .recipes import with_config
 from .show import Notes, note, one_line
 
@@ -41,7 +56,7 @@ app = typer.Typer(
 COMMANDS = {
     "merge": merge, "export-exact": export, "generate": generate, "compare": compare, "calibrate": calibrate,
     "inspect": inspection, "sweep": sweep, "push": push, "demo": demo,
-    "doctor": doctor, "auto": auto,
+    "doctor": doctor, "auto": auto, "play": play,
 }  # fmt: skip
 for _name, _module in COMMANDS.items():
     _command = app.command(_name, cls=help.Command, epilog="\n".join(_module.EXAMPLES), context_settings=help.WIDE)

@@ -24,6 +24,7 @@ BaseQuantisation = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double"]
 
 Ref = Annotated[str, typer.Argument(metavar="REF", help="Reference model: a directory or a Hub id (id@revision).")]
 Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help="Aligned model: a full checkpoint or a PEFT adapter.")]
+MaybeRef = Annotated[str | None, typer.Argument(metavar="REF", help="Reference model.")]
 MaybeAligned = Annotated[str | None, typer.Argument(metavar="[ALIGNED]", help="Aligned model.")]
 Lambdas = Annotated[
     list[str], what("-l", "--lambda", help="λ: a number, a list 0.25,0.5 or a range 0:2:0.25; repeatable.")
@@ -73,7 +74,7 @@ Device = Annotated[str, where(help="auto, cpu, cuda, cuda:1, mps, …")]
 class Given:
     """The models that a command was given, as they were typed, and whether its result is to be JSON."""
 
-    ref: str
+    ref: str | None
     aligned: str | None
     more: list[str] | None = None
     base: str | None = None
@@ -125,18 +126,18 @@ class Given:
 
 
 def with_models(
-    aligned: Any = Aligned, several: bool = False, base_quantization: bool = False
+    ref: Any = Ref, aligned: Any = Aligned, several: bool = False, base_quantization: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command REF and ALIGNED before its own parameters, and the options of models behind them.
 
     The command's first parameter is the `Given` that these make.
 
     Args:
-        aligned: the type of ALIGNED.
+        ref, aligned: the types of REF and ALIGNED; one that may be None need not be given.
         several: take further aligned models.
         base_quantization: take what the base was quantised to.
     """
-    ahead = {"ref": (Ref, ...), "aligned": (aligned, ... if aligned is Aligned else None)}
+    ahead = {"ref": (ref, ... if ref is Ref else None), "aligned": (aligned, ... if aligned is Aligned else None)}
     behind: dict[str, tuple[Any, Any]] = {
         **({"more": (More, None)} if several else {}), "base": (Base, None),
         **({"base_quantization": (BaseQuantization, None)} if base_quantization else {}),

@@ -105,13 +105,13 @@ def page(template: str, title: str, of: dict[str, Any], draw: dict[str, Callable
     environment = Environment(
         loader=PackageLoader("dera_merge.pages", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "shade": _shade, "lam": name}
+    environment.filters |= {"number": number, "shade": shade, "lam": name}
     environment.tests["end"] = is_end
     charts = {chart: svg(put, chart) for chart, put in draw.items()} if have_matplotlib() else {}
     return environment.get_template(template).render(title=title, of=of, charts=charts, **content)
 
 
-def _shade(kl: float) -> str:
+def shade(kl: float) -> str:
     """How strongly a token is shaded, 0 to 1, on a logarithmic scale of its kl."""
     low, high = map(math.log, SHADES)
     return f"{min(1.0, max(0.0, (math.log(max(kl, 1e-12)) - low) / (high - low))):.2f}"

@@ -80,6 +80,6 @@ def test_the_first_example_of_each_fast_command_runs(place):
 def test_all_examples_run_one_after_the_other(tmp_path):
     assert run(*shlex.split(help.FIRST)[1:], cwd=tmp_path).returncode == 0
     for line in EXAMPLES:
-        if line != help.FIRST:
+        if line != help.FIRST and not line.startswith("dera-merge play"):  # which serves until it is stopped
             done = run(*shlex.split(line)[1:], cwd=tmp_path)
             assert done.returncode == 0, (line, done.stderr)
