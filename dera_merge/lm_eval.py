@@ -30,7 +30,7 @@ class DeraLM(HFLM):
         path: a path that `calibrate` learned, for the merge.
         base, stack, new_tokens, allow_pickle, trust_remote_code: as for `ModelPair.from_pretrained`.
         dtype: in what the models compute; default as for `pair.exact` and `pair.merged`.
-        device: default an accelerator where there is one.
+        device: default a GPU where there is one; without any, `cuda` is the CPU, as for lm-eval's own models.
         kwargs: of lm-eval's `HFLM`: `batch_size`, `max_length`, `think_end_token`, ….
 
     Raises:
@@ -66,11 +66,13 @@ class DeraLM(HFLM):
             (at,) = parse_lambdas([str(lam)], pair.models)
         except ValueError as error:
             raise DeraError(f"lam={lam}: {error}") from None
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        there = torch.cuda.is_available()
+        if device is None or (str(device).startswith("cuda") and not there):  # lm-eval's default is cuda:0 everywhere
+            device = "cuda" if there else "cpu"
         if mode == "exact":
-            model = pair.exact(at, dtype=dtype, device=place)
+            model = pair.exact(at, dtype=dtype, device=device)
         else:
-            model = pair.merged(at, device=place, compute_dtype=dtype, path=path)
+            model = pair.merged(at, device=device, compute_dtype=dtype, path=path)
         super().__init__(pretrained=model, tokenizer=pair.tokenizer, **kwargs)
 
 

@@ -181,10 +181,11 @@ def test_the_harness_knows_dera_as_a_model(pair):
     __import__(module)
     assert get_model("dera").__name__ == name
     requests = [Instance("loglikelihood", {}, ("I love", end), 0) for end in (" it", " six nights")]
+    device = "cpu" if torch.cuda.is_available() else "cuda:0"  # as lm-eval's command line says where nothing is said
     models = {"lam=0.5": pair.exact(0.5), "lam=0.5,mode=merged": pair.merged(0.5)}
     for arguments, model in models.items():
         ours = get_model("dera").create_from_arg_string(
-            f"ref={demo.REF},aligned={demo.ALIGNED_LORA},{arguments}", {"batch_size": 2, "device": "cpu"}
+            f"ref={demo.REF},aligned={demo.ALIGNED_LORA},{arguments}", {"batch_size": 2, "device": device}
         )
         assert ours.loglikelihood(requests, disable_tqdm=True) == HFLM(
             pretrained=model, tokenizer=pair.tokenizer, batch_size=2
