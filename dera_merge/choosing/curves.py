@@ -136,12 +136,11 @@ class Curves:
         else:
             edge = best in (0, len(grid) - 1) or not known[max(best - 1, 0)] or not known[min(best + 1, len(grid) - 1)]
         answer: dict[str, Any] = {"lambda": grid[best], "interval": pick.interval, "at_the_edge": bool(edge)}
-        judged = found.columns.get("reward", found.columns["kl"])[0]  # what tells λ apart
         if several:
-            alone = self._best_alone(grid, found.ess, judged)
+            alone = self._best_alone(grid, found.ess, found.columns["reward"][0])
             answer["log_ratio"] = self.lab.log_ratio(grid[best])
             answer["gain_over"] = None if alone is None else grid[alone]
-        answer["tells_apart"] = bool(np.ptp(judged[known]) > 0)
+        answer["tells_apart"] = bool(np.ptp(found.columns[self.goal.column][0][known]) > 0)
         shown = ("reward", "reward_ci", "kl", "kl_ci", "kl_token", "kl_token_ci", "length", "length_ci", "cut", "ess")
         answer |= {key: curve[best][key] for key in shown if key in curve[best]}
         if "gain" in found.columns:

@@ -71,6 +71,11 @@ class Pick:
 class Goal(Protocol):
     """What λ is chosen by."""
 
+    @property
+    def column(self) -> str:
+        """The figure in which λ must differ for a choice."""
+        ...
+
     def pick(self, found: Estimates) -> Pick:
         """The λ to choose."""
         ...
@@ -86,6 +91,8 @@ class Goal(Protocol):
 
 class MostReward:
     """The λ that earns most."""
+
+    column = "reward"
 
     def pick(self, found: Estimates) -> Pick:
         best, (_, draws) = int(np.argmax(self.worth(found))), found.columns["reward"]
@@ -151,13 +158,18 @@ class Keep:
     share: float
     minimise: Cost = "tokens"
 
+    @property
+    def column(self) -> str:
+        """The cost in the curve."""
+        return COLUMN_OF[self.minimise]
+
     def pick(self, found: Estimates) -> Pick:
         """Raises DeraError where λ=1 is not known."""
         if 1.0 not in found.lams or not found.known[found.at(1.0)]:
             raise DeraError("--keep asks for a share of λ=1's reward, and too few texts say what that is; give -l and "
                             "--anchors that hold 1, or more --samples")  # fmt: skip
         one, worth, keeping = found.at(1.0), self.worth(found), self._keeping(found)
-        cost, draws = found.columns[COLUMN_OF[self.minimise]]
+        cost, draws = found.columns[self.column]
         best = int(np.argmax(worth))
         with np.errstate(invalid="ignore"):  # no KL at λ=0
             saved, saved_draws = 1 - cost[best] / cost[one], 1 - draws[:, best] / draws[:, one]
@@ -180,12 +192,12 @@ class Keep:
     def next(self, found: Estimates) -> Lam | None:
         """The cheapest λ that may keep its share, as long as few effective texts stand for it."""
         may = ~found.known | (interval(found.columns["kept"][1])[1] >= self.share)
-        cost = np.where(found.known, found.columns[COLUMN_OF[self.minimise]][0], -np.inf)
+        cost = np.where(found.known, found.columns[self.column][0], -np.inf)
         best = int(np.argmin(np.where(may, cost, np.inf) - 1e-9 * found.ess))
         return None if found.ess[best] >= SURE else found.lams[best]
 
     def worth(self, found: Estimates) -> np.ndarray:
-        return np.where(self._keeping(found), -found.columns[COLUMN_OF[self.minimise]][0], -np.inf)
+        return np.where(self._keeping(found), -found.columns[self.column][0], -np.inf)
 
 
 def crossing(lams: np.ndarray, values: np.ndarray, wanted: float) -> tuple[float, bool]:

@@ -39,7 +39,7 @@ def sentences(sweep: dict[str, Any]) -> list[str]:
     best = sweep["best"]
     lam = name(best["lambda"])
     if not best["tells_apart"]:
-        same = f"each earns {number(best['reward'])}" if "reward" in best else "both models are one"
+        same = "all are at the same figure" if "target" in best else f"each earns {number(best['reward'])}"
         return [f"These texts tell no λ apart: {same}. Another reward, more or longer texts may."]
     said = target_sentences(sweep) or [
         f"λ = {lam} earns most: {number(best['reward'])} ({_range(best['reward_ci'])}), at {number(best['kl'])} nats "

@@ -131,6 +131,7 @@ def test_the_fewest_tokens_at_nearly_the_reward_of_the_aligned_model(pair):
     known = [row for row in found.curve if row["known"]]
     assert found.best["length"] == min(row["length"] for row in known)
     assert found.best["target"]["keeping"] == [row["lambda"] for row in known]
+    assert found.commands or found.best["lambda"] == 1.0, "rewards that are all one leave the choice to the tokens"
     tokens = [Reward("tokens", lambda texts: [float(len(text.ids)) for text in texts])]
     kept = sweep(pair, PROMPTS, tokens, [0.0, 2.0], keep=1.0, **HOW)
     assert kept.best["lambda"] == 1.0 or kept.best["target"]["reached_ci"][0] >= 1
@@ -158,4 +159,4 @@ def test_a_reward_that_is_always_0_ends_in_a_report_that_says_so(pair, tmp_path)
     found = sweep(pair, PROMPTS, zero, [0.0, 1.0], keep=0.98, **HOW)
     found.save(tmp_path)
     assert not found.best["target"]["met"]
-    assert "tell no λ apart" in (tmp_path / "sweep.md").read_text()
+    assert "λ = 1 does not surely earn more than 0" in (tmp_path / "sweep.md").read_text()
