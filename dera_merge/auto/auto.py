@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..calibrating.calibrate import calibrate
+from ..choosing.bench import bench
 from ..choosing.report import Sweep
 from ..choosing.sweep import sweep
 from ..errors import DeraError
@@ -60,6 +61,7 @@ class Wanted:
         prompts: rows or texts; None: 32 general ones.
         rewards: what λ is chosen by: functions, `Reward`s or specs as for `load_reward`, each after its name.
         target_kl: or the KL from the reference that λ is to have, nats a token.
+        tasks: or tasks of lm-evaluation-harness; `include_path` has those of one's own, `items` limits each.
         lam: or λ itself.
         learn: whether to learn a path; None: where the line is not safe and it takes no longer than `PATIENCE`.
         max_new_tokens: length of sampled texts.
@@ -69,6 +71,9 @@ class Wanted:
     prompts: Sequence[str | dict[str, Any]] | None = None
     rewards: Sequence[Any] = ()
     target_kl: float | None = None
+    tasks: Sequence[str] = ()
+    include_path: str | os.PathLike[str] | None = None
+    items: int | None = None
     lam: float | None = None
     learn: bool | None = None
     max_new_tokens: int = 48
@@ -100,8 +105,9 @@ def auto(
     pair.only_pair("auto is")
     if launched()[1] > 1:
         raise DeraError("auto runs in one process; start it without accelerate launch or torchrun")
-    if wanted.lam is not None and (wanted.rewards or wanted.target_kl is not None):
-        raise DeraError("λ is given, so there is nothing to choose; leave out --lambda, or --reward and --target-kl")
+    ways = (bool(wanted.rewards) or wanted.target_kl is not None, bool(wanted.tasks), wanted.lam is not None)
+    if sum(ways) > 1:
+        raise DeraError("give one thing to choose λ by: --reward or --target-kl, --tasks, or --lambda itself")
     if folder.exists() and not folder.is_dir():
         raise DeraError(f"{folder} is a file; give a directory as --output")
     check_clear_of_inputs(folder, pair)
@@ -130,9 +136,11 @@ class _Run:
         asked = self.wanted.lam if self.wanted.lam is not None else None if self.chooses else HALF_WAY
         lams = sorted({*LOOKED_AT, *([] if asked is None or is_end(asked) else [asked])})
         along = self.compare("compare", lams, self.few)
-        found = self.choose() if self.chooses else None
+        found = None if asked is not None else self.bench() if self.wanted.tasks else self.sweep()
         lam = asked if found is None else found["best"]["lambda"]
         line = next((row for row in along.results if row["lambda"] == lam), None) or (found or {}).get("faithful")
+        if line is None and not is_end(lam):
+            line = self.compare("line", [lam], self.few).at(lam)
         curve, learning = self.learn(lam, line)
         weights = self.merge(lam, curve)
         report = self.compare("report", [lam], self.few, approx=weights)
@@ -144,12 +152,12 @@ class _Run:
     @property
     def chooses(self) -> bool:
         """Whether there is something to choose λ by."""
-        return bool(self.wanted.rewards) or self.wanted.target_kl is not None
+        return bool(self.wanted.rewards or self.wanted.tasks) or self.wanted.target_kl is not None
 
     def why(self, found: dict[str, Any] | None) -> str:
         """What λ was chosen by, in a word."""
         if found is not None:
-            return "reward" if self.wanted.target_kl is None else "target_kl"
+            return "tasks" if self.wanted.tasks else "reward" if self.wanted.target_kl is None else "target_kl"
         return "half-way" if self.wanted.lam is None else "given"
 
     def inspect(self) -> dict[str, Any]:
@@ -181,7 +189,29 @@ class _Run:
 
         return self.journal.step(name, settings, work, lambda: Report.load(out))
 
-    def choose(self) -> dict[str, Any]:
+    def bench(self) -> dict[str, Any]:
+        """What bench found, and under `best` the λ of the largest mean gain. Raises DeraError where none is apart."""
+        out, wanted = self.folder / "bench", self.wanted
+        names = list(wanted.tasks)
+        settings = {**self.mark, "tasks": names, "items": wanted.items, "include_path": str(wanted.include_path)}
+
+        def work(resume: bool) -> dict[str, Any]:
+            how = {key: value for key, value in self.how.items() if key != "max_new_tokens"}
+            bench(
+                self.pair, names, limit=wanted.items, include_path=wanted.include_path, out=out, resume=resume,
+                overwrite=not resume, **how,
+            ).save(out)  # fmt: skip
+            return _json(out / "bench.json")
+
+        found = self.journal.step("bench", settings, work, lambda: _json(out / "bench.json"))
+        gains = mean_gains(found["tasks"])
+        if not gains or max(gains.values()) == min(gains.values()):
+            raise DeraError(f"these tasks tell no λ apart ({out / 'bench.html'} has the scores): give others, more "
+                            "items, or --lambda itself")  # fmt: skip
+        lam = max(gains, key=lambda lam: (gains[lam], -abs(lam)))
+        return found | {"best": {"lambda": lam, "gain": gains[lam]}}
+
+    def sweep(self) -> dict[str, Any]:
         """What sweep found. Raises DeraError where nothing tells λ apart, or no λ meets the target."""
         out, wanted = self.folder / "sweep", self.wanted
         names = [getattr(reward, "name", str(reward)) for reward in wanted.rewards]
@@ -217,7 +247,7 @@ class _Run:
             return None, decided | {"why": "paths are learned for λ from 0 on"}
         if self.wanted.learn is False:
             return None, decided | {"why": "it was not wanted (--no-calibrate)"}
-        if self.wanted.learn is None and line is not None and line["verdict"] == "safe":
+        if self.wanted.learn is None and line["verdict"] == "safe":
             return None, decided | {"why": f"the straight line is safe at λ = {lam:g}; a path would take {about}"}
         if self.wanted.learn is None and takes > PATIENCE:
             return None, decided | {"why": f"it would take {about}; --calibrate learns one all the same ({GAIN})"}
@@ -225,8 +255,8 @@ class _Run:
         settings["prompts"] = None if self.wanted.prompts is None else _digest(self.prompts)
 
         def work(resume: bool) -> Curve:
-            state = f"the straight line is {line['verdict']}" if line else "nothing is known of the straight line"
-            log.info("calibrate: %s at λ = %g. Learning a path takes %s; paths came %s.", state, lam, about, GAIN)
+            log.info("calibrate: the straight line is %s at λ = %g. Learning a path takes %s; paths came %s.",
+                     line["verdict"], lam, about, GAIN)  # fmt: skip
             how = self.how | {"max_new_tokens": LESSON_TOKENS}
             return calibrate(self.pair, [0.0, max(1.0, lam)], self.wanted.prompts, texts=LESSONS, out=file,
                              resume=resume, overwrite=not resume, **how)  # fmt: skip
@@ -267,6 +297,25 @@ class _Run:
             return out
 
         return self.journal.step("merge", settings, work, load)
+
+
+def mean_gains(tasks: Sequence[dict[str, Any]]) -> dict[float, float]:
+    """λ → what exact DeRa gains there over the reference, in parts of the reference's score, mean over the tasks.
+
+    Args:
+        tasks: as bench has them; a group counts as one, and its tasks not by themselves.
+    """
+    gains: dict[float, list[float]] = {}
+    for task in tasks:
+        metric = next(m for m in task["metrics"] if m["metric"] == task["metric"])
+        value = {row["lambda"]: row["value"] for row in metric["exact"] if row["value"] is not None}
+        if 0.0 not in value:
+            continue
+        sign, scale = 1.0 if metric["higher_is_better"] else -1.0, abs(value[0.0]) or 1.0
+        for lam, score in value.items() if not task["part_of"] else ():
+            gains.setdefault(lam, []).append(sign * (score - value[0.0]) / scale)
+    most = max(map(len, gains.values()), default=0)  # tasks that generate are answered at a few λ only
+    return {lam: sum(each) / most for lam, each in gains.items() if len(each) == most}
 
 
 def _json(file: Path) -> Any:

@@ -29,6 +29,8 @@ def run(
     limit: Limit = None,
     reward: Annotated[list[str] | None, what(help="Choose λ by it, as sweep does; repeatable.")] = None,
     target_kl: Annotated[float | None, what(help="Choose λ at this KL from REF, nats a token.")] = None,
+    tasks: Annotated[list[str] | None, what(help="Choose λ by benchmarks, as bench does; repeatable.")] = None,
+    include_path: Annotated[Path | None, what(help="A directory with task files of your own.")] = None,
     lam: Annotated[
         str | None, what("-l", "--lambda", help="λ, where it is known. Default without anything to choose by: 0.5.")
     ] = None,
@@ -45,8 +47,11 @@ def run(
     value = given.lam([lam]) if lam else None
     if target_kl is not None and not 0 < target_kl < math.inf:
         raise typer.BadParameter("must be above 0", param_hint="--target-kl")
-    if lam and (reward or target_kl is not None):
-        raise typer.BadParameter("is given, so there is nothing to choose by reward or target", param_hint="--lambda")
+    if lam and (reward or tasks or target_kl is not None):
+        raise typer.BadParameter("is given, so there is nothing to choose by anything else", param_hint="--lambda")
+    if tasks and (reward or target_kl is not None):
+        raise typer.BadParameter("or --reward and --target-kl; one chooses λ", param_hint="--tasks")
+    names = [name.strip() for text in tasks or () for name in text.split(",") if name.strip()]
     pair = given.open()
     place = choose_device(device)
     from ..auto.auto import Wanted
@@ -55,7 +60,8 @@ def run(
 
     rewards = [load_reward(spec, place, folder=output / "sweep") for spec in reward or ()]
     wanted = Wanted(
-        prompts=given_prompts(prompts, limit), rewards=rewards, target_kl=target_kl, lam=value, learn=learn,
+        prompts=given_prompts(prompts, None if names and prompts is None else limit), rewards=rewards,
+        target_kl=target_kl, tasks=names, include_path=include_path, items=limit, lam=value, learn=learn,
         max_new_tokens=max_new_tokens, seed=seed, device=place,
         compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
     )  # fmt: skip

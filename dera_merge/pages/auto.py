@@ -7,21 +7,26 @@ from typing import Any
 
 from ..lambdas import is_end
 from . import sweep as choosing
+from .bench import draw_task, shown
+from .bench import sentences as told_of_tasks
 from .fidelity import COLUMNS, LEGEND, cells, draw_captured, draw_kl, headline
 from .fidelity import sentences as told
 from .frame import number, page, read
 
 STEPS = {
-    "inspect": "The two models", "compare": "Along λ", "sweep": "Which λ", "calibrate": "A learned path",
-    "merge": "The model", "report": "What was written, measured",
+    "inspect": "The two models", "compare": "Along λ", "sweep": "Which λ", "bench": "Which λ",
+    "line": "The line at λ", "calibrate": "A learned path", "merge": "The model",
+    "report": "What was written, measured",
 }  # fmt: skip
+TASKS = 3  # charts of tasks, at most
 
 
 def sentences(run: dict[str, Any]) -> list[str]:
     """The answer in words, the most important first."""
     row, lam = run["result"], run["lambda"]
     how = {
-        "reward": "the reward wants it", "target_kl": "it has the KL that was asked for", "given": "it was asked for",
+        "reward": "the reward wants it", "tasks": "the tasks want it",
+        "target_kl": "it has the KL that was asked for", "given": "it was asked for",
         "half-way": "half-way, as there was nothing to choose by",
     }  # fmt: skip
     way = "along a learned path" if run["learning"]["learned"] else "on the straight line"
@@ -34,7 +39,7 @@ def sentences(run: dict[str, Any]) -> list[str]:
             f"{number(row['kl_ref'])} from the reference and {number(row['kl_aligned'])} from the aligned model."
         )
     if run["chosen_by"] == "half-way":
-        said.append("To choose λ, give --reward, --target-kl or --lambda, and --prompts of your own.")
+        said.append("To choose λ, give --reward, --target-kl, --tasks or --lambda, and --prompts of your own.")
     return said
 
 
@@ -49,12 +54,19 @@ def story(
             f"‖Δ‖ is {number(delta['relative'])} of ‖θ‖, over {delta['weights']:,} weights. Nothing stops a merge."
         ],
         "compare": [headline(along), f"The straight line is safe at {', '.join(spans) or 'no λ that was measured'}."],
-        "sweep": choosing.sentences(found) if found else [],
+        "sweep": choosing.sentences(found) if found and run["chosen_by"] != "tasks" else [],
+        "bench": _benchmarks(run, found) if run["chosen_by"] == "tasks" else [],
         "calibrate": [f"{run['learning']['why'][:1].upper()}{run['learning']['why'][1:]}."],
         "merge": [f"{run['model']} is an ordinary checkpoint: dera_merge.json in it says how it was made."],
         "report": told(written),
     }  # fmt: skip
     return {name: said for name, said in stories.items() if said}
+
+
+def _benchmarks(run: dict[str, Any], bench: dict[str, Any]) -> list[str]:
+    """What the tasks say, and how one λ came of several."""
+    gain = f"{run['best']['gain']:+.1%} of the reference's score, mean over the tasks"
+    return [*told_of_tasks(bench), f"λ = {run['lambda']:g} gains most: {gain}."]
 
 
 def html(run: dict[str, Any], along: dict[str, Any], found: dict[str, Any] | None, report: dict[str, Any]) -> str:
@@ -67,12 +79,20 @@ def html(run: dict[str, Any], along: dict[str, Any], found: dict[str, Any] | Non
         axis.plot([run["lambda"]], [max(run["result"]["kl"], 1e-7)], marker="*", markersize=11, color="C0")
 
     charts: dict[str, Callable[[Any], None]] = {"kl": kl}
-    first = dict(list(choosing.charts(found).items())[:1]) if found else {}
-    charts |= first or {"captured": lambda axis: draw_captured(axis, along["results"])}
+    if run["chosen_by"] == "tasks":
+        charts |= {
+            f"task-{number}": lambda axis, task=task: draw_task(axis, task)
+            for number, task in enumerate(shown(found)[:TASKS])
+        }
+    elif found:
+        charts |= dict(list(choosing.charts(found).items())[:1])
+    else:
+        charts["captured"] = lambda axis: draw_captured(axis, along["results"])
     (row,) = report["results"]
     return page(
         "auto.html", "From two models to one", run, charts, said=sentences(run), titles=STEPS,
         story=story(run, along, found, row), columns=COLUMNS, legend=LEGEND,
         rows=[cells(result) for result in along["results"]], last=cells(row),
-        links={"compare": "compare/report.html", "sweep": "sweep/sweep.html", "report": "report/report.html"},
+        links={"compare": "compare/report.html", "sweep": "sweep/sweep.html", "bench": "bench/bench.html",
+               "report": "report/report.html"},
     )  # fmt: skip

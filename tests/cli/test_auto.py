@@ -123,6 +123,17 @@ def test_a_step_that_broke_off_goes_on_and_a_lost_result_is_made_again(tmp_path)
     assert seen == [("a", False), ("a", True), ("a", False), ("a", False)]
 
 
+def test_of_several_tasks_the_mean_gain_over_the_reference_counts_and_parts_of_a_group_do_not():
+    def task(name, values, higher=True, part_of=None):
+        rows = [{"lambda": lam, "value": value} for lam, value in values.items()]
+        metric = {"metric": "m", "higher_is_better": higher, "exact": rows}
+        return {"task": name, "part_of": part_of, "metric": "m", "metrics": [metric]}
+
+    accuracy, perplexity = {0.0: 0.5, 0.5: 0.6, 1.0: 0.4}, {0.0: 10.0, 0.5: 9.0, 1.0: 5.0, 2.0: 1.0}
+    gains = room.mean_gains([task("a", accuracy), task("p", perplexity, False), task("x", {0.0: 1.0, 0.5: 9.0}, True, "g")])
+    assert gains == pytest.approx({0.0: 0.0, 0.5: (0.2 + 0.1) / 2, 1.0: (-0.2 + 0.5) / 2})
+
+
 @pytest.mark.slow
 def test_a_target_chooses_lambda_and_one_that_no_lambda_meets_stops(pair, tmp_path):
     wanted = replace(WANTED, lam=None, target_kl=0.02)
