@@ -23,6 +23,7 @@ from . import (
     auto,
     bench,
     calibrate,
+    chat,
     compare,
     demo,
     doctor,
@@ -57,7 +58,7 @@ app = typer.Typer(
 COMMANDS = {
     "merge": merge, "export-exact": export, "generate": generate, "compare": compare, "calibrate": calibrate,
     "inspect": inspection, "sweep": sweep, "bench": bench, "push": push, "demo": demo,
-    "doctor": doctor, "auto": auto, "play": play,
+    "doctor": doctor, "auto": auto, "play": play, "chat": chat,
 }  # fmt: skip
 for _name, _module in COMMANDS.items():
     _command = app.command(_name, cls=help.Command, epilog="\n".join(_module.EXAMPLES), context_settings=help.WIDE)

@@ -120,7 +120,7 @@ def decode(
         options |= {"assistant_model": draft, "speculation": speculation}
     if plausibility:
         options["logits_processor"] = LogitsProcessorList([PlausibilityMask(plausibility)])
-    applied, left_out = _configure(model, temperature, as_configured)
+    applied, left_out = configure(model, temperature, as_configured)
     ids = torch.tensor([encoded.ids], device=main_device)
     options |= {"attention_mask": torch.ones_like(ids), **beside(encoded.shown, count, model)}
     set_seed(seed)
@@ -140,12 +140,19 @@ def decode(
     return result
 
 
-def _configure(
-    model: PreTrainedModel, temperature: float | None, as_configured: bool
+def configure(
+    model: PreTrainedModel, temperature: float | None, as_configured: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give a model the generation config of one call; what of it applies, and what its own config would have applied.
+    """Give a model the generation config of the calls that follow.
 
     On the model, because `generate` fills what a call leaves open from there.
+
+    Args:
+        model: which.
+        temperature, as_configured: as for `decode`.
+
+    Returns:
+        What of the config changes the distribution, name → value; and what the model's own would have changed.
     """
     own = copy.deepcopy(model.generation_config)
     if temperature is not None or not as_configured:
