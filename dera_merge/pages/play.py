@@ -94,7 +94,7 @@ def likeliest(seen: dict[str, Any], side: str, place: int) -> str:
     before = "".join(one["text"] for one in answer[max(0, place - 8) : place])
     columns = "".join(f"<th>{escape(model)}</th>" for model in token["likeliest"])
     rows = [
-        f'<tr class="own"><td>{_quoted(token["text"])} here</td>'
+        '<tr class="own"><td>here</td>'
         + "".join(f"<td>{_percent(p)}</td>" for p in token["p"].values()) + "</tr>"
     ]  # fmt: skip
     for rank, row in enumerate(zip(*token["likeliest"].values(), strict=True), 1):
@@ -105,7 +105,8 @@ def likeliest(seen: dict[str, Any], side: str, place: int) -> str:
         )
         rows.append(f"<tr><td>{rank}</td>{cells}</tr>")
     return (
-        f"<p>Token {place + 1} of the {TITLES[side]} answer, after “…{escape(before)}”: "
+        f'<p>Token {place + 1} of the {TITLES[side]} answer, <span class="word">{_quoted(token["text"])}</span> after '
+        f"“…{escape(before)}”: "
         f"{escape(_in_figures(token))}.</p>"
         f'<div class="wide"><table><tr><th></th>{columns}</tr>{"".join(rows)}</table></div>'
     )
