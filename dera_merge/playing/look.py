@@ -47,13 +47,16 @@ WATCH = """
   const banner = document.createElement('div');
   banner.id = 'gone';
   banner.setAttribute('role', 'alert');
-  const tell = (text) => { banner.textContent = text; banner.hidden = !text; };
+  const tell = (text) => {
+    banner.textContent = text;
+    banner.hidden = !text;
+    if (!banner.isConnected) document.body.append(banner);
+  };
   const asked = () => fetch('gradio_api/app_id', {cache: 'no-store'}).then((answer) => answer.json());
   const look = () => asked().then(({app_id}) => {
     mine = mine || app_id;
     tell(app_id === mine ? '' : 'The server was started anew. Reload the page to go on.');
   }).catch(() => tell('The server has stopped. What you see stays; start dera-merge play again to go on.'));
-  document.addEventListener('DOMContentLoaded', () => { document.body.append(banner); tell(''); });
   setInterval(look, 3000);
 })();
 </script>
