@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """How much memory, time and reading a comparison takes, in a process of its own.
 
-    python scripts/bench_memory.py DIR [--size 336M] [--aligned dense lora] [--texts 32] [--tokens 64] [--lambdas 9]
+    python scripts/bench_memory.py DIR [--size 336M] [--aligned dense lora] [--ways whole layered] [--texts 32]
+                                       [--tokens 64] [--lambdas 9]
     python scripts/bench_memory.py --pair REF ALIGNED
 
 Makes random pairs of bfloat16 in DIR, as `bench_merge.py` does, or takes a pair that is there. Texts are given, so that
 nothing is sampled. Peak memory is the largest resident set of the process (Linux's `VmHWM`), libraries included; bytes
-read are what it asked the system for (`rchar`), from whichever cache they came.
+read are what it asked the system for (`rchar`), from whichever cache they came, and what came from the disk
+(`read_bytes`).
 """
 
 from __future__ import annotations
@@ -43,10 +45,11 @@ lams = [round(0.125 * number, 3) for number in range(1, options["lambdas"] + 1)]
 def of(file, key):
     with open(f"/proc/self/{file}") as stream:
         return next(int(line.split()[1]) for line in stream if line.startswith(key))
-begun, before, libraries = time.perf_counter(), of("io", "rchar"), of("status", "VmHWM")
+begun, before, disk = time.perf_counter(), of("io", "rchar"), of("io", "read_bytes")
+libraries = of("status", "VmHWM")
 report = compare(pair, lams, texts, extras=(), **options["how"])
 print(json.dumps({
-    "seconds": time.perf_counter() - begun, "read": of("io", "rchar") - before,
+    "seconds": time.perf_counter() - begun, "read": of("io", "rchar") - before, "disk": of("io", "read_bytes") - disk,
     "peak": of("status", "VmHWM") * 1024, "libraries": libraries * 1024,
     "kl": [row["kl"] for row in report.results],
 }))
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--lambdas", type=int, default=9)
+    parser.add_argument("--ways", nargs="*", choices=("whole", "layered"), default=["whole", "layered"])
     args = parser.parse_args()
     if args.pair:
         pairs = {"given": tuple(args.pair)}
@@ -98,11 +102,20 @@ def main() -> None:
         parser.error("give DIR or --pair")
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(f"{args.texts} texts of {args.tokens} tokens, {args.lambdas} λ\n")
-    print("| pair | weights | peak RSS | of it libraries | seconds | bytes read / weights |\n|---|---|---|---|---|---|")
+    print("| pair | weights | way | peak RSS | of it libraries | seconds | asked for / weights | from disk / weights |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, (ref, aligned) in pairs.items():
-        took, size = measured(ref, aligned, args.texts, args.tokens, args.lambdas), weights(ref, aligned)
-        print(f"| {name} | {size / 1e9:.2f} GB | {took['peak'] / 1e9:.2f} GB | {took['libraries'] / 1e9:.2f} GB | "
-              f"{took['seconds']:.1f} | {took['read'] / size:.2f} |", flush=True)  # fmt: skip
+        size, kl = weights(ref, aligned), []
+        for way in args.ways:
+            how = {"max_memory": 1} if way == "layered" else {}
+            took = measured(ref, aligned, args.texts, args.tokens, args.lambdas, **how)
+            kl.append(took["kl"])
+            print(f"| {name} | {size / 1e9:.2f} GB | {way} | {took['peak'] / 1e9:.2f} GB | "
+                  f"{took['libraries'] / 1e9:.2f} GB | {took['seconds']:.0f} | {took['read'] / size:.2f} | "
+                  f"{took['disk'] / size:.2f} |", flush=True)  # fmt: skip
+        if len(kl) == 2:
+            apart = max(abs(one - other) / other for other, one in zip(*kl, strict=True) if other)
+            print(f"\n{name}: kl apart by at most {apart:.1e}, relatively\n")
 
 
 if __name__ == "__main__":

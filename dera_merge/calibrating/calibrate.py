@@ -32,11 +32,13 @@ from ..decoding.rows import in_rows
 from ..errors import DeraError
 from ..files.room import check_space
 from ..measuring.ledger import Ledger
+from ..measuring.precision import chosen, full_float32
 from ..merging.path import Curve
 from ..models.fingerprint import fingerprint
 from ..models.pair import Pair
 from ..progress import Progress, unheard
 from ..texts import prompts as prompt_files
+from ..texts.batches import Batches
 from .layers import bend, bendable, learned, measure
 from .lessons import PROMPT_TOKENS, as_array, kept, own_prompts, sampled_lessons, some_of
 from .training import Teacher, Trainer
@@ -46,6 +48,7 @@ MARGIN = 0.1  # no texts are sampled at λ nearer than this to 0 or 1, where eve
 HELD_OUT = 0.1  # share of the prompts
 
 
+@full_float32()
 def calibrate(
     pair: Pair,
     lams: Sequence[float],
@@ -57,6 +60,7 @@ def calibrate(
     max_new_tokens: int = 48,
     passes: int = 3,
     learning_rate: float = 0.02,
+    batch_size: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str = torch.float32,
@@ -78,8 +82,11 @@ def calibrate(
         max_new_tokens: their length, in tokens.
         passes: how often to go over the texts, 1 or more.
         learning_rate: Adam's, at its peak, relative to the size that each parameter is expected to have.
+        batch_size: texts to sample at a time, and in a step of training; the learning rate grows with the root of it.
+            Default: 48 and about 128 tokens on a CPU; elsewhere what fits, and 800 steps where there are many texts.
         seed: of everything random.
-        device, compute_dtype: where and in what the models run.
+        device, compute_dtype: where and in what the models run; `"auto"` is float32, or bfloat16 where only that fits
+            in free memory.
         out: a file to write the path to; what is worked out on the way is kept in `<out>.unfinished` until then.
         resume: go on with what an interrupted call with the same arguments left there.
         overwrite: throw away what an earlier call left there.
@@ -109,7 +116,7 @@ def calibrate(
     tell = progress or unheard
     set_seed(seed)
 
-    names = bendable(pair)
+    names, compute_dtype = bendable(pair), chosen(pair, compute_dtype, device)
     if len({side.vocabulary_rows for side in pair.sides}) > 1:
         raise DeraError("the two vocabularies are padded differently; paths are learned for pairs of one size only")
     length, tokenizer = pair.context_length, pair.tokenizer
@@ -117,6 +124,7 @@ def calibrate(
     how = {
         "kind": kind, "rank": rank if kind == "curve" else None, "texts": texts, "max_new_tokens": max_new_tokens,
         "passes": passes, "learning_rate": learning_rate, "seed": seed,
+        "batch_size": batch_size,
     }  # fmt: skip
     mark = how | {
         "pair": fingerprint(pair), "lams": [low, high], "compute": str(compute_dtype).removeprefix("torch."),
@@ -140,12 +148,13 @@ def calibrate(
         shapes = [pair.tensors[name].shape for name in names.values()]
         numbers = sum(rank * sum(shape) for shape in shapes) if kind == "curve" else 0
         check_space(place, 4 * (2 * tokens * exact.config.get_text_config().hidden_size + 6 * numbers))
+    batches = Batches(batch_size)
     with Ledger(place, mark, resume=resume, overwrite=overwrite) as ledger:
         entries = given
         if entries is None:
 
             def write() -> dict[str, np.ndarray]:
-                return {"prompts": as_array(own_prompts(pair, exact.ref, math.ceil(texts / len(spans)), tell))}
+                return {"prompts": as_array(own_prompts(pair, exact.ref, math.ceil(texts / len(spans)), tell, batches))}
 
             written = json.loads(kept(ledger, "prompts", exact.ref.device, write)["prompts"].tobytes())
             entries = prompt_files.fitting(prompt_files.encode(written, tokenizer), tokenizer, max_new_tokens, length)
@@ -159,7 +168,8 @@ def calibrate(
         unseen = set(dice.sample(used, max(1, round(HELD_OUT * len(used)))))
         drawn = [dice.uniform(*span) for _, span in tasks]
         lessons = sampled_lessons(
-            pair, exact, ids, [prompt for prompt, _ in tasks], drawn, unseen, max_new_tokens, tell, ledger
+            pair, exact, ids, [prompt for prompt, _ in tasks], drawn, unseen, max_new_tokens, tell, ledger,
+            batches,
         )
         order = [lesson for lesson in lessons if lesson.text.prompt not in unseen]
         dice.shuffle(order)
@@ -171,7 +181,7 @@ def calibrate(
             tell("measuring the layers", 0, 1)
             measure(student, layers, some_of(order, dice))
             tell("measuring the layers", 1, 1)
-        trainer = Trainer(student, layers, teacher, len(order), learning_rate)
+        trainer = Trainer(student, layers, teacher, len(order), learning_rate, batches)
         trainer.run(passes, dice, tell, ledger)
         figures = trainer.keep_best()
         recipe = {

@@ -17,6 +17,7 @@ from ..measuring.ledger import Ledger
 from ..measuring.traces import Text
 from ..models.pair import Pair
 from ..progress import Progress, unheard
+from ..texts.batches import Batches
 from ..texts.sampling import decode_batch
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ..decoding.exact import DeraForCausalLM
 
 Arrays = dict[str, np.ndarray]
-SAMPLED_TOGETHER = 48  # texts decoded in one batch
+SAMPLED_TOGETHER = 48  # texts that a CPU decodes in one batch
 MEASURED_TOKENS = 2048  # tokens of texts on which inputs of layers are measured
 PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # sampling without a warper
 PROMPT_TOKENS = 32  # of a prompt that the pair writes itself
@@ -71,11 +72,21 @@ def as_array(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
-def own_prompts(pair: Pair, ref: PreTrainedModel, count: int, tell: Progress = unheard) -> list[str | dict[str, Any]]:
+def sampled_together(batches: Batches, model: PreTrainedModel, tokens: int, models: int = 1) -> int:
+    """How many texts of `tokens` tokens to sample at a time."""
+    if batches.size is None and model.device.type == "cpu":
+        return SAMPLED_TOGETHER
+    return batches.sampled(model, tokens, models)
+
+
+def own_prompts(
+    pair: Pair, ref: PreTrainedModel, count: int, tell: Progress = unheard, batches: Batches | None = None
+) -> list[str | dict[str, Any]]:
     """Prompts that the reference writes at temperature 1: user's turns, or beginnings of texts without a chat template.
 
     Args:
         count: how many to try for; empty ones and repeats are left out.
+        batches: how many to write at a time.
 
     Raises:
         DeraError: fewer than two were written.
@@ -91,12 +102,18 @@ def own_prompts(pair: Pair, ref: PreTrainedModel, count: int, tell: Progress = u
     else:
         opening = tokenizer("")["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
     written: dict[str, None] = {}
-    for done in range(0, count, SAMPLED_TOGETHER):
-        rows = [opening] * min(SAMPLED_TOGETHER, count - done)
-        for new in decode_batch(ref, tokenizer, rows, max_new_tokens=PROMPT_TOKENS, **PLAIN):
+    batches, done = batches or Batches(), 0
+    together = sampled_together(batches, ref, len(opening) + PROMPT_TOKENS)
+
+    def work(numbers: list[int]) -> list[list[int]]:
+        return decode_batch(ref, tokenizer, [opening] * len(numbers), max_new_tokens=PROMPT_TOKENS, **PLAIN)
+
+    for numbers, rows in batches.portions("sampling", range(count), lambda _: together, work):
+        for new in rows:
             if text := tokenizer.decode(new, skip_special_tokens=True).strip():
                 written[text] = None
-        tell("writing prompts", done + len(rows), count)
+        done += len(numbers)
+        tell("writing prompts", done, count)
     if len(written) < 2:
         raise DeraError("the reference writes no prompts of its own; give some with --prompts")
     return [{"messages": [{"role": "user", "content": text}]} if chat else text for text in written]
@@ -105,6 +122,7 @@ def own_prompts(pair: Pair, ref: PreTrainedModel, count: int, tell: Progress = u
 def sampled_lessons(
     pair: Pair, exact: DeraForCausalLM, prompts: list[list[int]], chosen: list[int], lams: list[float],
     unseen: set[int], max_new_tokens: int, tell: Progress, ledger: Ledger,
+    batches: Batches | None = None,
 ) -> list[Lesson]:  # fmt: skip
     """One text of exact DeRa for each chosen prompt, each at its own λ.
 
@@ -116,13 +134,19 @@ def sampled_lessons(
         chosen: the prompt of each text, an index of `prompts`.
         lams: λ of each text.
         ledger: keeps each batch.
+        batches: how many to sample at a time. The noise is that of a batch, so other sizes give other texts.
     """
     differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
     opening = max(1, next(differ, min(map(len, prompts))))
     lessons: list[Lesson] = []
     order = sorted(range(len(chosen)), key=lambda i: len(prompts[chosen[i]]))
 
-    def work() -> Arrays:
+    batches = batches or Batches()
+    together = sampled_together(batches, exact.ref, len(prompts[chosen[order[-1]]]) + max_new_tokens, len(exact.sides))
+
+    def work(batch: list[int]) -> Arrays:
+        rows = [prompts[chosen[i]] for i in batch]
+        firsts = [first_of(i) for i in batch]
         with _recording(exact) as states:
             options = {"max_new_tokens": max_new_tokens, "lam": [lams[i] for i in batch], **PLAIN}
             drawn = decode_batch(exact, pair.tokenizer, rows, **options)
@@ -138,11 +162,19 @@ def sampled_lessons(
         }
         return {"new": np.concatenate(drawn), "lengths": np.array(list(map(len, drawn))), **sides}
 
-    for start in range(0, len(order), SAMPLED_TOGETHER):
-        batch = order[start : start + SAMPLED_TOGETHER]
-        rows = [prompts[chosen[i]] for i in batch]
-        firsts = [len(ids) if chosen[i] in unseen else opening for i, ids in zip(batch, rows, strict=True)]
-        arrays = kept(ledger, f"texts-{start}", exact.ref.device, work)
+    def first_of(i: int) -> int:
+        return len(prompts[chosen[i]]) if chosen[i] in unseen else opening
+
+    while len(lessons) < len(order):
+        start = len(lessons)
+        left = order[start:]
+
+        def sampled() -> Arrays:
+            return next(batches.portions("sampling", left, lambda _: together, work))[1]  # noqa: B023
+
+        arrays = kept(ledger, f"texts-{start}", exact.ref.device, sampled)
+        batch = left[: len(arrays["lengths"])]  # an interrupted run may have taken others
+        rows, firsts = [prompts[chosen[i]] for i in batch], [first_of(i) for i in batch]
         drawn = np.split(arrays["new"], np.cumsum(arrays["lengths"])[:-1])
         texts = [
             Text(chosen[i], [*ids, *new.tolist()], first)

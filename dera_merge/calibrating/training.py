@@ -17,8 +17,9 @@ import torch
 from ..decoding.mix import mix, shares_of
 from ..decoding.rows import Strength
 from ..measuring.ledger import Ledger
-from ..measuring.traces import BATCH_TOKENS, Head, Trace, batches, head_of, padded, scored, trace_of
+from ..measuring.traces import Head, Trace, batches, head_of, longest_first, padded, scored, trace_of
 from ..progress import Progress
+from ..texts.batches import Batches
 from .layers import Bent, read_states
 from .lessons import Arrays, Lesson, as_array
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ..decoding.exact import DeraForCausalLM
 
 STEP_TOKENS = 128  # tokens of texts in one step of the optimiser: one or two texts
+STEPS = 800  # of the optimiser, on an accelerator: of more texts, it takes more in one step
 LEARNING = "learning"  # the step of the ledger
 KEEP_SECONDS, KEEP_SHARE = 20, 0.02  # between two times that the state is kept, or more: what share of time it may take
 GAIN, PROFILE = 0.1, 0.5  # how large the numbers of gains and of profiles are expected to become
@@ -80,8 +82,9 @@ class Trainer:
     """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5 over scored tokens; it learns from the first `trained` lessons."""
 
     def __init__(
-        self, student: PreTrainedModel, layers: dict[str, Bent], teacher: Teacher, trained: int, learning_rate: float
-    ) -> None:
+        self, student: PreTrainedModel, layers: dict[str, Bent], teacher: Teacher, trained: int, learning_rate: float,
+        room: Batches | None = None,
+    ) -> None:  # fmt: skip
         self.student, self.teacher = student, teacher
         self.trained = range(trained)  # which of the teacher's lessons to learn from; the others are held out
         self.held_out = range(trained, len(teacher.lessons))
@@ -89,6 +92,7 @@ class Trainer:
         self.best: list[torch.Tensor] = []
         self.head: Head = head_of(student)
         self.strength: Strength = student.dera_strength
+        self.room = room or Batches()
         self.learning_rate = learning_rate
         # A step of Adam moves every number by about the rate, so each has the rate in units of what it should become.
         self.sizes = [(layer.gain, GAIN) for layer in layers.values()]
@@ -115,7 +119,10 @@ class Trainer:
     @torch.no_grad()
     def look(self, what: str) -> None:
         """Measure this state on the lessons held out, and remember it if none was better; `what` is its name."""
-        parts = [self.kl(batch) for batch in self.batches(self.held_out)]
+        texts = [self.teacher.lessons[i].text for i in self.held_out]
+        order = [self.held_out[j] for j in longest_first(texts)]
+        portions = self.room.portions("reading", order, self._read_together, self.kl)
+        parts = [figures for _, figures in portions]
         kl, lams = (torch.cat(values).double() for values in zip(*parts, strict=True))
         sides = {
             name: float(kl[side].mean()) for name, side in (("inner", lams <= 1), ("outer", lams > 1)) if side.any()
@@ -136,20 +143,30 @@ class Trainer:
         sides = {name: {"texts": texts[name], "line": line.kl[name], "path": best.kl[name]} for name in line.kl}
         return {"held_out": sides, "kept": best.state, "objective": {"line": line.goal, "path": best.goal}}
 
-    def batches(self, lessons: range, tokens: int = BATCH_TOKENS) -> list[list[int]]:
-        """These lessons in batches of about this many tokens."""
-        texts = [self.teacher.lessons[i].text for i in lessons]
-        return [[lessons[j] for j in batch] for batch in batches(texts, tokens)]
+    def _read_together(self, lesson: int) -> int:
+        return self.room.read(self.student, len(self.teacher.lessons[lesson].text.ids))
+
+    def batches(self, passes: int) -> list[list[int]]:
+        """The lessons to learn from, in the batches of one pass: as many texts as were asked for, or so many tokens."""
+        texts = [self.teacher.lessons[i].text for i in self.trained]
+        if (size := self.room.size) is not None:
+            order = longest_first(texts)
+            return [order[start : start + size] for start in range(0, len(order), size)]
+        tokens = STEP_TOKENS
+        if self.student.device.type != "cpu":
+            tokens = max(tokens, passes * sum(len(text.ids) for text in texts) // STEPS)
+        return list(batches(texts, tokens))
 
     def run(self, passes: int, dice: random.Random, tell: Progress, ledger: Ledger) -> None:
         """Train, and look at the line and at a few states on the way; the ledger keeps how far it is."""
         steps: list[list[int]] = []
         for _ in range(passes):
-            order = self.batches(self.trained, STEP_TOKENS)
+            order = self.batches(passes)
             dice.shuffle(order)
             steps += order
+        rate = self.learning_rate * self._rate_of(steps)
         warm = max(1, len(steps) // 20)
-        optimiser = torch.optim.Adam([{"params": [p], "lr": self.learning_rate * size} for p, size in self.sizes])
+        optimiser = torch.optim.Adam([{"params": [p], "lr": rate * size} for p, size in self.sizes])
         looks = {max(1, round(len(steps) * share)) for share in (0.6, 1.0)}
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -161,9 +178,8 @@ class Trainer:
             for number, chosen in enumerate(steps[begun:], begun + 1):
                 share = min(number / warm, max(0.02, (len(steps) - number + 1) / (len(steps) - warm + 1)))
                 for group, (_, size) in zip(optimiser.param_groups, self.sizes, strict=True):
-                    group["lr"] = share * self.learning_rate * size
-                kl, lams = self.kl(chosen)
-                (kl * _weight(lams)).mean().backward()
+                    group["lr"] = share * rate * size
+                self._backward(chosen, optimiser)
                 torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
@@ -174,6 +190,30 @@ class Trainer:
                     ledger.keep(LEARNING, self._state(optimiser, number))
                     due = time.monotonic() + max(KEEP_SECONDS, (time.monotonic() - writing) / KEEP_SHARE)
                 tell("learning", number, len(steps))
+
+    def _rate_of(self, steps: Sequence[Sequence[int]]) -> float:
+        """The learning rate of these batches relative to that of the usual ones.
+
+        Adam's goes with the root of their size (Malladi et al., 2022).
+        """
+        texts = [self.teacher.lessons[i].text for i in self.trained]
+        usual = len(texts) / sum(1 for _ in batches(texts, STEP_TOKENS))
+        mean = sum(map(len, steps)) / len(steps)
+        return 1.0 if self.room.size is None and self.student.device.type == "cpu" else math.sqrt(mean / usual)
+
+    def _backward(self, chosen: Sequence[int], optimiser: torch.optim.Optimizer) -> None:
+        """The gradient of one step; in parts where memory does not hold it whole."""
+        tokens = sum(len(self.teacher.lessons[i].text.completion) for i in chosen)
+
+        def work(size: int) -> None:
+            optimiser.zero_grad(set_to_none=True)  # of what broke off
+            for start in range(0, len(chosen), size):
+                part = chosen[start : start + size]
+                kl, lams = self.kl(part)
+                loss = kl * _weight(lams)
+                (loss.mean() if len(part) == len(chosen) else loss.sum() / tokens).backward()
+
+        self.room.fitting("learning from", len(chosen), work)
 
     def _state(self, optimiser: torch.optim.Adam, number: int) -> Arrays:
         """Everything that step `number` left and that the next ones need."""

@@ -250,7 +250,7 @@ class SweepLab(Laboratory):
         texts, traces = self.texts(answers), []
         for number, model in enumerate(self.exact.sides):
             self.tell("reading the texts", number, len(self.exact.sides) + 1)
-            traces.append(trace_of(model, texts))
+            traces.append(trace_of(model, texts, batches=self.compute.batches))
         self.tell("reading the texts", len(traces), len(traces) + 1)
         per_token = densities(traces, tokens_of(texts), lams, self.exact.config.vocab_size)
         logp, kl = (per_text(values, texts) for values in per_token)
@@ -265,9 +265,12 @@ class SweepLab(Laboratory):
         if lam not in self._kls:
             fresh = [a for a in self.store.answers if a.mode == "merged" and a.lam not in self._kls]
             texts = {lam: self.texts([a for a in fresh if a.lam == lam]) for lam in sorted({a.lam for a in fresh})}
-            refs = self.of_ref(lambda ref: [trace_of(ref, own) for own in texts.values()])  # read with one loading
+            few = self.compute.batches
+            refs = self.of_ref(lambda ref: [trace_of(ref, own, batches=few) for own in texts.values()])
             for (at, own), ref in zip(texts.items(), refs, strict=True):
-                _, kl = densities([ref, trace_of(self.merged(at), own)], tokens_of(own), [1.0], self.pair.vocab_size)
+                _, kl = densities(
+                    [ref, trace_of(self.merged(at), own, batches=few)], tokens_of(own), [1.0], self.pair.vocab_size
+                )
                 self._kls[at] = per_text(kl[:, 0], own)
         return self._kls[lam]
 

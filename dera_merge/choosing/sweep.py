@@ -24,6 +24,7 @@ from ..files.atomic import load_json
 from ..files.room import alone, check_space
 from ..measuring.compare import compare
 from ..measuring.laboratory import Compute
+from ..measuring.precision import chosen, full_float32
 from ..merging.path import Curve, opened
 from ..models.fingerprint import fingerprint
 from ..models.pair import Pair
@@ -31,6 +32,7 @@ from ..processes import gathered, launched
 from ..progress import Progress
 from ..serving import vllm_server as engines
 from ..texts import prompts as prompt_files
+from ..texts.batches import Batches
 from ..texts.exchanges import in_words
 from ..texts.rewards import Reward, as_reward, checked
 from .anchors import default_lambdas, first_anchors, grid_between
@@ -44,6 +46,7 @@ PER_TEXT, PER_TOKEN = 200, 16  # bytes of texts.jsonl for a text and for a token
 PAGES = 4_000_000  # bytes of a report
 
 
+@full_float32()
 def sweep(
     pair: Pair,
     prompts: Sequence[str | dict[str, Any]],
@@ -68,6 +71,7 @@ def sweep(
     beta: float | None = None,
     seed: int = 0,
     engine: str | None = None,
+    batch_size: int | None = None,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str = torch.float32,
     out: str | os.PathLike[str] | None = None,
@@ -110,7 +114,9 @@ def sweep(
         seed: of sampling and bootstrap.
         engine: sample exact DeRa's texts by vLLM: the address of a server of the pair's exact directory, or `"vllm"` to
             start one. Its noise is its own, so texts of several λ and of both modes are not coupled.
-        device, compute_dtype: where and in what the models run.
+        batch_size: how many texts models sample and read at a time; default: as many as fit, fewer once memory ran out.
+        device, compute_dtype: where and in what the models run; `"auto"` is float32, or bfloat16 where only that fits
+            in free memory.
         out: a directory in which texts are kept as they come.
         resume: go on with what an interrupted call with the same arguments left there.
         overwrite: throw away the texts that an earlier call left there.
@@ -149,6 +155,7 @@ def sweep(
         raise DeraError("one prompt says nothing about others; give more")
     if scored is None:
         checked(rewards, encoded)
+    compute_dtype = chosen(pair, compute_dtype, device)
     curve = opened(path, pair, lams)
     grid = sorted({*lams, *grid_between(lams)}) if reweight else sorted(lams)
     anchors = pair.known(anchors) if anchors is not None else first_anchors(pair, lams) if reweight else grid
@@ -171,7 +178,7 @@ def sweep(
         store = Store(folder, mark, resume, overwrite, writes=first_process)
         texts = [in_words(prompt.asked) for prompt in encoded]
         asked = Asked(encoded, texts, rewards, samples, max_new_tokens, mode, reweight)
-        lab = SweepLab(pair, Compute(device, compute_dtype), curve, seed, progress, asked, store)
+        lab = SweepLab(pair, Compute(device, compute_dtype, Batches(batch_size)), curve, seed, progress, asked, store)
         curves = Curves(lab, weights, by)
 
         if scored is not None:
@@ -204,7 +211,7 @@ def sweep(
             lab.let_go()
             row = compare(
                 pair, [lam], few, path=curve, max_new_tokens=max_new_tokens, seed=seed, device=device,
-                compute_dtype=compute_dtype,
+                batch_size=batch_size, compute_dtype=compute_dtype,
             ).at(lam)  # fmt: skip
             result.faithful = {key: row[key] for key in ("kl", "kl_ci", "tv", "top1", "captured", "verdict", "why")}
         return result

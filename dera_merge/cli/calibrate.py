@@ -10,7 +10,7 @@ import typer
 from ..errors import DeraError
 from .checks import choose_device, given_prompts
 from .help import how, where
-from .options import ComputeDtype, Device, Given, Lambdas, Limit, MaybePrompts, Resume, Seed, with_models
+from .options import BatchSize, ComputeDtype, Device, Given, Lambdas, Limit, MaybePrompts, Resume, Seed, with_models
 from .show import print_json, progress, say
 
 PathKind = Literal["curve", "gains"]
@@ -39,6 +39,7 @@ def run(
     seed: Seed = 0,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
+    batch_size: BatchSize = None,
 ) -> None:
     """Learn a path that follows exact DeRa. merge, compare, sweep and generate take it with --path."""
     lams = given.lams(lam)
@@ -53,7 +54,8 @@ def run(
         curve = learn(
             pair, lams, given_prompts(prompts, limit), kind=kind, rank=rank, texts=texts,
             max_new_tokens=max_new_tokens, passes=passes, learning_rate=learning_rate, seed=seed, device=place,
-            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, progress=tell, out=output,
+            batch_size=batch_size,
+            compute_dtype=compute_dtype, progress=tell, out=output,
             resume=resume, overwrite=overwrite,
         )  # fmt: skip
     if given.as_json:

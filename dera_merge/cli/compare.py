@@ -14,6 +14,7 @@ from ..errors import DeraError
 from .checks import check_report_folder, choose_device, given_prompts
 from .help import how, what, where
 from .options import (
+    BatchSize,
     ComputeDtype,
     Device,
     Dtype,
@@ -21,6 +22,7 @@ from .options import (
     LambdaFor,
     Lambdas,
     Limit,
+    MaxMemory,
     MaybePrompts,
     Overwrite,
     PathFile,
@@ -66,6 +68,8 @@ def run(
     engine: SampleEngine = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
+    batch_size: BatchSize = None,
+    max_memory: MaxMemory = None,
 ) -> None:
     """Measure the merged model against exact DeRa, token by token."""
     lams = given.lams(lam)
@@ -87,7 +91,8 @@ def run(
             lambda_for=given.lambda_for(lambda_for), dtype=dtype, rounding=rounding,
             texts=texts, samples=samples, max_new_tokens=max_new_tokens, extras=wanted, extra_prompts=extra_prompts,
             reward=load_reward(reward, place) if reward else None, seed=seed, engine=engine, device=place,
-            progress=tell, compute_dtype="float32" if compute_dtype == "auto" else compute_dtype, unfinished=output,
+            batch_size=batch_size, max_memory=max_memory,
+            progress=tell, compute_dtype=compute_dtype, unfinished=output,
             resume=resume, overwrite=overwrite,
         )  # fmt: skip
     report.command = shlex.join(["dera-merge", *sys.argv[1:]])
@@ -105,6 +110,9 @@ def run(
         from ..pages.fidelity import LEGEND, sentences
 
         say(LEGEND)
+        if report.settings["compute_dtype"] != "float32":
+            resolution = report.settings["resolution"]
+            say(f"Computed in {report.settings['compute_dtype']}, float32 heads: kl below {resolution:.1e} is noise.")
         for row in report.results:
             say(f"- {' '.join(sentences(row))}")
         say(f"Report: {output / 'report.html'}")

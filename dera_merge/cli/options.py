@@ -66,7 +66,11 @@ Limit = Annotated[int | None, what(min=1, help="Read this many prompts at most."
 SampleEngine = Annotated[
     str | None, where("--engine", help="Sample by vLLM: the address of a server of export-exact's DIR, or vllm.")
 ]
-ComputeDtype = Annotated[Dtype, how(help="auto: float32.")]
+BatchSize = Annotated[int | None, where(min=1, help="Texts that a model takes at a time. Default: as many as fit.")]
+MaxMemory = Annotated[
+    str | None, where(metavar="SIZE", help="What models may take: 8GB. Default: what is free. Larger: layer by layer.")
+]
+ComputeDtype = Annotated[Dtype, how(help="auto: float32, or bfloat16 where only that fits in free memory.")]
 Device = Annotated[str, where(help="auto, cpu, cuda, cuda:1, mps, …")]
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from .checks import check_report_folder, choose_device, given_prompts
 from .help import how, what, where
 from .options import (
+    BatchSize,
     ComputeDtype,
     Device,
     Given,
@@ -73,6 +74,7 @@ def run(
     engine: SampleEngine = None,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
+    batch_size: BatchSize = None,
 ) -> None:
     """Choose λ by reward, KL or length on a validation set; exit 3 if a target is not met."""
     if sum(target is not None for target in (target_kl, target_length, keep)) > 1:
@@ -111,8 +113,9 @@ def run(
             target_length=target_length, keep=keep, minimise=minimise or "tokens", anchors=places, samples=samples,
             max_new_tokens=max_new_tokens, mode=mode, reweight=reweight, merged=merged, budget=budget, scored=scored,
             beta=beta, path=path, seed=seed, engine=engine, device=place, out=output, resume=resume,
+            batch_size=batch_size,
             overwrite=overwrite, progress=tell,
-            compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
+            compute_dtype=compute_dtype,
         )  # fmt: skip
     if not launched()[0]:  # of several processes the first writes and prints
         result.save(output)

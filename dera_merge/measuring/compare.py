@@ -10,6 +10,7 @@ same noise (`where.py`).
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,10 +36,13 @@ from ..statistics.prediction import predict
 from ..statistics.summary import MEASURES, gram_of, log_ratio, summarise
 from ..statistics.verdict import bits_like, verdict
 from ..texts import prompts as prompt_files
+from ..texts.batches import Batches
 from ..texts.prompts import Prompt
 from ..texts.rewards import Reward, as_reward, checked
 from .laboratory import Compute
+from .layered import LayeredLab
 from .ledger import FOLDER, Ledger
+from .precision import chosen, full_float32, in_bytes, too_large
 from .report import Report
 from .steps import ComparisonLab, Measured, Reading
 from .traces import Text
@@ -47,12 +51,14 @@ from .where import coupled_figures, for_each_token, shown_texts, where_it_lies
 if TYPE_CHECKING:
     from ..merging.rounding import Rounding
 
+log = logging.getLogger(__name__)
 PER_TOKEN = 250  # bytes that finished steps keep of a token
 PAGES = 4_000_000  # bytes of a report
 Extra = Literal["floor", "ladder", "predict", "layers", "coupled"]
 EXTRAS: tuple[Extra, ...] = ("floor", "ladder", "predict", "layers", "coupled")
 
 
+@full_float32()
 def compare(
     pair: Pair,
     lams: Sequence[float | Sequence[float]],
@@ -71,6 +77,8 @@ def compare(
     reward: Reward | str | Callable[..., Any] | None = None,
     seed: int = 0,
     engine: str | None = None,
+    batch_size: int | None = None,
+    max_memory: int | str | None = None,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str = torch.float32,
     unfinished: str | os.PathLike[str] | None = None,
@@ -107,7 +115,11 @@ def compare(
         extra_prompts: floor, ladder and layers look at the texts of this many prompts.
         reward: a text's reward, for `"coupled"`: a `Reward`, a function, or a spec as for `load_reward`.
         engine: sample by vLLM: the address of a server of the pair's exact directory, or `"vllm"` to start one.
-        device, compute_dtype: where and in what the models run.
+        batch_size: how many texts models sample and read at a time; default: as many as fit, fewer once memory ran out.
+        max_memory: bytes that models may take, or a text such as `"8GB"`; default: what is free. Where one model is
+            more, given texts are scored layer by layer: no model is held whole, and all λ pass a layer together.
+        device, compute_dtype: where and in what the models run; `"auto"` is float32, or bfloat16 where only that fits
+            in free memory.
         unfinished: a directory in which to keep finished steps until the report is saved; with several processes
             nothing is kept.
         resume: go on with what an interrupted call with the same arguments left there.
@@ -153,6 +165,21 @@ def compare(
         first, *_ = checked([reward], encoded)
         if why := reward.why_not(first):  # which may be that text's fault
             warn(f"the reward {reward.name} fails on a first text: {why}")
+    limit = in_bytes(max_memory)
+    shows = any(prompt.shown for prompt in encoded)
+    can_be_layered = all(given) and approx is None and not shows
+    why_layered = too_large(pair, device, limit=limit, dtype=compute_dtype) if can_be_layered else None
+    if why_layered:
+        asked, compute_dtype = "auto", torch.float32 if compute_dtype == "auto" else compute_dtype
+        log.info(f"layer by layer: {why_layered}")
+        if "coupled" in extras:
+            raise DeraError("--with coupled samples texts, which takes whole models; leave it out")
+    else:
+        asked, compute_dtype = compute_dtype, chosen(pair, compute_dtype, device, limit)
+    if why_layered or (asked == "auto" and compute_dtype != torch.float32):
+        if whole := [extra for extra in extras if extra in ("floor", "ladder", "layers")]:
+            log.info(f"left out: {', '.join(whole)}, which takes whole models in float32")
+        extras = tuple(extra for extra in extras if extra not in whole)
     storage = Storage.of(pair.names, dtype, rounding, seed)
     rounds = any(kind != torch.float32 for kind, _ in storage.layout(pair.names).values())
     course = opened(along(pair, path, lambda_for), pair, lams)
@@ -168,7 +195,9 @@ def compare(
         resume=resume, overwrite=overwrite, writes=process == 0,
     )  # fmt: skip
     measured = Measured(encoded, samples, max_new_tokens, storage, approximations)
-    lab = ComparisonLab(pair, Compute(device, compute_dtype), course, seed, progress, measured, rounds, ledger)
+    compute = Compute(device, compute_dtype, Batches(batch_size))
+    kind = LayeredLab if why_layered else ComparisonLab
+    lab = kind(pair, compute, course, seed, progress, measured, rounds, ledger)
     if unfinished is not None and process == 0:
         count = sum(len(p.completion) if p.completion else samples * max_new_tokens * len(lams) for p in encoded)
         check_space(Path(unfinished), PAGES + count * PER_TOKEN * (2 if "coupled" in extras else 1))
@@ -236,7 +265,7 @@ def _compared(
         text_of = for_each_token(range(len(texts_at[lam])), texts_at[lam])
         per_token = {key: values for key, values in readings[lam].items() if key != "resolution"}
         report.per_token[lam], report.prompt_of[lam] = per_token, prompt_of
-        result = {"lambda": lam, **summarise(per_token, prompt_of, text_of, resolution, seed)}
+        result = {"lambda": lam, "resolution": resolution, **summarise(per_token, prompt_of, text_of, resolution, seed)}
         if isinstance(lam, Vector):
             result["log_ratio"] = log_ratio(gram_of(per_token, len(lam)), lam)
         if not lab.knows_path(lam):

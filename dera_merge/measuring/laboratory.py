@@ -7,7 +7,7 @@ other models lets the ones before go, so that no more are held than one step nee
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,7 @@ from ..merging.path import Course
 from ..models.pair import Pair
 from ..processes import launched
 from ..progress import Progress, unheard
+from ..texts.batches import MOST_SAMPLED, SAMPLED, Batches
 from ..texts.samplers import ModelSampler, Sampler
 
 if TYPE_CHECKING:
@@ -31,10 +32,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in what models run."""
+    """Where and in what models run, and on how many texts at a time."""
 
     device: str | torch.device = "cpu"
     dtype: torch.dtype | str = torch.float32
+    batches: Batches = field(default_factory=Batches)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether models have 16 bits, so that every merge is rounded."""
+        return self.dtype in (torch.bfloat16, torch.float16, "bfloat16", "float16")
 
 
 class Laboratory:
@@ -112,9 +119,17 @@ class Laboratory:
         """Writes exact DeRa's texts: the engine, or the model."""
         if self.engine is not None:
             return self.engine
-        return ModelSampler(lambda _: self.exact, self.pair.tokenizer, self.seed, self.pair.vocab_size, takes_lam=True)
+        return self.sampler(lambda _: self.exact, takes_lam=True)
 
     @property
     def merged_sampler(self) -> Sampler:
         """Writes the merged model's texts."""
-        return ModelSampler(self.merged, self.pair.tokenizer, self.seed, self.pair.vocab_size)
+        return self.sampler(self.merged)
+
+    def sampler(self, model_at: Callable[[Lam], PreTrainedModel], takes_lam: bool = False) -> ModelSampler:
+        """A sampler of other models; arguments as for `ModelSampler`."""
+        batches, on_cpu = self.compute.batches, torch.device(self.compute.device).type == "cpu"
+        at_once = batches.size or (SAMPLED if on_cpu else MOST_SAMPLED)
+        return ModelSampler(
+            model_at, self.pair.tokenizer, self.seed, self.pair.vocab_size, takes_lam, at_once, batches
+        )

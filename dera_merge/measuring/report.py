@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -123,11 +124,19 @@ class Report:
         return folder
 
     def gate(self, max_kl: float | None, min_top1: float | None) -> dict[str, Any]:
-        """Whether every λ keeps the limits: kl at most `max_kl` nats, top1 at least `min_top1`. `save` writes it."""
+        """Whether every λ keeps the limits: kl at most `max_kl` nats, top1 at least `min_top1`. `save` writes it.
+
+        A kl below the resolution of the measurement counts as that, but at the ends, where every merge is exact.
+        """
+
+        def kl_of(result: dict[str, Any]) -> float:
+            least = 0.0 if lambdas.is_end(result["lambda"]) else result.get("resolution", 0.0)
+            return math.inf if result["kl"] is None else max(result["kl"], least)
+
         failed = [
             result["lambda"]
             for result in self.results
-            if (max_kl is not None and not (result["kl"] is not None and result["kl"] <= max_kl))
+            if (max_kl is not None and not kl_of(result) <= max_kl)
             or (min_top1 is not None and not (result["top1"] is not None and result["top1"] >= min_top1))
         ]
         self.gated = {"passed": not failed, "max_kl": max_kl, "min_top1": min_top1, "failed": failed}

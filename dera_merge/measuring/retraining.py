@@ -22,7 +22,7 @@ from ..models.pair import Pair
 from ..progress import Progress
 from ..statistics.intervals import bootstrap
 from ..texts.prompts import Prompt, encode
-from ..texts.samplers import ModelSampler, Sampler
+from ..texts.samplers import Sampler
 from .divergence import between_mixtures, densities, divergences
 from .laboratory import Compute, Laboratory
 from .traces import Text, Trace, per_text, tokens_of, trace_of
@@ -86,7 +86,7 @@ class _Study(Laboratory):
 
     def writes(self, model: PreTrainedModel) -> Sampler:
         """A sampler of any model."""
-        return ModelSampler(lambda _: model, self.pair.tokenizer, self.seed, self.pair.vocab_size)
+        return self.sampler(lambda _: model)
 
     def figures(self, texts: list[Text], kl_ref: np.ndarray) -> dict[str, Any]:
         """Reward, length and KL to the reference (nats a text) of texts; means and intervals over prompts."""

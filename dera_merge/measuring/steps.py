@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..decoding.load import load_model
-from ..errors import DeraError
+from ..errors import DeraError, warn
 from ..lambdas import Lam
 from ..merging.path import Course
 from ..merging.storage import Storage
@@ -21,9 +21,10 @@ from ..processes import gathered
 from ..progress import Progress
 from ..statistics.prediction import PROBES
 from ..texts.prompts import Prompt
-from ..texts.samplers import ModelSampler, Sampler
+from ..texts.samplers import Sampler
 from . import attribution, yardstick
 from .divergence import divergences
+from .in_step import wide_trace
 from .laboratory import Compute, Laboratory
 from .ledger import Ledger
 from .traces import Text, Trace, tokens_of, trace_of
@@ -31,6 +32,7 @@ from .traces import Text, Trace, tokens_of, trace_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ALONE = 4  # texts that the reference reads once more, each alone
 HEADS = 1 << 30  # bytes of merged models' heads that are held at a time, or one λ's
 ROOM = 8  # tokens of padding
 Approximations = dict[Lam, tuple[Path, dict[str, Any]]]  # λ → a merged directory, and its recipe
@@ -107,12 +109,14 @@ class ComparisonLab(Laboratory):
 
     def knows_path(self, lam: Lam) -> bool:
         """Whether what is measured lies on `path`, or on the line, so that rounding can be told apart."""
+        if self.compute.narrow:  # no model is held without rounding
+            return False
         return lam not in self.approximations or self.approximations[lam][1].get("path", "line") == "line"
 
     @property
     def merged_sampler(self) -> Sampler:
         """Writes the texts of the model that is measured."""
-        return ModelSampler(self.stored, self.pair.tokenizer, self.seed, self.pair.vocab_size)
+        return self.sampler(self.stored)
 
     # Texts
 
@@ -172,7 +176,10 @@ class ComparisonLab(Laboratory):
             replace(reading, lams=[lam for lam in reading.lams if not self.ledger.has(reading.step(lam))])
             for reading in readings
         ]
-        fresh = self._measure([reading for reading in missing if reading.lams])
+        wanted = [reading for reading in missing if reading.lams]
+        if few := [len(reading.texts) for reading in wanted if len(reading.texts) < self.processes]:
+            raise DeraError(f"{few[0]} texts are fewer than the {self.processes} processes; start fewer")
+        fresh = self._measure(wanted) if wanted else {}
         keys = [{lam: reading.step(lam) for lam in reading.lams} for reading in readings]
         return [
             {lam: fresh[key] if key in fresh else self.ledger.recall(key) for lam, key in row.items()} for row in keys
@@ -180,43 +187,69 @@ class ComparisonLab(Laboratory):
 
     def _measure(self, readings: Sequence[Reading]) -> dict[str, dict[str, np.ndarray]]:
         """What `measure` finds, by step of the ledger: each process reads its share, and gets all figures."""
-        if not readings:
-            return {}
-        if few := [len(reading.texts) for reading in readings if len(reading.texts) < self.processes]:
-            raise DeraError(f"{few[0]} texts are fewer than the {self.processes} processes; start fewer")
         chosen = [list(self.share(reading.texts)) for reading in readings]
         passes = 1 + (self.rounds or bool(self.approximations)) + (self.path is not None)
         steps = sum(len(self.pair.sides) + len(each.lams) * (1 if each.line else passes) for each in readings)
         done = itertools.count(1)
 
-        def read(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None = None) -> Trace:
-            trace = trace_of(model, texts, heads)
+        def read(model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict]) -> Trace:
+            trace = trace_of(model, texts, heads, self.compute.batches)
             self.tell("scoring", next(done), steps)
             return trace
 
         resolutions: list[float] = []
+        own: list[torch.nn.ModuleDict] = []  # the sides' heads; an adapter mostly leaves them alone, and all have one
 
         def read_all(side: PreTrainedModel) -> list[Trace]:
-            traces = [read(side, texts) for texts in chosen]
+            traces = [read(side, texts, own) for texts in chosen]
             if not resolutions:  # it is the reference
-                resolutions.extend(_resolution(side, *each) for each in zip(traces, chosen, strict=True))
+                for trace, texts in zip(traces, chosen, strict=True):
+                    alone = [trace_of(side, [text], room=ROOM * bool(text.shown)).hidden for text in texts[:ALONE]]
+                    others = [Trace(torch.cat(alone), trace.head)]
+                    seen = any(text.shown for text in texts[:ALONE])
+                    if self.compute.narrow and not seen:  # 16 bits are noise of their own, the same in every batch
+                        try:
+                            others.append(wide_trace(self.pair, texts[:ALONE], self.compute.device))
+                        except DeraError as error:
+                            warn(f"the resolution is without the noise of 16 bits: {error}")
+                    resolutions.append(max(resolution_of(trace, other) for other in others))
             return traces
 
         sides = list(zip(*self.of_each_side(read_all), strict=True))
         self.let_go()
+
+        def at(number: int, lam: Lam, heads: list[torch.nn.ModuleDict]) -> dict[str, Trace]:
+            models = [("kl", self.line(lam))] if readings[number].line else self.measured(lam)
+            return {name: read(model, chosen[number], heads) for name, model in models}
+
+        return self.compared(readings, chosen, sides, resolutions, own, at)
+
+    def compared(
+        self, readings: Sequence[Reading], chosen: Sequence[list[Text]], sides: Sequence[Sequence[Trace]],
+        resolutions: Sequence[float], own: list[torch.nn.ModuleDict],
+        at: Callable[[int, Lam, list[torch.nn.ModuleDict]], dict[str, Trace]],
+    ) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
+        """Figures of each reading at each of its λ, by step of the ledger, which keeps them.
+
+        Args:
+            chosen: this process's texts of each reading.
+            sides: traces of the reference and each aligned model, of each reading.
+            resolutions: of each.
+            own: the sides' heads.
+            at: (number of a reading, λ, heads that may be used again) → what is compared there.
+        """
         found: dict[str, dict[str, np.ndarray]] = {}
-        for reading, texts, exact, resolution in zip(readings, chosen, sides, resolutions, strict=True):
-            heads: list[torch.nn.ModuleDict] = []  # turning λ may change the head, so traces keep the one they had
+        for number, (reading, texts) in enumerate(zip(readings, chosen, strict=True)):
+            heads = list(own)  # turning λ may change the head, so traces keep the one they had
             traces: list[tuple[Lam, dict[str, Trace]]] = []
             for lam in reading.lams:
-                models = [("kl", self.line(lam))] if reading.line else self.measured(lam)
-                traces.append((lam, {name: read(model, texts, heads) for name, model in models}))
-                if lam != reading.lams[-1] and _bytes(heads) < HEADS:
+                traces.append((lam, at(number, lam, heads)))
+                if lam != reading.lams[-1] and _bytes(heads[len(own) :]) < HEADS:
                     continue
-                for at, figures in self._figures(exact, traces, texts, resolution).items():
-                    found[reading.step(at)] = figures
-                    self.ledger.keep(reading.step(at), figures)
-                heads, traces = [], []
+                for done, figures in self._figures(sides[number], traces, texts, resolutions[number]).items():
+                    found[reading.step(done)] = figures
+                    self.ledger.keep(reading.step(done), figures)
+                heads, traces = list(own), []
         return found
 
     def _figures(
@@ -312,16 +345,16 @@ def _bytes(modules: Sequence[torch.nn.Module]) -> int:
 
 
 @torch.no_grad()
-def _resolution(model: PreTrainedModel, trace: Trace, texts: list[Text]) -> float:
-    """The largest kl that the reference shows against itself, read in a batch of another shape: noise, in nats.
+def resolution_of(trace: Trace, other: Trace) -> float:
+    """The largest kl that the reference shows against itself, read in another way: noise, in nats.
 
-    Texts that show images are alone in any case, and have another shape by padding.
+    Args:
+        trace: the reference's.
+        other: of the first texts, read in batches of another shape, or in float32.
     """
-    few = texts[:4]
-    apart = torch.cat([trace_of(model, [text], None, ROOM * bool(text.shown)).hidden for text in few])
-    batched = trace.hidden[: len(apart)]
+    batched = trace.hidden[: len(other.hidden)]
     worst = 0.0
-    for together, alone in zip(batched.split(16), apart.split(16), strict=True):
-        p, q = (torch.log_softmax(trace.head(states).double(), -1) for states in (together, alone))
+    for together, apart in zip(batched.split(16), other.hidden.split(16), strict=True):
+        p, q = (torch.log_softmax(logits.double(), -1) for logits in (trace.head(together), other.head(apart)))
         worst = max(worst, float((p.exp() * (p - q)).sum(-1).abs().max()))
     return max(worst, 1e-12)

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..decoding.mix import on_new_rows
 from ..errors import DeraError
 from ..models import doors
+from ..texts.batches import READ_TOKENS, Batches
 from ..texts.images import Shown, beside
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from ..texts.prompts import Prompt
 
-BATCH_TOKENS = 2048  # tokens that a model reads at a time
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -69,15 +69,19 @@ def per_text(values: np.ndarray, texts: Sequence[Text]) -> np.ndarray:
     return np.add.reduceat(values, np.cumsum([0, *(len(text.completion) for text in texts)])[:-1])
 
 
-def batches(texts: Sequence[Text], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Indices of texts in batches of about this many tokens, longest first, so that little is padding.
+def longest_first(texts: Sequence[Text]) -> list[int]:
+    """Indices of texts in the order in which they are read, so that little of a batch is padding; images come first."""
+    return sorted(range(len(texts)), key=lambda index: (not texts[index].shown, -len(texts[index].ids)))
+
+
+def batches(texts: Sequence[Text], tokens: int = READ_TOKENS) -> Iterator[list[int]]:
+    """Indices of texts in batches of about this many tokens, longest first.
 
     A text that shows images is alone: their pixels have no batch axis in every class.
     """
-    yield from ([index] for index, text in enumerate(texts) if text.shown)
-    order = sorted(
-        (index for index, text in enumerate(texts) if not text.shown), key=lambda index: -len(texts[index].ids)
-    )
+    order = longest_first(texts)
+    while order and texts[order[0]].shown:
+        yield [order.pop(0)]
     while order:
         count = max(1, tokens // len(texts[order[0]].ids))
         yield order[:count]
@@ -93,6 +97,12 @@ def padded(texts: Sequence[Text], device: torch.device, room: int = 0) -> tuple[
     ids = torch.tensor([text.ids + [0] * (width - len(text.ids)) for text in texts])
     mask = torch.tensor([[1] * len(text.ids) + [0] * (width - len(text.ids)) for text in texts])
     return ids.to(device), mask.to(device)
+
+
+def plain_inputs(texts: Sequence[Text], device: torch.device) -> dict[str, torch.Tensor]:
+    """What a model reads of a batch of texts that show no images."""
+    ids, mask = padded(texts, device)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def inputs_of(texts: Sequence[Text], model: PreTrainedModel, room: int = 0) -> dict[str, Any]:
@@ -114,31 +124,48 @@ def scored(states: torch.Tensor, texts: Sequence[Text]) -> torch.Tensor:
     return torch.cat([row[text.start - 1 : len(text.ids) - 1] for row, text in zip(states, texts, strict=True)])
 
 
+def states_of(
+    decoder: torch.nn.Module, texts: Sequence[Text], inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """What a decoder makes of one batch: of each text its states that predict completion tokens."""
+    states = decoder(**inputs, use_cache=False)[0]
+    return scored(states, texts).split([len(text.completion) for text in texts])
+
+
 @torch.no_grad()
 def trace_of(
-    model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None = None, room: int = 0
-) -> Trace:
+    model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None = None,
+    batches: Batches | None = None, wide_head: bool = True, room: int = 0,
+) -> Trace:  # fmt: skip
     """Run a model's decoder over the texts, longest first, and keep the hidden states that predict completion tokens.
 
     Args:
         heads: for a model that will change: copies of heads that outlive the change. One that equals the model's is
             used again, so that a head which λ does not touch is held once. None: the model will not change.
+        batches: how many texts to read at a time; default: what fits.
+        wide_head: as for `head_of`.
         room: tokens of padding behind the longest text of each batch.
 
     Raises:
         DeraError: logits are not finite, or the model is no decoder followed by a head.
     """
     _, decoder = decoder_of(model)
-    found: dict[int, torch.Tensor] = {}
-    for batch in batches(texts):
+    batches = batches or Batches()
+
+    def read(batch: list[int]) -> tuple[torch.Tensor, ...]:
         chosen = [texts[index] for index in batch]
-        states = decoder(**inputs_of(chosen, model, room), use_cache=False)[0]
-        sizes = [len(text.completion) for text in chosen]
-        found |= dict(zip(batch, scored(states, chosen).split(sizes), strict=True))
-    hidden, head = torch.cat([found[index] for index in range(len(texts))]), head_of(model, heads)
-    if not _is_head(model, head, texts[0], hidden, 1):
-        hidden, head = _tapped(model, texts, heads)
-        if not _is_head(model, head, texts[0], hidden, 0):
+        return states_of(decoder, chosen, inputs_of(chosen, model, room))
+
+    def count(index: int) -> int:
+        return 1 if texts[index].shown else batches.read(model, len(texts[index].ids))
+
+    found: dict[int, torch.Tensor] = {}
+    for batch, states in batches.portions("reading", longest_first(texts), count, read):
+        found |= dict(zip(batch, states, strict=True))
+    hidden, head = torch.cat([found[index] for index in range(len(texts))]), head_of(model, heads, wide_head)
+    if not is_head(model, head, first_logits(model, texts[0], 1), hidden):
+        hidden, head = _tapped(model, texts, heads, wide_head)
+        if not is_head(model, head, first_logits(model, texts[0], 0), hidden):
             raise DeraError(f"{type(model).__name__} reads texts both ways, or makes its logits of more than one state "
                             "of its decoder, so compare cannot measure it")  # fmt: skip
     return Trace(hidden, head, getattr(model, "dera_known_rows", None))
@@ -196,11 +223,17 @@ class _Replay(torch.nn.Module):
         return _Output(last_hidden_state=inputs_embeds)
 
 
-def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = None) -> Head:
+def head_of(
+    model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = None, wide_head: bool = True
+) -> Head:
     """The model without its decoder: hidden states (tokens, hidden size) → logits (tokens, vocabulary), float32.
 
     It is the model's own forward, so scaled or soft-capped logits (Gemma, Cohere, Granite) come out right. Each token
-    is a sequence of its own there. `heads` as for `trace_of`.
+    is a sequence of its own there.
+
+    Args:
+        heads: as for `trace_of`.
+        wide_head: compute in float32 where the model has 16 bits: its logits would be off by as much as many a merge.
     """
     doors.check("compare", model)
     name, decoder = decoder_of(model)
@@ -218,7 +251,8 @@ def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = No
         if child != way and module is not None
     }
     modules = torch.nn.ModuleDict(beside)
-    modules = _outlasting(modules, heads)
+    wide_head = wide_head and model.dtype.itemsize == 2
+    modules = _outlasting(modules, heads, wide_head)
     for level, (owner, way) in enumerate(zip(copies, [*parents, last], strict=True)):
         inner = copies[level + 1] if level < len(parents) else _Replay(decoder)
         owner._modules = {
@@ -227,13 +261,14 @@ def head_of(model: PreTrainedModel, heads: list[torch.nn.ModuleDict] | None = No
         }
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.float() if wide_head else hidden
         return copies[0](inputs_embeds=hidden[:, None], use_cache=False).logits[:, 0].float()
 
     return logits
 
 
 def _tapped(
-    model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None
+    model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None, wide_head: bool
 ) -> tuple[torch.Tensor, Head]:
     """States and head as of `trace_of`, where a model calls its decoder otherwise: what enters the output embeddings.
 
@@ -250,33 +285,49 @@ def _tapped(
             entered[-1] = scored(entered[-1], [text])
     finally:
         tap.remove()
-    kept = _outlasting(torch.nn.ModuleDict({"outputs": outputs}), heads)
-    return torch.cat(entered), lambda hidden: kept["outputs"](hidden).float()
+    wide_head = wide_head and model.dtype.itemsize == 2
+    kept = _outlasting(torch.nn.ModuleDict({"outputs": outputs}), heads, wide_head)
+    return torch.cat(entered), lambda hidden: kept["outputs"](hidden.float() if wide_head else hidden).float()
 
 
-def _outlasting(modules: torch.nn.ModuleDict, heads: list[torch.nn.ModuleDict] | None) -> torch.nn.ModuleDict:
-    """The modules of a head, or one of `heads` that equals them, which gets a copy if none does."""
-    if heads is None:
+def _outlasting(
+    modules: torch.nn.ModuleDict, heads: list[torch.nn.ModuleDict] | None, wide_head: bool
+) -> torch.nn.ModuleDict:
+    """The modules of a head, or one of `heads` that equals them, which gets a copy if none does; float32 if wide."""
+    if heads is None and not wide_head:
         return modules
-    same = (
-        kept for kept in heads
-        if kept.keys() == modules.keys() and all(map(torch.equal, kept.parameters(), modules.parameters()))
-    )  # fmt: skip
-    kept = next(same, None)
+    known = [] if heads is None else heads
+    kept = next((kept for kept in known if kept.keys() == modules.keys() and _equal(kept, modules)), None)
     if kept is None:
         kept = copy.deepcopy(modules)
-        heads.append(kept)
+        kept = kept.float() if wide_head else kept
+        known.append(kept)
     return kept
 
 
-def _is_head(model: PreTrainedModel, head: Head, text: Text, hidden: torch.Tensor, more: int) -> bool:
-    """Whether `head` gives the whole model's logits of the first state, with `more` tokens of the completion read.
+def _equal(kept: torch.nn.Module, modules: torch.nn.Module) -> bool:
+    """Whether all weights are equal, whatever their dtypes."""
+    pairs = zip(kept.parameters(), modules.parameters(), strict=True)
+    return all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)
+
+
+def first_logits(model: PreTrainedModel, text: Text, more: int, inputs: dict[str, Any] | None = None) -> torch.Tensor:
+    """The whole model's logits (vocabulary,) for a text's first scored token, float32, `more` tokens of it read too.
+
+    Args:
+        inputs: what it reads; default: as of `inputs_of`.
+    """
+    begun = replace(text, ids=text.ids[: text.start + more])
+    inputs = inputs_of([begun], model) if inputs is None else inputs
+    return model(**inputs, use_cache=False).logits[0, text.start - 1].float()
+
+
+def is_head(model: PreTrainedModel, head: Head, whole: torch.Tensor, hidden: torch.Tensor) -> bool:
+    """Whether `head` makes the whole model's logits of the first state.
 
     Raises:
         DeraError: the logits are not finite.
     """
-    begun = replace(text, ids=text.ids[: text.start + more])
-    whole = model(**inputs_of([begun], model), use_cache=False).logits[0, text.start - 1].float()
     if not whole.isfinite().any():
         raise DeraError(f"{type(model).__name__} gives no finite logits; is λ too large, or an input broken?")
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1

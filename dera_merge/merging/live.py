@@ -22,7 +22,7 @@ from .storage import Storage
 from .theta import Sums, stored_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from .rounding import Rounding
 
@@ -37,11 +37,7 @@ class _Dial:
 
     def build(self, lam: Lam, dtype: torch.dtype | str) -> PreTrainedModel:
         """A new model at λ, by transformers' own loading, which knows about tied, renamed and fused tensors."""
-        config = self.pair.ref.built_config(self.pair.trust.code)
-        if self.pair.names.vocabulary is not None:
-            config.get_text_config(decoder=True).vocab_size = self.pair.names.vocabulary
-        if self.pair.names.unties:
-            config.tie_word_embeddings = False
+        config = config_of(self.pair)
         # What is as wide as the model will have it becomes its parameters, so that θ(λ) is held once.
         wide = torch.float32 if dtype in (torch.float32, "float32") else None
         state = {name: weight.to(wide) if wide and weight.is_floating_point() and weight.itemsize < 4 else weight
@@ -72,6 +68,16 @@ class _Dial:
             out.view(info.rows, *info.row_shape)[start:stop] = rows
             if stop == info.rows:
                 yield name, out
+
+
+def config_of(pair: Pair) -> PreTrainedConfig:
+    """transformers' config of a model that holds θ(λ)."""
+    config = pair.ref.built_config(pair.trust.code)
+    if pair.names.vocabulary is not None:
+        config.get_text_config(decoder=True).vocab_size = pair.names.vocabulary
+    if pair.names.unties:
+        config.tie_word_embeddings = False
+    return config
 
 
 def live(

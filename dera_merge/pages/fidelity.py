@@ -38,7 +38,16 @@ NO_BAND = (math.nan, math.nan)
 
 def cells(result: dict[str, Any]) -> list[str]:
     """One result as the texts of `COLUMNS`; what could not be measured is a dash."""
-    return [_cell(column, result[column]) for column in COLUMNS]
+    texts = [_cell(column, result[column]) for column in COLUMNS]
+    if is_unresolved(result):
+        texts[COLUMNS.index("kl")] = f"≤ {number(result['resolution'])}"
+    return texts
+
+
+def is_unresolved(result: dict[str, Any]) -> bool:
+    """Whether kl is no more than noise of the measurement; at both ends it is nothing by construction."""
+    kl, resolution = result["kl"], result.get("resolution")
+    return None not in (kl, resolution) and kl < resolution and not is_end(result["lambda"])
 
 
 def _cell(column: str, value: Any) -> str:
@@ -66,6 +75,8 @@ def headline(report: dict[str, Any]) -> str:
 def sentences(result: dict[str, Any]) -> list[str]:
     """What one λ's figures say, in words."""
     said = [f"λ = {result['lambda']:g}: {result['verdict']}; {result['why']}."]
+    if is_unresolved(result):
+        said.append(f"kl is below what this measurement resolves, {number(result['resolution'])} nats.")
     if result.get("ladder") and not is_end(result["lambda"]):
         rungs = {int(bits): kl for bits, kl in result["ladder"].items()}
         said.append(f"The merge is {in_bits(result['ladder_kl'], rungs)} of the same two models is from themselves.")

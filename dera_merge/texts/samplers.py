@@ -7,14 +7,15 @@ the texts of one stream part only where distributions do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import set_seed
 
 from ..decoding.speculation import Speculation
 from ..lambdas import Lam
-from .sampling import BATCH, decode_batch, sample
+from .batches import SAMPLED, Batches
+from .sampling import decode_batch, sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +56,7 @@ class ModelSampler:
         model_at: λ → the model; one that takes λ with each call is asked for once.
         takes_lam: whether it does.
         vocab_size: as for `GumbelNoise`.
+        batches: how many texts it samples at a time.
     """
 
     model_at: Callable[[Lam], PreTrainedModel]
@@ -62,7 +64,8 @@ class ModelSampler:
     seed: int
     vocab_size: int
     takes_lam: bool = False
-    at_once: int = BATCH
+    at_once: int = SAMPLED
+    batches: Batches = field(default_factory=Batches)
 
     def sample(
         self, prompts: Sequence[Prompt], lams: Sequence[Lam], streams: Sequence[int], *, max_new_tokens: int,
@@ -70,6 +73,7 @@ class ModelSampler:
     ) -> list[list[int]]:  # fmt: skip
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "seed": self.seed, "vocab_size": self.vocab_size, "progress": progress,
+            "batches": self.batches,
         }  # fmt: skip
         if not prompts:
             return []
@@ -99,7 +103,7 @@ class DraftedSampler:
     draft_at: Callable[[Lam], PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
     seed: int
-    at_once: int = BATCH
+    at_once: int = SAMPLED
 
     def sample(
         self, prompts: Sequence[Prompt], lams: Sequence[Lam], streams: Sequence[int], *, max_new_tokens: int,

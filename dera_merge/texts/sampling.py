@@ -14,13 +14,12 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from ..lambdas import Lam
+from .batches import Batches
 from .images import Shown, beside
 from .noise import GumbelNoise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-BATCH = 32  # prompts decoded together
 
 
 @torch.no_grad()
@@ -64,6 +63,7 @@ def sample(
     shown: Sequence[Shown] | None = None,
     vocab_size: int | None = None,
     lams: Sequence[Lam] | None = None,
+    batches: Batches | None = None,
     progress: Callable[[int], None] | None = None,
     **kwargs: object,
 ) -> list[list[int]]:
@@ -79,6 +79,7 @@ def sample(
         shown: what the images of each prompt are; such a prompt is decoded alone.
         vocab_size: as for `GumbelNoise`.
         lams: λ of each prompt, for a model that takes it with each call.
+        batches: how many prompts to decode together; default: what fits.
         progress: called with the number of prompts done.
         kwargs: passed to `generate`.
 
@@ -87,18 +88,29 @@ def sample(
     """
     streams = range(len(prompts)) if streams is None else streams
     shown = [{}] * len(prompts) if shown is None else shown
-    order = sorted((i for i in range(len(prompts)) if not shown[i]), key=lambda index: len(prompts[index]))
-    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-    texts: dict[int, list[int]] = {}
-    for batch in (*batches, *([i] for i in range(len(prompts)) if shown[i])):
+    order = sorted(range(len(prompts)), key=lambda index: (bool(shown[index]), len(prompts[index])))
+    batches = batches or Batches()
+    models = len(model.sides) if hasattr(model, "sides") else 1  # a mixture has several
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+
+    def count(index: int) -> int:
+        if shown[index]:
+            return 1
+        plain = sum(1 for entry in shown if not entry)
+        return min(batches.sampled(model, longest, models), plain - order.index(index))
+
+    def work(batch: list[int]) -> list[list[int]]:
         at = beside(shown[batch[0]], len(prompts[batch[0]]), model)
         if lams is not None:
             at["lam"] = [lams[index] for index in batch]
-        new = decode_batch(
+        return decode_batch(
             model, tokenizer, [prompts[index] for index in batch], do_sample=False, max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([GumbelNoise([streams[i] for i in batch], seed, vocab_size)]),
             **at, **kwargs,
         )  # fmt: skip
+
+    texts: dict[int, list[int]] = {}
+    for batch, new in batches.portions("sampling", order, count, work):
         texts |= dict(zip(batch, new, strict=True))
         if progress:
             progress(len(texts))

@@ -97,7 +97,7 @@ def test_reference_and_aligned_model_read_given_texts_once_for_all_lambdas(pair,
 
     read = []
     original = steps.trace_of
-    monkeypatch.setattr(steps, "trace_of", lambda model, *args: read.append(1) or original(model, *args))
+    monkeypatch.setattr(steps, "trace_of", lambda *args, **how: read.append(1) or original(*args, **how))
     compare(pair, [0.2, 0.4, 0.6], PROMPTS, dtype="float32")
     probes = min(4, len(PROMPTS))  # one text at a time, for the resolution
     assert len(read) == 3 + 2 + probes

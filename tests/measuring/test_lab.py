@@ -368,7 +368,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(pair, tmp_path, monkeypa
         compare(pair, [0.5, 1.5], PROMPTS, **how, unfinished=tmp_path / "out")
     read = []
     original = steps.trace_of
-    monkeypatch.setattr(steps, "trace_of", lambda model, *args: read.append(1) or original(model, *args))
+    monkeypatch.setattr(steps, "trace_of", lambda *args, **how: read.append(1) or original(*args, **how))
     seen = []
     again = compare(pair, [0.5, 1.5], PROMPTS, **how, unfinished=tmp_path / "out", resume=True,
                     progress=lambda what, done, total: seen.append(what))  # fmt: skip

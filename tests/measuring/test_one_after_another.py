@@ -43,11 +43,11 @@ def held(monkeypatch):
 
         return wrapped
 
-    def reads(model, *args):
+    def reads(*args, **how):
         if sum(model() is not None for model in models) > 1:
             gc.collect()
         counts.append(sum(model() is not None for model in models))
-        return trace_of(model, *args)
+        return trace_of(*args, **how)
 
     monkeypatch.setattr(load, "load_model", made(load.load_model))
     monkeypatch.setattr(live._Dial, "build", made(live._Dial.build))
