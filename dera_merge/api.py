@@ -36,6 +36,7 @@ class ModelPair(Pair):
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | Sequence[str | torch.device] = "cpu",
         as_configured: bool = False,
+        offload: bool = False,
         **kwargs: Any,
     ) -> DeraForCausalLM:
         """Exact DeRa at λ as one transformers model: (1-λ)·h_ref + λ·h_aligned (Liu et al., 2024).
@@ -51,6 +52,8 @@ class ModelPair(Pair):
             as_configured: let `generate` apply the warpers, penalties and beams of ALIGNED's generation_config.json.
                 Without it none applies that a call does not ask for, transformers' `top_k` of 50 included; the model's
                 `left_out` names them.
+            offload: make a layer's weights from the files whenever it runs, and let them go: see
+                `merging.hollow.offloaded`. An adapter's side then computes with its effective weights.
             kwargs: passed to transformers' `from_pretrained`: `quantization_config` loads both models quantised,
                 `device_map` spreads each over devices (`device` is then not used), `attn_implementation`, ….
 
@@ -59,6 +62,14 @@ class ModelPair(Pair):
         """
         from .decoding.exact import DeraForCausalLM
 
+        if offload:
+            from .merging.hollow import offloaded
+
+            places = [device] if isinstance(device, str | torch.device) else list(device)
+            kwargs["sides"] = [
+                offloaded(self, end, device=places[min(number, 1) % len(places)], compute_dtype=dtype)
+                for number, end in enumerate(self.ends())
+            ]
         return DeraForCausalLM.from_pair(
             self, lam, dtype=dtype, device=device, as_configured=as_configured, **kwargs
         )
@@ -89,17 +100,20 @@ class ModelPair(Pair):
         compute_dtype: torch.dtype | str | None = None,
         path: str | os.PathLike[str] | Course | None = None,
         lambda_for: Mapping[str, float | Sequence[float]] | None = None,
+        offload: bool = False,
     ) -> PreTrainedModel:
         """θ_ref + λΔ as a live transformers model; `model.set_lam(λ)` turns it in place. See `merging.live.live`.
 
         Args:
             lambda_for: λ of parts of the model, by patterns of tensors' names (`{"mlp": 0.8, "layers.0-7": 0.2}`, see
                 `merging.parts`); the last that matches says a tensor's, and what none matches is at `lam`.
+            offload: hold no more than a layer of it: see `merging.hollow.offloaded`.
         """
+        from .merging.hollow import offloaded
         from .merging.live import live
         from .merging.parts import along
 
-        return live(
+        return (offloaded if offload else live)(
             self, lam, dtype=dtype, rounding=rounding, seed=seed, device=device, compute_dtype=compute_dtype,
             path=along(self, path, lambda_for),
         )  # fmt: skip

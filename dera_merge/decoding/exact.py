@@ -405,6 +405,7 @@ class DeraForCausalLM(LambdaModel):
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | Sequence[str | torch.device] = "cpu",
         as_configured: bool = False,
+        sides: Sequence[PreTrainedModel] | None = None,
         **kwargs: Any,
     ) -> DeraForCausalLM:
         """Load a pair's models as one mixture. An adapter and its base are held once, and decoded in one forward pass.
@@ -415,6 +416,7 @@ class DeraForCausalLM(LambdaModel):
                 `generate(..., lam=…)` overrides it per call or per sequence.
             dtype: compute dtype; default float32 on CPU and the checkpoint's dtype elsewhere.
             device: where the models go; two devices put the reference on the first and the aligned ones on the second.
+            sides: the models, where they are loaded already.
             as_configured: as for the class; the generation config is that of ALIGNED's directory, else REF's.
             kwargs: passed to transformers' `from_pretrained`: `quantization_config` loads all models quantised,
                 `device_map` spreads each over devices (`device` is then not used), `attn_implementation`, ….
@@ -432,7 +434,10 @@ class DeraForCausalLM(LambdaModel):
         if lam is None:
             lam = 1.0 if pair.models == 1 else [1 / pair.models] * pair.models
         config = pair.generation_config()
-        ref, aligned, rows = load_sides(pair, dtype, devices, **kwargs)
+        if sides is None:
+            ref, aligned, rows = load_sides(pair, dtype, devices, **kwargs)
+        else:
+            ref, aligned, rows = sides[0], list(sides[1:]), None
         known = pair.ref.vocabulary_rows if pair.brings_tokens else None
         model = cls(ref, aligned, lam=lam, rows=rows, as_configured=as_configured, known_rows=known)
         model.config.pair = pair.opened_as()
