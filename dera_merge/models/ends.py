@@ -126,9 +126,10 @@ def ending(told: Sequence[Told], lam: Lam | None, say: bool = False) -> Ending:
     chosen = next((side.generation for side in (*aligned[:1], ref) if side.generation is not None), ref.inherited)
     ids = _special(ref.side.config)
     settings = dict(chosen) if chosen is not None else {key: value for key, value in ids.items() if value is not None}
-    if {*union} != {*ids_of(settings.get("eos_token_id"))} or any({*side.all} != {*union} for side in told):
+    named, differ = {*ids_of(settings.get("eos_token_id"))}, any({*side.all} != {*union} for side in told)
+    if {*union} != named or differ:
         settings["eos_token_id"] = ids["eos_token_id"] = _spelled(union)
-        if say:
+        if say and (named or differ):  # a generation config without one says nothing against the others
             each = "; ".join(f"{side.side.source.name}: {_listed(side.all)}" for side in told)
             warn(f"the models' files name different end tokens ({each}); between and beyond the models the output ends "
                  f"with each of {_listed(union)}")  # fmt: skip
