@@ -173,6 +173,7 @@ def script(name: str, *arguments: object) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_the_authors_demonstration_runs_on_the_demo_pair():
     said = script("zephyr_demo.py", demo.REF, demo.ALIGNED_LORA, "--full-precision", "--new-tokens", 16)
     answers = said.split("λ = ")[1:]

@@ -384,6 +384,7 @@ def test_a_vector_of_lambda_that_failed_the_gate_is_refused_from_disk_too(tmp_pa
             push_to_hub(folder, "me/model", report=source, dry_run=True)
 
 
+@pytest.mark.slow
 def test_parents_on_the_hub_give_licence_language_and_base_model(hub, environment, tmp_path):
     def files(folder: Path, readme: str) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in folder.iterdir()} | {"README.md": readme.encode()}
