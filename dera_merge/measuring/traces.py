@@ -306,9 +306,11 @@ def _outlasting(
 
 
 def _equal(kept: torch.nn.Module, modules: torch.nn.Module) -> bool:
-    """Whether all weights are equal, whatever their dtypes."""
-    pairs = zip(kept.parameters(), modules.parameters(), strict=True)
-    return all(torch.equal(one, other.to(one.dtype)) for one, other in pairs)
+    """Whether these have the same weights, whatever their dtypes; one that an adapter changes has more of them."""
+    ours, theirs = list(kept.parameters()), list(modules.parameters())
+    return len(ours) == len(theirs) and all(
+        torch.equal(one, other.to(one.dtype)) for one, other in zip(ours, theirs, strict=True)
+    )
 
 
 def first_logits(model: PreTrainedModel, text: Text, more: int, inputs: dict[str, Any] | None = None) -> torch.Tensor:

@@ -257,7 +257,7 @@ def build(
             desk.stop(request.session_hash or "")
 
         def pick(now: dict[str, Any] | None, event: gr.EventData) -> str:
-            side, place = event._data.get("side"), event._data.get("n")
+            side, place = getattr(event, "side", None), getattr(event, "n", None)
             if now is None or side not in now["answers"] or place not in range(len(now["answers"][side]["tokens"])):
                 return "<p class='soft'>These tokens are gone; write again.</p>"
             return play.likeliest(now, side, place)

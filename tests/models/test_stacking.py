@@ -179,4 +179,4 @@ def test_compare_and_the_command_line_take_it(layout, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.allclose(logits(model), logits(by_peft(base, sft, dpo)), atol=2e-5)
     opening = {name for name, module in COMMANDS.items() if "stack" in signature(module.run).parameters}
-    assert opening == {"merge", "export-exact", "generate", "compare", "calibrate", "inspect", "sweep", "play", "chat"}
+    assert opening == {"merge", "export-exact", "generate", "compare", "calibrate", "inspect", "sweep", "play", "chat", "auto", "bench"}
