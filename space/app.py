@@ -9,6 +9,7 @@ from dera_merge.playing.both import Both
 from dera_merge.playing.page import Desk, build, launching
 from dera_merge.texts.prompts import built_in
 
+torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # two texts are written at once, a thread each
 ref, aligned = os.environ.get("REF"), os.environ.get("ALIGNED")
 prompts = built_in()[:5] if ref and aligned else demo.prompts()[2:7]
 pair = ModelPair.from_pretrained(*((ref, aligned) if ref and aligned else (demo.REF, demo.ALIGNED_LORA)))

@@ -45,6 +45,9 @@ def run(
         raise DeraError("the page needs gradio: pip install 'dera-merge[play]'")
     place = choose_device(device)
     note("loading both models …")
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # two texts are written at once, a thread each
     pair = given.open()
     from ..lambdas import numbers
     from ..playing.both import Both
@@ -54,8 +57,12 @@ def run(
     with both.merged(lams):  # so that what cannot be merged is told now, and the first visitor does not wait
         pass
     command, variables = _merge_command(given)
-    blocks = build(pair, Desk(both, command), examples, numbers(lams), max_new_tokens)
-    _serve(blocks, launching(host, port), given, variables)
+    desk = Desk(both, command)
+    blocks = build(pair, desk, examples, numbers(lams), max_new_tokens)
+    try:
+        _serve(blocks, launching(host, port), given, variables)
+    finally:
+        desk.close()
 
 
 def _with_prompts(given: Given) -> tuple[Given, list[str]]:

@@ -31,7 +31,7 @@ h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 0; }
 #gone { position: fixed; inset: auto 0 0 0; padding: .8rem 1rem; z-index: 1000; text-align: center; font-weight: 600;
         color: #fff; background: #b3261e; } #gone[hidden] { display: none; }
 .card { border: 1px solid var(--border-color-primary); border-radius: .5rem; padding: .8rem 1rem; min-height: 9rem; }
-.wide { overflow-x: auto; max-width: calc(100vw - 5rem); }
+.wide { overflow-x: auto; max-width: calc(100vw - 7rem); }
 .wide table { border-collapse: collapse; font-size: .76rem; border: 0; }
 .wide th, .wide td { padding: .12rem .5rem .12rem 0 !important; text-align: left; white-space: nowrap;
                      border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }

@@ -39,6 +39,7 @@ GRID = [-1.0, -0.7, -0.4, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.6
 FRAME = 0.06  # seconds between two states of a text on the page
 WAITING = 16  # runs of all windows that may wait for their turn
 KEPT = 100  # sessions whose answers are kept
+PATIENCE = 30  # seconds for a reading that goes on when the page ends
 HINT = "<p class='soft'>Click a token: what would each model have said there?</p>"
 
 
@@ -137,6 +138,16 @@ class Desk:
         with self._guard:
             if (run := self._runs.get(session)) is not None:
                 run.stop.set()
+
+    def close(self) -> None:
+        """End what is being written for anyone, and wait until it has ended: a program must not exit meanwhile."""
+        with self._guard:
+            for run in self._runs.values():
+                run.superseded = True
+                run.stop.set()
+        patience = time.monotonic() + PATIENCE
+        while self._runs and time.monotonic() < patience:
+            time.sleep(0.05)
 
     def command_at(self, lam: Any) -> str:
         """The command that writes the merge at λ."""

@@ -230,6 +230,19 @@ def test_turning_ends_a_text_and_asking_for_the_same_again_does_not(lora):
     assert shown["seen"]["answers"]["exact"]["ended"] is False, "what was stopped is still read"
 
 
+def test_a_page_that_ends_waits_for_what_is_being_written(lora):
+    desk = Desk(lora, "")
+    run = desk.write("me", "KL", *SETTINGS[:3], 200, 0.5)
+    next(run)
+    shown = []
+    reader = threading.Thread(target=lambda: shown.extend(run))
+    reader.start()
+    desk.close()
+    reader.join(0.5)
+    assert not reader.is_alive()
+    assert last(shown).get("seen") is None
+
+
 def test_errors_stand_on_the_page_and_name_no_path(lora, monkeypatch):
     desk = Desk(lora, "")
     assert "empty" in last(desk.write("me", "KL", "", *SETTINGS[1:], 0.5))["note"]
