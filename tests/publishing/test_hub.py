@@ -95,6 +95,7 @@ def test_every_lambda_is_a_branch_that_transformers_loads(hub, environment, merg
     assert len(repo.commits) == 4, "nothing changed, so nothing is committed again"
 
 
+@pytest.mark.slow
 def test_vectors_of_lambda_are_branches_too(hub, environment, tmp_path):
     pair = ModelPair.from_pretrained(demo.REF, [demo.ALIGNED_LORA, demo.ALIGNED_DENSE])
     pair.merge(tmp_path / "out", [(0.5, 0.25), (1.0, 1.0)])
@@ -139,6 +140,7 @@ def test_a_fault_of_ours_in_planning_is_not_reported_as_the_hubs(merged, monkeyp
         push_to_hub(merged / "lambda-0.5", "me/model", dry_run=True)
 
 
+@pytest.mark.slow
 def test_an_exact_directory_loads_from_the_hub(hub, environment, tmp_path):
     """Its models lie in folders beside its config, whose names must not be taken for repositories."""
     ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA).export_exact(tmp_path / "exact", 0.5)
