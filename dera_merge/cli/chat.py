@@ -19,7 +19,7 @@ from ..errors import DeraError
 from ..files.atomic import json_bytes, write_atomically
 from .checks import choose_device
 from .help import how, what
-from .options import Device, Dtype, Given, Lambdas, Seed, with_models
+from .options import Device, Dtype, Given, OneLambda, Seed, with_models
 from .show import note, one_line, print_json
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ EXAMPLES = (
 @with_models(several=True, base_quantization=True)
 def run(
     given: Given,
-    lam: Lambdas,
+    lam: OneLambda,
     mode: Annotated[Literal["exact", "merged"], how(help="Who replies: two models, or one.")] = "exact",
     system: Annotated[str | None, what(help="The system's turn.")] = None,
     max_new_tokens: Annotated[int, how(min=1, help="Length of a reply.")] = 256,

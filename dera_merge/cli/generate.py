@@ -9,7 +9,7 @@ import typer
 
 from .checks import choose_device
 from .help import how, what, where
-from .options import Dtype, Given, Lambdas, Mode, PathFile, Seed, with_models
+from .options import Dtype, Given, Mode, OneLambda, PathFile, Seed, with_models
 from .show import note, print_json, say
 
 LoadIn = Literal["4bit", "8bit"]
@@ -23,7 +23,7 @@ EXAMPLES = (
 @with_models(several=True, base_quantization=True)
 def run(
     given: Given,
-    lam: Lambdas,
+    lam: OneLambda,
     prompt: Annotated[str, what(help="Raw text, tokenized with the tokenizer's defaults (but see --chat).")],
     mode: Annotated[Mode, how(help="Two models, one, or two with one drafting.")] = "exact",
     chat: Annotated[bool, what("--chat", help="Put the prompt through the chat template as a user's turn.")] = False,

@@ -29,6 +29,7 @@ MaybeAligned = Annotated[str | None, typer.Argument(metavar="[ALIGNED]", help="A
 Lambdas = Annotated[
     list[str], what("-l", "--lambda", help="λ: a number, a list 0.25,0.5 or a range 0:2:0.25; repeatable.")
 ]
+OneLambda = Annotated[list[str], what("-l", "--lambda", help="λ, a number.")]
 LambdaFor = Annotated[
     list[str] | None,
     what(metavar="PART=λ", help="λ of a part: mlp=0.8, layers.0-7=0.2; repeatable, the last that fits counts."),

@@ -79,6 +79,9 @@ def run(
     """Choose λ by reward, KL or length on a validation set; exit 3 if a target is not met."""
     if sum(target is not None for target in (target_kl, target_length, keep)) > 1:
         raise typer.BadParameter("give one of them", param_hint="--target-kl, --target-length, --keep")
+    for option, target in (("--target-kl", target_kl), ("--target-length", target_length), ("--keep", keep)):
+        if target is not None and not 0 < target < math.inf:
+            raise typer.BadParameter("must be above 0", param_hint=option)
     if minimise and keep is None:
         raise typer.BadParameter("says what is cheap for --keep", param_hint="--minimise")
     if not reward and target_kl is None and target_length is None:
