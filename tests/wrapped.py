@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
+from builders import save_tokenizer
 
 VOCAB, IMAGE = 64, 60  # rows of the vocabulary; the token that stands for a piece of an image
 TEXT: dict[str, Any] = {
@@ -124,3 +127,13 @@ def picture(name: str, before: list[int], after: list[int]) -> dict[str, torch.T
     ids = torch.tensor([[*before, *[IMAGE] * tokens, *after]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **look()}
     return inputs | ({types: (ids == IMAGE).long()} if types else {})
+
+
+def saved_pair(name: str, factory: pytest.TempPathFactory) -> list[Path]:
+    """Directories of a reference and its fine-tuned model, with a tokenizer each."""
+    folders = []
+    for seed in (0, 1):
+        folders.append(factory.mktemp(f"{name}{seed}"))
+        tiny(name, seed).save_pretrained(folders[-1])
+        save_tokenizer(folders[-1])
+    return folders

@@ -38,6 +38,11 @@ def number(value: float | None) -> str:
     return f"{value:.2g}" if abs(value) >= 0.001 else f"{value:.1e}" if value else "0"
 
 
+def span(bounds: Sequence[float]) -> str:
+    """An interval as the pages show it, two digits."""
+    return f"{bounds[0]:.2g} to {bounds[1]:.2g}"
+
+
 def no_plots() -> None:
     """Warn that there are no plots, and why."""
     warnings.warn("no plots without matplotlib; pip install 'dera-merge[report]'", DeraWarning, stacklevel=3)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..lambdas import Lam, Vector, is_end, name
+from ..statistics.paired import unbeaten
 from ..statistics.reweighting import KNOWN, column_of
 from .fidelity import log_ratio_sentence
-from .frame import draw_curve, figure_of, have_matplotlib, no_plots, number, over_lambda, page
+from .frame import draw_curve, figure_of, have_matplotlib, no_plots, number, over_lambda, page, span
 from .targets import cut_sentence, draw_effort, target_charts, target_sentences
 
 MOST_BARS = 24  # λ of three or more aligned models that are drawn
@@ -42,14 +43,14 @@ def sentences(sweep: dict[str, Any]) -> list[str]:
         same = "all are at the same figure" if "target" in best else f"each earns {number(best['reward'])}"
         return [f"These texts tell no λ apart: {same}. Another reward, more or longer texts may."]
     said = target_sentences(sweep) or [
-        f"λ = {lam} earns most: {number(best['reward'])} ({_range(best['reward_ci'])}), at {number(best['kl'])} nats "
+        f"λ = {lam} earns most: {number(best['reward'])} ({span(best['reward_ci'])}), at {number(best['kl'])} nats "
         f"a text from the reference; the best λ lies {_spans(best['interval'])} (95 %)."
     ]
     alone = best.get("gain_over", 1.0)
     if "target" not in best and best.get("gain") is not None and best["lambda"] != alone:
         verdict = "more than noise" if best["more_than_noise"] else "not more than noise"
         over = "the aligned model itself" if alone == 1.0 else f"the best aligned model alone ({name(alone)})"
-        said.append(f"That is {best['gain']:+.2g} over {over} ({_range(best['gain_ci'])}): {verdict}.")
+        said.append(f"That is {best['gain']:+.2g} over {over} ({span(best['gain_ci'])}): {verdict}.")
     if best["at_the_edge"] and "target" not in best:
         said.append("It lies at the edge of what is known here: the true best may lie beyond.")
     if best.get("equivalent_beta"):
@@ -97,14 +98,10 @@ def pareto(sweep: dict[str, Any]) -> list[Lam]:
     """The λ that no other beats in every reward, where there are several; less is better at a negative weight."""
     signs = {column_of(r): math.copysign(1.0, weight) for r, weight in sweep["settings"]["rewards"].items() if weight}
     rows = [row for row in sweep["curve"] if row["known"]]
-    if len(signs) < 2:
+    if len(signs) < 2 or not rows:
         return []
-
-    def beaten(row: dict[str, Any]) -> bool:
-        ahead = ([sign * (rival[name] - row[name]) for name, sign in signs.items()] for rival in rows)
-        return any(min(gains) >= 0 < max(gains) for gains in ahead)
-
-    return [row["lambda"] for row in rows if not beaten(row)]
+    scores = np.array([[sign * row[name] for name, sign in signs.items()] for row in rows])
+    return [row["lambda"] for row, stands in zip(rows, unbeaten(scores), strict=True) if stands]
 
 
 def cells(row: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> list[str]:
@@ -117,7 +114,7 @@ def cells(row: dict[str, Any], columns: tuple[str, ...] = COLUMNS) -> list[str]:
         elif column == "lambda":
             texts.append(name(value))
         elif column.endswith("_ci"):
-            texts.append(_range(value))
+            texts.append(span(value))
         elif column.startswith("wins"):
             texts.append(f"{value:.0%}")
         elif column == "length" and row["known"]:
@@ -132,10 +129,6 @@ def _spans(interval: list[Any]) -> str:
     if isinstance(interval[0], list):
         return "in " + " × ".join(f"[{low:g}, {high:g}]" for low, high in interval)
     return f"between {interval[0]:g} and {interval[1]:g}"
-
-
-def _range(bounds: list[float]) -> str:
-    return f"{bounds[0]:.2g} to {bounds[1]:.2g}"
 
 
 def columns(sweep: dict[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..lambdas import Vector, is_end, name
-from .frame import draw_curve, number
+from .frame import draw_curve, number, span
 
 CUT = 0.02  # share of cut texts above which they are told of
 _AXES = {"kl_token": "KL from the reference, nats a token", "length": "tokens a text"}
@@ -20,8 +20,8 @@ def target_sentences(sweep: dict[str, Any]) -> list[str]:
         return []
     said = _kept(best, target) if target["by"] == "keep" else _hit(best, target)
     if best.get("reward") is not None and target["by"] != "keep":
-        gain = f", {best['gain']:+.2g} ({_range(best['gain_ci'])}) beside λ = 1" if best.get("gain") is not None else ""
-        said.append(f"It earns {number(best['reward'])} ({_range(best['reward_ci'])}){gain}.")
+        gain = f", {best['gain']:+.2g} ({span(best['gain_ci'])}) beside λ = 1" if best.get("gain") is not None else ""
+        said.append(f"It earns {number(best['reward'])} ({span(best['reward_ci'])}){gain}.")
     return said
 
 
@@ -60,7 +60,7 @@ def _kept(best: dict[str, Any], target: dict[str, Any]) -> list[str]:
     if not target["of_ci"][0] > 0:
         return [
             f"λ = 1 does not surely earn more than 0, so that {share} of its reward says nothing: "
-            f"{_range(target['of_ci'])}. More prompts, or a reward that is above 0, may."
+            f"{span(target['of_ci'])}. More prompts, or a reward that is above 0, may."
         ]
     if not target["met"]:
         return [
@@ -99,10 +99,6 @@ def _plain(value: float) -> str:
 
 def _bounds(bounds: Sequence[float]) -> str:
     return f"{_plain(bounds[0])} to {_plain(bounds[1])}"
-
-
-def _range(bounds: Sequence[float]) -> str:
-    return f"{bounds[0]:.2g} to {bounds[1]:.2g}"
 
 
 def front(sweep: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from builders import save_tokenizer, tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
-from wrapped import VOCAB, WRAPPED, class_of, picture, tiny
+from wrapped import VOCAB, WRAPPED, class_of, picture, saved_pair, tiny
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from tiny_models import Sizes, tiny_model
@@ -31,12 +31,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def folders(name, tmp_path_factory):
-    made = []
-    for seed in (0, 1):
-        made.append(tmp_path_factory.mktemp(f"{name}{seed}"))
-        tiny(name, seed).save_pretrained(made[-1])
-        save_tokenizer(made[-1])
-    return made
+    return saved_pair(name, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

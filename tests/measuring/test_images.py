@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from builders import save_tokenizer, tokenizer
-from wrapped import picture, tiny
+from builders import tokenizer
+from wrapped import picture, saved_pair, tiny
 
 from dera_merge import ModelPair, compare
 from dera_merge.texts.noise import GumbelNoise
@@ -25,12 +25,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def pair(name, tmp_path_factory):
-    folders = []
-    for seed in (0, 1):
-        folders.append(tmp_path_factory.mktemp(f"{name}{seed}"))
-        tiny(name, seed).save_pretrained(folders[-1])
-        save_tokenizer(folders[-1])
-    pair = ModelPair.from_pretrained(*folders)
+    pair = ModelPair.from_pretrained(*saved_pair(name, tmp_path_factory))
     pair.tokenizer = tokenizer()  # transformers gives some configs their own tokenizer class, whatever the files say
     return pair
 
