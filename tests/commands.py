@@ -47,15 +47,19 @@ class Started:
         return self._process.exitcode, self.said
 
 
-def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`dera-merge` with these arguments, its exit status and what it wrote to stdout and stderr."""
-    words = list(map(str, arguments))
+def run(
+    *arguments: object, cwd: Path | None = None, environment: dict[str, str] | None = None, code: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`dera-merge` (or Python code) with these arguments, its exit status and what it wrote to stdout and stderr."""
+    words, environment = list(map(str, arguments)), dict(os.environ) if environment is None else environment
     if not FORKS:
-        command = [sys.executable, "-m", "dera_merge", *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=cwd)
+        command = [sys.executable, *(["-m", "dera_merge"] if code is None else ["-c", code]), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, cwd=cwd, env=environment
+        )
     with tempfile.TemporaryDirectory() as folder:
         streams = [str(Path(folder) / name) for name in ("stdout", "stderr")]
-        process = _forkserver.Process(target=_main, args=(words, streams, dict(os.environ), cwd))
+        process = _forkserver.Process(target=_main, args=(words, streams, environment, cwd, None, code))
         process.start()
         process.join(300)
         if process.exitcode is None:
@@ -66,9 +70,17 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
 
 
 def _main(
-    arguments: list[str], streams: list[str], environment: dict[str, str], cwd: Path | None, limit: int | None = None
+    arguments: list[str],
+    streams: list[str],
+    environment: dict[str, str],
+    cwd: Path | None,
+    limit: int | None = None,
+    code: str | None = None,
 ) -> None:
-    os.environ |= environment  # of the test: what it was forked off has that of an earlier one
+    os.environ.clear()  # what it was forked off has that of an earlier test
+    os.environ |= environment
+    for module in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
+        del sys.modules[module]  # it reads the environment as it is imported
     if limit:
         import resource
 
@@ -78,6 +90,8 @@ def _main(
     if cwd:
         os.chdir(cwd)
     sys.argv = ["dera-merge", *arguments]
+    if code is not None:
+        return exec(code, {"__name__": "__main__"})
     from dera_merge.cli import main
 
     main()

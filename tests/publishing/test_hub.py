@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from builders import weights
+from commands import run
 from hub_server import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ import json, sys, warnings
 import dera_merge
 warnings.simplefilter("ignore")
 said = []
-for folder, repo_id, options in json.load(sys.stdin):
+for folder, repo_id, options in json.loads(sys.argv[1]):
     try:
         said.append(dera_merge.push_to_hub(folder, repo_id, **options).to_dict())
     except dera_merge.DeraError as error:
@@ -46,16 +47,16 @@ def environment(hub, tmp_path):
     return kept | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
 
 
-def command(environment, *arguments, **options):
-    words = [sys.executable, "-m", "dera_merge", *map(str, arguments)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, **options)
+def command(environment, *arguments):
+    return run(*arguments, environment=environment)
 
 
 def pushed(environment, *calls):
     """What each call of `push_to_hub` came to, all in one process: its plan, or its one line of refusal."""
-    content = json.dumps([[str(folder), repo_id, options] for folder, repo_id, options in calls])
-    done = subprocess.run(
-        [sys.executable, "-c", CLIENT], env=environment, input=content, capture_output=True, text=True, timeout=300
+    done = run(
+        json.dumps([[str(folder), repo_id, options] for folder, repo_id, options in calls]),
+        environment=environment,
+        code=CLIENT,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
