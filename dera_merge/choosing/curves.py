@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,18 @@ from .anchors import next_point
 from .answers import Answer
 from .report import Sweep, commands
 from .sampler import SweepLab
-from .targets import Estimates, Goal, MostReward, where_best
+from .targets import Estimates, Goal, MostReward, Pick, where_best
 
 Figures = tuple[np.ndarray, np.ndarray]  # a figure at each λ, and in each bootstrap sample
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What is known once exact DeRa's last text is read: figures over a grid, and the λ that they choose."""
+
+    grid: Sequence[Lam]
+    found: Estimates
+    pick: Pick
 
 
 class Curves:
@@ -109,18 +119,24 @@ class Curves:
         worth = self.goal.worth(self.estimates(anchors))
         return next_point(dict(zip(anchors, worth.tolist(), strict=True)), first, self.lab.seed)
 
-    def result(self, grid: Sequence[Lam], settings: dict[str, Any]) -> Sweep:
-        """All curves, points and the answer. Raises DeraError where no λ has enough texts."""
+    def settled(self, grid: Sequence[Lam], reweight: bool) -> Settled:
+        """The λ that exact DeRa's texts choose. Raises DeraError where no λ has enough texts."""
         ends, several = self.lab.pair.ends(), self.lab.pair.models > 1
-        within = not several and min(grid) <= 0 and max(grid) >= 1 and settings["reweight"]
+        within = not several and min(grid) <= 0 and max(grid) >= 1 and reweight
         grid = sorted({*grid, *ends}) if within else list(grid)
         found = self.estimates(grid)
         if not found.known.any():
             raise DeraError("no λ has enough texts to say anything; give more --samples, or shorter texts")
         pick = self.goal.pick(found)
-        if pick.lam not in grid and settings["reweight"]:  # it lies between two of them
+        if pick.lam not in grid and reweight:  # it lies between two of them
             grid = sorted({*grid, pick.lam})
             found = self.estimates(grid)
+        return Settled(grid, found, pick)
+
+    def result(self, settled: Settled, settings: dict[str, Any]) -> Sweep:
+        """All curves, points and the answer."""
+        grid, found, pick = settled.grid, settled.found, settled.pick
+        several = self.lab.pair.models > 1
         best, known = found.at(pick.lam), found.known
         curve = []
         bounds = {name: interval(resampled) for name, (_, resampled) in found.columns.items()}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import zlib
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from .. import lambdas
 from ..errors import DeraError
 from ..lambdas import Lam
 from ..measuring.divergence import densities, gram
 from ..measuring.laboratory import Compute, Laboratory
-from ..measuring.traces import Text, per_text, tokens_of, trace_of
+from ..measuring.traces import Text, Trace, per_text, tokens_of, trace_of
 from ..merging.path import Course
 from ..models.pair import Pair
 from ..processes import gathered
@@ -27,6 +30,7 @@ from .answers import Answer, Asked, Kind, Store
 
 OFFSETS = 9973  # streams of noise that λ may have of its own
 TELLING = 8  # texts of a later batch that cannot all be at fault
+KEPT = 1 << 30  # bytes of hidden states that are kept, so that texts need not be read again at another λ
 
 
 class SweepLab(Laboratory):
@@ -58,7 +62,10 @@ class SweepLab(Laboratory):
         self.kind: Kind = "merged" if asked.mode == "merged" else "exact"
         self.rivals: dict[int, str] = {}  # the aligned model's own answer to each prompt, where a judge wants it
         # Of each of exact DeRa's texts, log π_λ and KL from the reference, in nats: λ → number.
-        self._known: dict[int, dict[Lam, tuple[float, float]]] = {}
+        self._known: dict[int, dict[Lam, tuple[float, float]]] = defaultdict(dict)
+        # Of each text that this process read, what each model made of it; and the models' heads.
+        self._states: dict[int, list[torch.Tensor]] = {}
+        self._heads: list[Trace] = []
         self._kls: dict[Lam, np.ndarray] = {}  # KL of the merged model from the reference on its own texts
         # Of all texts that were read with several aligned models: `gram` times tokens, and tokens.
         self._gram: tuple[Any, int] = (0.0, 0)
@@ -229,12 +236,15 @@ class SweepLab(Laboratory):
         answers = [a for a in self.store.answers if a.mode == self.kind]
         if self.kind == "merged":
             return answers, *self._own_densities(answers, lams)
-        fresh = [i for i in range(len(answers)) if any(lam not in self._known.get(i, {}) for lam in lams)]
-        if fresh:
+        lacking: dict[tuple[Lam, ...], list[int]] = defaultdict(list)
+        for i in range(len(answers)):
+            if lack := tuple(lam for lam in lams if lam not in self._known[i]):
+                lacking[lack].append(i)
+        for lack, fresh in lacking.items():
             share = self.share(fresh)
-            rows = self._read([answers[i] for i in share], lams) if share else []
+            rows = self._read(share, answers, lack) if share else []
             for i, row in gathered(list(zip(share, rows, strict=True))):
-                self._known[i] = row
+                self._known[i] |= row
         figures = np.array([[self._known[i][lam] for lam in lams] for i in range(len(answers))])
         return answers, figures[..., 0], figures[..., 1]
 
@@ -245,20 +255,42 @@ class SweepLab(Laboratory):
             kl[[a.lam == lam for a in answers], column[lam]] = self.merged_kl(lam)
         return np.zeros_like(kl), kl
 
-    def _read(self, answers: Sequence[Answer], lams: Sequence[Lam]) -> list[dict[Lam, tuple[float, float]]]:
-        """log π_λ and KL from the reference of these texts at each λ."""
-        texts, traces = self.texts(answers), []
-        for number, model in enumerate(self.exact.sides):
-            self.tell("reading the texts", number, len(self.exact.sides) + 1)
-            traces.append(trace_of(model, texts, batches=self.compute.batches))
-        self.tell("reading the texts", len(traces), len(traces) + 1)
+    def _read(
+        self, share: Sequence[int], answers: Sequence[Answer], lams: Sequence[Lam]
+    ) -> list[dict[Lam, tuple[float, float]]]:
+        """log π_λ and KL from the reference of some of the texts at each λ; models read those that are new to them."""
+        self._make_states([i for i in share if i not in self._states], answers)
+        texts = self.texts([answers[i] for i in share])
+        traces = [replace(model, hidden=torch.cat([self._states[i][side] for i in share]))
+                  for side, model in enumerate(self._heads)]  # fmt: skip
         per_token = densities(traces, tokens_of(texts), lams, self.exact.config.vocab_size)
         logp, kl = (per_text(values, texts) for values in per_token)
+        if sum(part.nbytes for parts in self._states.values() for part in parts) > KEPT:
+            self._states.clear()
+        return [{lam: (logp[row, c], kl[row, c]) for c, lam in enumerate(lams)} for row in range(len(texts))]
+
+    def _make_states(self, fresh: Sequence[int], answers: Sequence[Answer]) -> None:
+        """Let both models read these texts."""
+        if not fresh:
+            return
+        texts, traces = self.texts([answers[i] for i in fresh]), []
+        for number, model in enumerate(self.exact.sides):
+            self.tell("reading the texts", number, len(self.exact.sides))
+            traces.append(trace_of(model, texts, batches=self.compute.batches))
+        self.tell("reading the texts", len(traces), len(traces))
         if self.pair.models > 1:
             count = len(traces[0].hidden)
             self._gram = (self._gram[0] + count * gram(traces, self.exact.config.vocab_size), self._gram[1] + count)
-        self.tell("reading the texts", len(traces) + 1, len(traces) + 1)
-        return [{lam: (logp[row, c], kl[row, c]) for c, lam in enumerate(lams)} for row in range(len(texts))]
+        sizes = [len(text.completion) for text in texts]
+        of_each = zip(*(trace.hidden.split(sizes) for trace in traces), strict=True)
+        self._states |= dict(zip(fresh, map(list, of_each), strict=True))
+        self._heads = [replace(trace, hidden=trace.hidden[:0]) for trace in traces]
+
+    def let_go(self) -> None:
+        """As `Laboratory.let_go`; what the models made of texts goes with their heads."""
+        self._states.clear()
+        self._heads.clear()
+        super().let_go()
 
     def merged_kl(self, lam: Lam) -> np.ndarray:
         """KL of the merged model from the reference on each of its own texts at λ, nats; (texts,)."""

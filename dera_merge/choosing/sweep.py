@@ -196,11 +196,11 @@ def sweep(
                         break
                     anchors, grid = sorted([*anchors, wanted]), sorted({*grid, wanted})
                     lab.sample(lab.kind, [wanted])
+        settled = curves.settled(grid if reweight else anchors, reweight)  # the last that exact DeRa is needed for
         if merged and scored is None and mode != "merged":
-            lab.densities(grid if reweight else anchors)  # the last that exact DeRa is needed for
             lab.let_go()
             lab.sample("merged", [lam for lam in anchors if lam not in pair.ends()])
-        result = curves.result(grid if reweight else anchors, settings | {"anchors": anchors})
+        result = curves.result(settled, settings | {"anchors": anchors})
         result.judges = [spent for reward in rewards if (spent := _spent(reward))]
         lam = result.best["lambda"]
         if pair.models == 1 and (beta := beta if beta is not None else recorded_beta(pair)) is not None:

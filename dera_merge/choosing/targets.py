@@ -137,8 +137,8 @@ class Hit:
     def next(self, found: Estimates) -> Lam | None:
         if not found.known.any():
             return None
-        lam = self.pick(found).lam
-        return None if found.ess[found.at(lam)] >= SURE else round(lam, 2) + 0.0
+        nearest = found.at(self.pick(found).lam)  # of the grid, for which all texts are read already
+        return None if found.ess[nearest] >= SURE else found.lams[nearest]
 
     def worth(self, found: Estimates) -> np.ndarray:
         return np.where(found.known, -np.abs(found.columns[self.column][0] - self.value), -np.inf)

@@ -82,7 +82,7 @@ def test_a_share_of_nothing_is_not_kept():
 def test_anchors_go_where_the_choice_is_made():
     lengths = np.tile([10.0, 20.0, 40.0, 30.0, 5.0], (50, 1))
     few = made(np.ones((50, 5)), lengths, ess=0.5)
-    assert Hit("length", 25.0).next(few) == 0.62, "half-way into [0.5, 1], or a quarter, to two digits"
+    assert Hit("length", 25.0).next(few) == 0.5, "the nearest of the grid to 0.625, where the texts are read already"
     assert Keep(0.9).next(few) == 2.0, "it takes the fewest tokens, and may keep its share"
     assert Hit("length", 25.0).next(made(np.ones((50, 5)), lengths)) is None
     assert Keep(0.9).next(made(np.ones((50, 5)), lengths)) is None
@@ -125,6 +125,25 @@ def test_a_kl_is_hit_without_a_reward(pair, tmp_path):
         "by": "kl", "column": "kl_token", "value": 9.0, "met": False, "known_from": 0.0, "known_to": 0, "reached": 0, "reached_ci": 0}  # fmt: skip
     assert far.best["lambda"] == 1.5
     assert far.commands == []
+
+
+def test_a_lambda_between_those_of_the_grid_has_no_text_read_again(pair, monkeypatch):
+    """What both models made of a text is kept: another λ costs sums over the vocabulary alone, and says the same."""
+    from dera_merge.choosing import sampler
+
+    read, reading, summing = [], sampler.trace_of, sampler.densities
+    summed = []
+    monkeypatch.setattr(sampler, "trace_of", lambda model, texts, **how: read.append(len(texts)) or reading(model, texts, **how))
+    monkeypatch.setattr(sampler, "densities", lambda *args: summed.append(len(args[2])) or summing(*args))
+    found = sweep(pair, PROMPTS, lams=[0.0, 1.5], target_kl=0.3, **HOW)
+    texts = sum(point["texts"] for point in found.points)
+    assert sum(read) == 2 * texts, "each model reads each text once"
+    assert summed[-1] == 1, "and at the λ that was found, nothing but that λ"
+    monkeypatch.setattr(sampler, "KEPT", 0)
+    forgetful = sweep(pair, PROMPTS, lams=[0.0, 1.5], target_kl=0.3, **HOW)
+    assert sum(read) > 4 * texts
+    assert forgetful.best["lambda"] == found.best["lambda"]
+    assert forgetful.best["target"]["reached"] == pytest.approx(found.best["target"]["reached"], rel=1e-6)
 
 
 def test_the_fewest_tokens_at_nearly_the_reward_of_the_aligned_model(pair):
