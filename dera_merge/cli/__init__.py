@@ -51,7 +51,7 @@ def _say_version(wanted: bool) -> None:
 
 
 app = typer.Typer(
-    name="dera-merge", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="dera-merge", cls=help.Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None, context_settings=help.WIDE,
     epilog=f"First: {help.FIRST} makes the tiny pair that the examples of each command's --help run on.",
 )  # fmt: skip

@@ -32,7 +32,8 @@ def run(
     tasks: Annotated[list[str] | None, what(help="Choose λ by benchmarks, as bench does; repeatable.")] = None,
     include_path: Annotated[Path | None, what(help="A directory with task files of your own.")] = None,
     lam: Annotated[
-        str | None, what("-l", "--lambda", help="λ, where it is known. Default without anything to choose by: 0.5.")
+        str | None,
+        what("-l", "--lambda", metavar="λ", help="Where it is known. Default without anything to choose by: 0.5."),
     ] = None,
     learn: Annotated[
         bool | None,

@@ -25,7 +25,7 @@ def run(
     tasks: Annotated[list[str], what(help="Tasks, groups and tags of lm-eval: arc_easy,hellaswag; repeatable.")],
     output: Annotated[Path, where("-o", "--output", help="Directory of the report, and of what is read.")],
     lam: Annotated[
-        list[str] | None, what("-l", "--lambda", help="λ of exact DeRa, with 0 and 1. Default: 0:2:0.0625.")
+        list[str] | None, what("-l", "--lambda", metavar="λ", help="Of exact DeRa, with 0 and 1. Default: 0:2:0.0625.")
     ] = None,
     merged: Annotated[
         str | None, what(help="λ of merges to read, a pass each, or none. Default: 0.5, 1.5 and the ends of -l.")

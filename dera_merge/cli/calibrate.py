@@ -10,7 +10,7 @@ import typer
 from ..errors import DeraError
 from .checks import choose_device, given_prompts
 from .help import how, where
-from .options import BatchSize, ComputeDtype, Device, Given, Lambdas, Limit, MaybePrompts, Resume, Seed, with_models
+from .options import BatchSize, ComputeDtype, Device, Given, Lambdas, Limit, OwnPrompts, Resume, Seed, with_models
 from .show import print_json, progress, say
 
 PathKind = Literal["curve", "gains"]
@@ -26,7 +26,7 @@ def run(
     given: Given,
     lam: Lambdas,
     output: Annotated[Path, where("-o", "--output", help="The path file to write (.safetensors).")],
-    prompts: MaybePrompts = None,
+    prompts: OwnPrompts = None,
     limit: Limit = None,
     kind: Annotated[PathKind, how(help="curve: gains and low-rank curves; gains: a number a layer.")] = "curve",
     rank: Annotated[int, how(min=1, help="Of the curve.")] = 16,

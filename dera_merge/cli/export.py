@@ -20,7 +20,7 @@ EXAMPLES = (
 def run(
     given: Given,
     output: Annotated[Path, where("-o", "--output", help="The directory to write.")],
-    lam: Annotated[str, what("-l", "--lambda", help="λ of requests that bring none.")] = "1",
+    lam: Annotated[str, what("-l", "--lambda", metavar="λ", help="For requests that bring none.")] = "1",
     merge_adapter: Annotated[bool, how("--merge-adapter", help="Store an adapter's model whole.")] = False,
     copy: Annotated[bool, where("--copy", help="Copy weight files instead of linking them.")] = False,
     overwrite: Annotated[bool, where("--overwrite", help="Replace a directory that this command wrote.")] = False,

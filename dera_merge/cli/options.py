@@ -25,11 +25,12 @@ BaseQuantisation = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double"]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="Reference model: a directory or a Hub id (id@revision).")]
 Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help="Aligned model: a full checkpoint or a PEFT adapter.")]
 MaybeRef = Annotated[str | None, typer.Argument(metavar="REF", help="Reference model.")]
-MaybeAligned = Annotated[str | None, typer.Argument(metavar="[ALIGNED]", help="Aligned model.")]
+MaybeAligned = Annotated[str | None, typer.Argument(metavar="ALIGNED", help="Aligned model.")]
 Lambdas = Annotated[
-    list[str], what("-l", "--lambda", help="λ: a number, a list 0.25,0.5 or a range 0:2:0.25; repeatable.")
+    list[str],
+    what("-l", "--lambda", metavar="λ", help="A number, a list 0.25,0.5 or a range 0:2:0.25; repeatable."),
 ]
-OneLambda = Annotated[list[str], what("-l", "--lambda", help="λ, a number.")]
+OneLambda = Annotated[list[str], what("-l", "--lambda", metavar="λ", help="A number.")]
 LambdaFor = Annotated[
     list[str] | None,
     what(metavar="PART=λ", help="λ of a part: mlp=0.8, layers.0-7=0.2; repeatable, the last that fits counts."),
@@ -60,9 +61,8 @@ Seed = Annotated[int, how(min=0, max=2**32 - 1, help="Seed of sampling and of st
 PathFile = Annotated[Path | None, how("--path", help="A path that calibrate learned, instead of the line.")]
 _PROMPTS = "JSON (Lines), CSV, TSV, parquet or text lines; a directory; or a data set of the Hub, ID:SPLIT."
 Prompts = Annotated[str, what(metavar="FILE", help=_PROMPTS)]
-MaybePrompts = Annotated[
-    str | None, what(metavar="FILE", help=f"{_PROMPTS} Default: 32 general ones; calibrate: REF writes some.")
-]
+MaybePrompts = Annotated[str | None, what(metavar="FILE", help=f"{_PROMPTS} Default: 32 general ones.")]
+OwnPrompts = Annotated[str | None, what(metavar="FILE", help=f"{_PROMPTS} Default: REF writes some.")]
 Limit = Annotated[int | None, what(min=1, help="Read this many prompts at most.")]
 SampleEngine = Annotated[
     str | None, where("--engine", help="Sample by vLLM: the address of a server of export-exact's DIR, or vllm.")

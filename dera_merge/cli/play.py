@@ -27,8 +27,8 @@ EXAMPLES = (
 @with_models(ref=MaybeRef, aligned=MaybeAligned, several=True, base_quantization=True)
 def run(
     given: Given,
-    lam: Annotated[str | None, what("-l", "--lambda", help="λ to begin with; default 0.5.")] = None,
-    max_new_tokens: Annotated[int, how(min=8, max=256, help="Length of answers to begin with.")] = 64,
+    lam: Annotated[str | None, what("-l", "--lambda", metavar="λ", help="To begin with; default 0.5.")] = None,
+    max_new_tokens: Annotated[int, how(min=8, max=256, help="Length of answers to begin with, 8 to 256.")] = 64,
     host: Annotated[str, where(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, where(min=1, max=65535, help="Default: the first that is free from 7860 on.")] = None,
     device: Device = "auto",

@@ -39,7 +39,7 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
                 raise typer.BadParameter(f"{file}: {error}", param_hint="--config") from None
         return file
 
-    told = "YAML of these options; typed ones beat it."
+    told = "YAML of options, needed ones too; typed ones beat it."
     kind = Annotated[Path | None, where("--config", metavar="FILE", callback=read, is_eager=True, help=told)]
     option = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
     given = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
@@ -115,7 +115,7 @@ def _values(content: dict[Any, Any], parameters: list[Any], listed: Sequence[str
 def _key(parameter: Any) -> str:
     """What a file calls a parameter: an option's long name, an argument's name in small letters."""
     if parameter.param_type_name == "argument":
-        return (parameter.metavar or parameter.name).strip("[]").lower().replace("_", "-")
+        return (parameter.metavar or parameter.name).lower().replace("_", "-")
     return max(parameter.opts, key=len).lstrip("-")
 
 

@@ -44,13 +44,14 @@ def run(
     output: Annotated[Path, where("-o", "--output", help="Directory of the report, and of texts as they come.")],
     reward: Annotated[
         list[str] | None,
-        what(help="module:function, file.py:function, command:…, model:ID, http://…, answer:number, tokens, length, …"),
+        what(help="lexicon, length, tokens, answer:number, module:function, file.py:function, command:…, model:ID, "
+             "http://…; repeatable."),
     ] = None,
     judge_prompt: Annotated[
         str, what(metavar="FILE", help="What a judge (…/chat/completions#MODEL) is asked: pairwise, score or a file.")
     ] = "pairwise",
     lam: Annotated[
-        list[str] | None, what("-l", "--lambda", help="λ of interest (default 0,2): the curve spans them.")
+        list[str] | None, what("-l", "--lambda", metavar="λ", help="Of interest: the curve spans them. Default: 0,2.")
     ] = None,
     weights: Annotated[str | None, what(help="Of several rewards: 1,0.5. Default: 1 each.")] = None,
     target_kl: Annotated[float | None, what(help="Choose λ at this KL from REF, nats a token.")] = None,

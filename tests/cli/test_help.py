@@ -33,6 +33,22 @@ def test_every_option_stands_in_a_panel_and_all_fit_two_screens(name):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_nothing_and_what_has_to_be_given_stands_in_the_line_of_usage(width):
+    listed = " ".join(PROGRAM.get_help(PROGRAM.make_context("dera-merge", [], resilient_parsing=True, terminal_width=width)).split())
+    for name in NAMES:
+        command = PROGRAM.commands[name]
+        assert f" {name} {command.help.partition('. ')[0].rstrip('.')} " in listed
+        context = command.make_context(name, [], resilient_parsing=True, terminal_width=width)
+        usage, _, rest = command.get_help(context).partition("\n\n")
+        for parameter in command.params:
+            if parameter.required:
+                assert (parameter.metavar if parameter.param_type_name == "argument" else f"{parameter.opts[0]} ") in usage
+        assert "required" not in rest
+        assert not set("{}") & set(usage)
+
+
+@pytest.mark.core
 @pytest.mark.parametrize("name", NAMES)
 def test_two_examples_or_more_are_shown_whole_and_parse(name):
     examples = cli.COMMANDS[name].EXAMPLES
