@@ -175,9 +175,18 @@ class Curves:
             warn(f"a reward failed on {failed} of {len(answers)} texts, twice; they are left out")
         names = (self.lab.pair.ref.source.name, self.lab.pair.aligned_name)
         texts = self.lab.asked.plain, self.lab.store.answers
+        path = self.lab.path
         result = Sweep(*names, curve, self._points(), answer, settings, None, [], *texts)
-        result.commands = commands(result, self.lab.pair, self.lab.path) if result.chosen else []
+        result.commands = commands(result.best["lambda"], self._names(), path and path.name) if result.chosen else []
         return result
+
+    def _names(self) -> list[str]:
+        """The words of a command line that name the models."""
+        pair = self.lab.pair
+        names = [pair.ref.source.name, pair.aligned.source.name]
+        names += [word for side in pair.sides[2:] for word in ("--aligned", side.source.name)]
+        names += ["--stack"] if pair.stacked else []
+        return names + (["--new-tokens", "aligned"] if pair.brings_tokens else [])
 
     def _choices(self) -> dict[str, Any] | None:
         """Which λ exact DeRa and the merged model each choose, of those sampled from both: mode → `lambda`, `interval`.

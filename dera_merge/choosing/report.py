@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import lambdas
 from ..files.atomic import json_bytes, write_atomically
-from ..merging.path import Curve
-from ..models.pair import Pair
 from ..pages.frame import read
 from ..pages.sweep import html, markdown, plot_sweep
 from ..statistics.intervals import finite
@@ -37,6 +37,7 @@ class Sweep:
         commands: what to run to ship the best λ.
         judges: what each judge was asked, and the tokens that it took.
         answers: all texts.
+        command: the command line that chose it, if there was one.
     """
 
     ref: str
@@ -50,6 +51,7 @@ class Sweep:
     prompts: list[str] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     judges: list[dict[str, Any]] = field(default_factory=list)
+    command: str | None = None
 
     @property
     def chosen(self) -> bool:
@@ -60,7 +62,7 @@ class Sweep:
         """What `sweep.json` holds; never NaN or infinity."""
         return finite({
             "ref": self.ref, "aligned": self.aligned, "best": self.best, "curve": self.curve, "points": self.points,
-            "faithful": self.faithful, "commands": self.commands, "settings": self.settings,
+            "faithful": self.faithful, "commands": self.commands, "settings": self.settings, "command": self.command,
             **({"judges": self.judges} if self.judges else {}),
         })  # fmt: skip
 
@@ -78,15 +80,23 @@ class Sweep:
         return folder
 
 
-def commands(result: Sweep, pair: Pair, path: Curve | None) -> list[str]:
-    """What to run to ship the recommended λ."""
-    import shlex
+def commands(
+    lam: lambdas.Lam, names: Sequence[str], path: str | os.PathLike[str] | None = None, beside: Path | None = None,
+    asked: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
+    """What to run to ship the recommended λ.
 
-    lam, names = lambdas.name(result.best["lambda"]), [pair.ref.source.name, pair.aligned.source.name]
-    names += [word for side in pair.sides[2:] for word in ("--aligned", side.source.name)]
-    names += ["--stack"] if pair.stacked else []
-    names += ["--new-tokens", "aligned"] if pair.brings_tokens else []
-    words = ["dera-merge", "merge", *names, "-l", lam, "-o", "merged"]
-    words += ["--path", path.name] if path else []
-    check = ["dera-merge", "compare", *names, "-l", lam, "--approx", "merged", "-o", "report"]
-    return [shlex.join(words), shlex.join(check), "dera-merge push merged USER/NAME --report report"]
+    Args:
+        names: words that name the models.
+        path: a learned path that was followed.
+        beside: where the sweep's report lies; the model and its report go beside it.
+        asked: words that give compare the prompts.
+    """
+    words = [*names, "-l", lambdas.name(lam)]
+    merged, report = [place if beside is None else f"{beside}-{place}" for place in ("merged", "report")]
+    lines = (
+        ["merge", *words, *(["--path", os.fspath(path)] if path else []), "-o", merged],
+        ["compare", *words, "--approx", merged, *asked, "-o", report],
+        ["push", merged, "USER/NAME", "--report", report],
+    )
+    return [shlex.join(["dera-merge", *line]) for line in lines]

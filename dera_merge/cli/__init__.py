@@ -132,7 +132,7 @@ def _in_words(error: Exception) -> str:
 
 
 def _how_to_go_on() -> str | None:
-    if not help.Command.begun:  # the command line may be none that could go on
+    if not (help.Command.begun and help.Command.begun.has_left):  # a command line that is none leaves nothing either
         return None
     resumable = [name for name, module in COMMANDS.items() if "resume" in inspect.signature(module.run).parameters]
     return endings.how_to_go_on(sys.argv[1:], resumable, again=["auto"])

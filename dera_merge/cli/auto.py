@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .checks import choose_device, given_prompts
+from .checks import choose_device, given_prompts, given_rewards
 from .help import how, what, where
 from .options import ComputeDtype, Device, Given, Limit, MaybePrompts, Seed, with_models
 from .recipes import write_recipe
@@ -53,15 +53,15 @@ def run(
     if tasks and (reward or target_kl is not None):
         raise typer.BadParameter("or --reward and --target-kl; one chooses λ", param_hint="--tasks")
     names = [name.strip() for text in tasks or () for name in text.split(",") if name.strip()]
+    rows = given_prompts(prompts, None if names and prompts is None else limit)
+    rewards = given_rewards(reward, folder=output / "sweep")
     pair = given.open()
     place = choose_device(device)
     from ..auto.auto import Wanted
     from ..auto.auto import auto as follow
-    from ..texts.rewards import load_reward
 
-    rewards = [load_reward(spec, place, folder=output / "sweep") for spec in reward or ()]
     wanted = Wanted(
-        prompts=given_prompts(prompts, None if names and prompts is None else limit), rewards=rewards,
+        prompts=rows, rewards=rewards(place),
         target_kl=target_kl, tasks=names, include_path=include_path, items=limit, lam=value, learn=learn,
         max_new_tokens=max_new_tokens, seed=seed, device=place,
         compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,

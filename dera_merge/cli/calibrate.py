@@ -45,6 +45,7 @@ def run(
     lams = given.lams(lam)
     if not 0 < learning_rate < 1:
         raise typer.BadParameter("must be between 0 and 1", param_hint="--learning-rate")
+    rows = given_prompts(prompts, limit)
     pair = given.open()
     place = choose_device(device)
     _check_path_file(output, overwrite or resume)
@@ -52,7 +53,7 @@ def run(
 
     with progress("calibrating") as tell:
         curve = learn(
-            pair, lams, given_prompts(prompts, limit), kind=kind, rank=rank, texts=texts,
+            pair, lams, rows, kind=kind, rank=rank, texts=texts,
             max_new_tokens=max_new_tokens, passes=passes, learning_rate=learning_rate, seed=seed, device=place,
             batch_size=batch_size,
             compute_dtype=compute_dtype, progress=tell, out=output,

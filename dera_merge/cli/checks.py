@@ -1,7 +1,8 @@
-"""What commands look at before long work begins: the device, the prompts, and where results go."""
+"""What commands look at before long work begins: the device, prompts, rewards, and where results go."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..models.pair import Pair
+    from ..texts.rewards import Reward
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,6 +48,23 @@ def given_prompts(source: str | None, limit: int | None) -> list[dict[str, Any]]
     if source is None and limit is not None:
         raise typer.BadParameter("counts the prompts of --prompts; give that too", param_hint="--limit")
     return None if source is None else read(source, limit)
+
+
+def given_rewards(
+    specs: Sequence[str] | None, judge_prompt: str = "pairwise", folder: Path | None = None
+) -> Callable[[Any], list[Reward]]:
+    """What makes the rewards of `--reward` on a device; all that take none are there already, before torch is.
+
+    Raises:
+        DeraError: there is no such reward.
+    """
+    from ..texts.rewards import load_reward
+
+    def load(spec: str, device: Any = None) -> Reward:
+        return load_reward(spec, device, judge_prompt, folder)
+
+    found = [spec if spec.startswith("model:") else load(spec) for spec in specs or ()]
+    return lambda device: [load(each, device) if isinstance(each, str) else each for each in found]
 
 
 def check_report_folder(folder: Path, pair: Pair) -> None:

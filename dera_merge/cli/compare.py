@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from ..errors import DeraError
-from .checks import check_report_folder, choose_device, given_prompts
+from .checks import check_report_folder, choose_device, given_prompts, given_rewards
 from .help import how, what, where
 from .options import (
     BatchSize,
@@ -32,6 +30,7 @@ from .options import (
     Seed,
     with_models,
 )
+from .recipes import command_line
 from .show import fidelity_table, out, print_json, progress, say
 
 Texts = Literal["exact", "merged"]
@@ -45,6 +44,7 @@ EXAMPLES = (
 @with_models(several=True)
 def run(
     given: Given,
+    context: typer.Context,
     lam: Lambdas,
     output: Annotated[Path, where("-o", "--output", help="Directory of the report.")],
     prompts: MaybePrompts = None,
@@ -78,24 +78,24 @@ def run(
         raise typer.BadParameter("needs --with coupled (or all)", param_hint="--reward")
     if any(limit is not None and not math.isfinite(limit) for limit in (max_kl, min_top1)):
         raise typer.BadParameter("a gate must be a finite number", param_hint="--max-kl, --min-top1")
+    parts, rows = given.lambda_for(lambda_for), given_prompts(prompts, limit)
+    rewards = given_rewards([reward] if reward else None)
     pair = given.open()
     place = choose_device(device)
     check_report_folder(output, pair)
     from ..measuring.compare import compare as measured_compare
     from ..processes import launched
-    from ..texts.rewards import load_reward
 
     with progress("comparing") as tell:
         report = measured_compare(
-            pair, lams, given_prompts(prompts, limit), approx=approx, path=path,
-            lambda_for=given.lambda_for(lambda_for), dtype=dtype, rounding=rounding,
+            pair, lams, rows, approx=approx, path=path, lambda_for=parts, dtype=dtype, rounding=rounding,
             texts=texts, samples=samples, max_new_tokens=max_new_tokens, extras=wanted, extra_prompts=extra_prompts,
-            reward=load_reward(reward, place) if reward else None, seed=seed, engine=engine, device=place,
+            reward=next(iter(rewards(place)), None), seed=seed, engine=engine, device=place,
             batch_size=batch_size, max_memory=max_memory,
             progress=tell, compute_dtype=compute_dtype, unfinished=output,
             resume=resume, overwrite=overwrite,
         )  # fmt: skip
-    report.command = shlex.join(["dera-merge", *sys.argv[1:]])
+    report.command = command_line(context)
     gate = report.gate(max_kl, min_top1) if max_kl is not None or min_top1 is not None else None
     if launched()[0]:  # another process writes and prints
         raise typer.Exit(3 if gate and not gate["passed"] else 0)

@@ -6,12 +6,36 @@ import os
 import shlex
 import signal
 import threading
+import time
 from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 # A scheduler's notice, a terminal that closes; Windows has no SIGHUP.
 _STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 _stopped: list[int] = []  # signals that came
+_TICK = 0.1  # seconds by which a file system's clock may be behind
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a command began with: where it writes, whether it goes on with what was there, and when that was."""
+
+    output: Path | None
+    resumes: bool = False
+    at: float = field(default_factory=time.time)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether there is something of it that another run could go on with."""
+        if self.output is None:
+            return False
+        for place in (self.output, self.output.with_name(f"{self.output.name}.unfinished")):
+            for file in (place, *place.rglob("*")):
+                if file.is_file() and (self.resumes or file.stat().st_mtime >= self.at - _TICK):
+                    return True
+        return False
 
 
 def listen() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .endings import Begun
+
 WHAT, HOW, WHERE, TRUST = "What", "How", "Where", "Trust"
 PANELS = ("Arguments", WHAT, HOW, WHERE, TRUST)
 FIRST = "dera-merge demo --pair demo"  # makes the pair that the examples of all commands name
@@ -40,13 +42,13 @@ class Command(TyperCommand):
     What has to be given stands in the line of usage; `--config` may give it, so nothing is called required.
 
     Attributes:
-        begun: whether the options of one were read, so that it is at work.
+        begun: what the one at work began with, once its options were read.
     """
 
-    begun = False
+    begun: Begun | None = None
 
     def invoke(self, ctx: Any) -> Any:
-        Command.begun = True
+        Command.begun = Begun(ctx.params.get("output"), bool(ctx.params.get("resume")))
         return super().invoke(ctx)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:

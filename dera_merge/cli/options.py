@@ -100,6 +100,20 @@ class Given:
         """What JSON says of them."""
         return {"ref": self.ref, "aligned": [self.aligned, *self.more] if self.more else self.aligned}
 
+    @property
+    def how(self) -> list[str]:
+        """The words of a command line that say how they are read."""
+        words = ["--base-quantization", self.base_quantization] if self.base_quantization else []
+        words += [] if self.stack is None else ["--stack" if self.stack else "--no-stack"]
+        words += ["--new-tokens", self.new_tokens] if self.new_tokens != "refuse" else []
+        return words + ["--allow-pickle"] * self.allow_pickle + ["--trust-remote-code"] * self.trust_remote_code
+
+    @property
+    def words(self) -> list[str]:
+        """The words of a command line that give these models."""
+        more = [word for model in self.more or () for word in ("--aligned", model)]
+        return [self.ref, self.aligned, *more, *(["--base", self.base] if self.base else []), *self.how]
+
     def open(self) -> ModelPair:
         """The pair, checked. Raises DeraError where the models do not belong together."""
         from ..api import ModelPair

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -34,24 +37,54 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
         if file is not None:
             try:
                 content = _loaded(file, context.info_name)
-                context.default_map = _values(content, context.command.params, listed)
             except ValueError as error:
                 raise typer.BadParameter(f"{file}: {error}", param_hint="--config") from None
+            context.default_map, problems = _values(content, context, listed)
+            if problems:
+                raise typer.BadParameter(f"{file}: {'; also: '.join(problems)}", param_hint="--config")
         return file
 
     told = "YAML of options, needed ones too; typed ones beat it."
     kind = Annotated[Path | None, where("--config", metavar="FILE", callback=read, is_eager=True, help=told)]
-    option = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    only = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter("config", only, default=None, annotation=kind),
+        inspect.Parameter("context", only, annotation=typer.Context),
+    ]
     given = [p.replace(annotation=hints[p.name]) for p in inspect.signature(command).parameters.values()]
-    given = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in given]
+    given = [p.replace(kind=only) for p in given if p.name != "context"]
 
-    def run(config: Path | None = None, **values: Any) -> None:
-        command(**values)
+    def run(context: typer.Context, config: Path | None = None, **values: Any) -> None:
+        try:
+            command(**values, **({"context": context} if "context" in hints else {}))
+        except typer.BadParameter as error:
+            if config and _is_set_by_file(context, str(error.param_hint)):
+                error.message = f"{config}: {error.message}"
+            raise
 
-    run.__signature__ = inspect.Signature([*given, option])
-    run.__annotations__ = {p.name: p.annotation for p in (*given, option)}
+    run.__signature__ = inspect.Signature([*given, *own])
+    run.__annotations__ = {p.name: p.annotation for p in (*given, *own)}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run
+
+
+def command_line(context: typer.Context) -> str:
+    """The command that was given, with the options of a file as if they had been typed."""
+    if context.params.get("config") is None:
+        return shlex.join(["dera-merge", *sys.argv[1:]])
+    words, behind = ["dera-merge", str(context.info_name)], []
+    for parameter in context.command.params:
+        value, source = context.params.get(parameter.name), context.get_parameter_source(parameter.name)
+        if parameter.name in OWN or source is None or source.name == "DEFAULT":
+            continue
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif getattr(parameter, "is_flag", False):
+            behind += parameter.opts[:1] if value else parameter.secondary_opts[:1]
+        else:
+            option = max(parameter.opts, key=len)
+            behind += [word for each in (value if isinstance(value, list) else [value]) for word in (option, str(each))]
+    return shlex.join([*words, *behind])
 
 
 def write_recipe(context: typer.Context, file: Path) -> Path:
@@ -84,32 +117,50 @@ def _loaded(file: Path, command: str | None) -> dict[Any, Any]:
     return mergekit.options_of(content)
 
 
-def _values(content: dict[Any, Any], parameters: list[Any], listed: Sequence[str]) -> dict[str, Any]:
-    """What a recipe sets, by the names that click has for parameters, as texts and lists of texts.
+def _is_set_by_file(context: typer.Context, hint: str) -> bool:
+    """Whether one of the options that an error is about has its value from a file."""
+    named = re.split(r"[ ,]+", hint)
+    about = [parameter.name for parameter in context.command.params if {*parameter.opts} & {*named}]
+    return any(source and source.name == "DEFAULT_MAP" for source in map(context.get_parameter_source, about))
+
+
+def _values(content: dict[Any, Any], context: typer.Context, listed: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What a recipe sets, and what is wrong with it: unknown keys, and values that are not what their options take.
 
     Args:
         listed: names of parameters that are texts, which may be lists separated by commas.
 
-    Raises:
-        ValueError: a key is unknown, or a value is not what its option takes.
+    Returns:
+        Texts and lists of texts by the names that click has for parameters; and a sentence for each problem.
     """
     known: dict[str, list[Any]] = {}
-    for parameter in parameters:
+    for parameter in context.command.params:
         if parameter.name not in OWN:
             known.setdefault(_key(parameter), []).append(parameter)
     values: dict[str, Any] = {}
+    problems: list[str] = []
+    strange = False  # a key that is near none
     for name, value in content.items():
         key = str(name).replace("_", "-")
         if key not in known:
             near = ", ".join(difflib.get_close_matches(key, known, 3))
-            says = f"near are {near}" if near else f"it has {', '.join(sorted(known))}"
-            raise ValueError(f"{str(name)!r} is no option of this command; {says}")
+            strange |= not near
+            problems.append(f"{str(name)!r} is no option of this command" + (f"; near are {near}" if near else ""))
+            continue
         first, *others = known[key]
-        if others and isinstance(value, list):  # ALIGNED, and --aligned for more of them
-            values |= {first.name: _text(value[0], key), others[0].name: _taken(others[0], key, value[1:], listed)}
-        elif value is not None:
-            values[first.name] = _taken(first, key, value, listed)
-    return values
+        several = bool(others) and isinstance(value, list)  # ALIGNED, and --aligned for more of them
+        parts = [(first, value[0]), (others[0], value[1:])] if several and value else [(first, value)]
+        for parameter, part in parts:
+            try:
+                if part is not None:
+                    values[parameter.name] = _taken(parameter, key, part, listed)
+                    if parameter.callback is None:
+                        parameter.process_value(context, values[parameter.name])
+            except (ValueError, typer.BadParameter) as error:
+                problems.append(error.format_message() if isinstance(error, typer.BadParameter) else str(error))
+    if strange:
+        problems[-1] += f"; it has {', '.join(sorted(known))}"
+    return values, [problem.replace("Value error, ", "") for problem in problems]
 
 
 def _key(parameter: Any) -> str:

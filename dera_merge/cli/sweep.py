@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from .checks import check_report_folder, choose_device, given_prompts
+from .checks import check_report_folder, choose_device, given_prompts, given_rewards
 from .help import how, what, where
 from .options import (
     BatchSize,
@@ -26,6 +26,7 @@ from .options import (
     Seed,
     with_models,
 )
+from .recipes import command_line
 from .show import PLAIN, out, print_json, progress, say
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ EXAMPLES = (
 @with_models(several=True)
 def run(
     given: Given,
+    context: typer.Context,
     prompts: Prompts,
     output: Annotated[Path, where("-o", "--output", help="Directory of the report, and of texts as they come.")],
     reward: Annotated[
@@ -101,19 +103,20 @@ def run(
         raise typer.BadParameter("samples nothing, as --from-scored brings the texts", param_hint="--engine")
     if beta is not None and not 0 < beta < math.inf:
         raise typer.BadParameter("must be above 0", param_hint="--beta")
+    from ..choosing.answers import read_scored
+
+    rows, rewards = given_prompts(prompts, limit), given_rewards(reward, judge_prompt, output)
+    scored = read_scored(from_scored) if from_scored else None
     pair = given.open()
     place = choose_device(device)
     check_report_folder(output, pair)
-    from ..choosing.answers import read_scored
+    from ..choosing.report import commands
     from ..choosing.sweep import sweep as choose
     from ..processes import launched
-    from ..texts.rewards import load_reward
 
-    rewards = [load_reward(spec, place, judge_prompt, output) for spec in reward or ()]
-    scored = read_scored(from_scored) if from_scored else None
     with progress("sweeping") as tell:
         result = choose(
-            pair, given_prompts(prompts, limit), rewards, lams, weights=shares, target_kl=target_kl,
+            pair, rows, rewards(place), lams, weights=shares, target_kl=target_kl,
             target_length=target_length, keep=keep, minimise=minimise or "tokens", anchors=places, samples=samples,
             max_new_tokens=max_new_tokens, mode=mode, reweight=reweight, merged=merged, budget=budget, scored=scored,
             beta=beta, path=path, seed=seed, engine=engine, device=place, out=output, resume=resume,
@@ -121,6 +124,10 @@ def run(
             overwrite=overwrite, progress=tell,
             compute_dtype=compute_dtype,
         )  # fmt: skip
+    result.command = command_line(context)
+    if result.chosen:
+        asked = ["--prompts", prompts, *(["--limit", str(limit)] if limit else [])]
+        result.commands = commands(result.best["lambda"], given.words, path, output, asked)
     if not launched()[0]:  # of several processes the first writes and prints
         result.save(output)
         print_json(result.to_dict()) if given.as_json else _show(result, output)
@@ -131,7 +138,7 @@ def run(
 def _show(result: Sweep, output: Path) -> None:
     """The table and the answer in words."""
     from ..pages.frame import read as as_read
-    from ..pages.sweep import cells, columns, legend, sentences, shown
+    from ..pages.sweep import cells, columns, heads, legend, sentences, shown
 
     content = as_read(result.to_dict())
     table = Table(title="What λ earns and costs", **PLAIN)
@@ -140,8 +147,8 @@ def _show(result: Sweep, output: Path) -> None:
     left_out |= {"kl_token", "length"} if by is None else {"gain_ci", "kl_token"} if by == "keep" else {"gain_ci"}
     left_out |= {"gain_ci"} if len(content["settings"]["rewards"]) > 1 else set()  # each reward has a column then
     wanted = tuple(column for column in columns(content) if column not in left_out)
-    for column in wanted:
-        table.add_column("λ" if column == "lambda" else column, justify="right", overflow="fold")
+    for head in heads(wanted):
+        table.add_column(head, justify="right", overflow="fold")
     for row in shown(content):
         table.add_row(*cells(row, wanted), style="bold" if row["lambda"] == result.best["lambda"] else None)
     out.print(table)

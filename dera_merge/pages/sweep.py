@@ -22,10 +22,12 @@ COLUMNS = (
     "lambda", "reward", "reward_ci", "kl", "kl_token", "length", "wins_aligned", "wins_ref", "gain_ci", "kept_ci",
     "ess",
 )  # fmt: skip
+HEADS = {"lambda": "λ", "kl": "kl/text", "kl_token": "kl/token"}  # how tables call a column; else by its name
 LEGEND = {
     "reward": "mean over prompts, with its 95 % interval",
-    "kl": "KL from the reference, nats a text",
-    "kl_token": "KL from the reference, nats a token",
+    "kl": "how far exact DeRa's texts are from the reference, nats a text (compare's kl is the merge from exact DeRa, "
+    "nats a token)",
+    "kl_token": "the same, nats a token",
     "length": "tokens",
     "wins_aligned": "how often a text earns more than one of λ=1 (of several aligned models, the best), ties half",
     "wins_ref": "the same beside the reference",
@@ -60,17 +62,11 @@ def sentences(sweep: dict[str, Any]) -> list[str]:
     said += [*cut_sentence(sweep), *log_ratio_sentence(best.get("log_ratio"))]
     if sweep["faithful"]:
         row = sweep["faithful"]
-        said.append(f"The merged model there is {row['verdict']}: kl {number(row['kl'])} nats a token; {row['why']}.")
-    if choices := best.get("sampled"):
-        by_exact, by_merged = choices["exact"]["lambda"], choices["merged"]["lambda"]
-        text = f"Of the λ that both were sampled at, exact DeRa and the merged model choose the same, {name(by_exact)}."
-        if by_exact != by_merged:
-            spans = [_spans(choices[mode]["interval"]) for mode in ("exact", "merged")]
-            text = (
-                f"Of the λ that both were sampled at, exact DeRa chooses {name(by_exact)} ({spans[0]}), the merged "
-                f"model {name(by_merged)} ({spans[1]})."
-            )
-        said.append(text)
+        said.append(
+            f"The merged model there is {row['verdict']}: kl from exact DeRa is {number(row['kl'])} nats a token; "
+            f"{row['why']}."
+        )
+    said += _both_choices(sweep)
     unknown = [row["lambda"] for row in sweep["curve"] if not row["known"]]
     if unknown:
         treatment = "is left out" if isinstance(best["lambda"], Vector) else "is dotted there"
@@ -80,6 +76,21 @@ def sentences(sweep: dict[str, Any]) -> list[str]:
         rest = f" and {len(front) - 8} more" if len(front) > 8 else ""
         said.append(f"No λ beats these in every reward at once: {', '.join(map(name, front[:8]))}{rest}.")
     return said
+
+
+def _both_choices(sweep: dict[str, Any]) -> list[str]:
+    """Whether the merged model's texts would have chosen as exact DeRa's do; nothing where too few say so."""
+    if not (choices := sweep["best"].get("sampled")):
+        return []
+    exact, merged = choices["exact"], choices["merged"]
+    wrote = {mode: {p["lambda"] for p in sweep["points"] if p["mode"] == mode} for mode in ("exact", "merged")}
+    both = sorted(lam for lam in wrote["exact"] if lam in wrote["merged"] or is_end(lam))
+    where = ", ".join(map(name, both)) if len(both) <= 8 else f"{len(both)} λ from {name(both[0])} to {name(both[-1])}"
+    says = f"Without the curve, of the λ at which both wrote texts ({where}), exact DeRa earns most at"
+    if exact["lambda"] == merged["lambda"]:
+        return [f"{says} {name(exact['lambda'])}, and so does the merged model."]
+    at = [f"{name(choice['lambda'])} ({_spans(choice['interval'])})" for choice in (exact, merged)]
+    return [f"{says} {at[0]}, the merged model at {at[1]}."]
 
 
 def _spent(judge: dict[str, Any]) -> str:
@@ -141,7 +152,13 @@ def columns(sweep: dict[str, Any]) -> tuple[str, ...]:
 
 def legend(columns: Sequence[str]) -> str:
     """What these columns are."""
-    return " ".join(f"{column}: {LEGEND[column]}." for column in columns if column in LEGEND)
+    return " ".join(f"{head}: {LEGEND[column]}." for column, head in zip(columns, heads(columns), strict=True)
+                    if column in LEGEND)  # fmt: skip
+
+
+def heads(columns: Sequence[str]) -> list[str]:
+    """What tables call these columns."""
+    return [HEADS.get(column, column) for column in columns]
 
 
 def shown(sweep: dict[str, Any], most: int = 12) -> list[dict[str, Any]]:
@@ -155,7 +172,7 @@ def shown(sweep: dict[str, Any], most: int = 12) -> list[dict[str, Any]]:
 def markdown(sweep: dict[str, Any]) -> str:
     """The sweep as Markdown."""
     wanted = columns(sweep)
-    rows = [wanted, ["---"] * len(wanted), *(cells(row, wanted) for row in shown(sweep))]
+    rows = [heads(wanted), ["---"] * len(wanted), *(cells(row, wanted) for row in shown(sweep))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     commands = "\n".join(sweep["commands"])
     ship = f"To ship it:\n\n```bash\n{commands}\n```\n\n" if commands else ""
@@ -319,8 +336,8 @@ def html(sweep: dict[str, Any], prompts: Sequence[str], answers: Sequence[dict[s
     """
     wanted = columns(sweep)
     return page(
-        "sweep.html", "Which λ?", sweep, charts(sweep), said=sentences(sweep), columns=wanted, legend=legend(wanted),
-        rows=[cells(row, wanted) for row in shown(sweep)], best=shown(sweep).index(_best(sweep)),
+        "sweep.html", "Which λ?", sweep, charts(sweep), said=sentences(sweep), columns=heads(wanted),
+        legend=legend(wanted), rows=[cells(row, wanted) for row in shown(sweep)], best=shown(sweep).index(_best(sweep)),
         texts=_texts(prompts, answers),
     )  # fmt: skip
 

@@ -87,6 +87,8 @@ def decode(
         entry: str | dict[str, Any] = turn(prompt, [Path(image) for image in images])
     else:
         entry = {"messages": [{"role": "user", "content": prompt}]} if chat else prompt
+    if not prompt and entry == prompt and not tokenizer("")["input_ids"]:
+        raise DeraError("the prompt is empty, and this tokenizer begins a text with no token of its own; give a text")
     (encoded,) = encode([entry], tokenizer, lambda: pair.processor)
     count = len(encoded.ids)
     limit = pair.context_length
@@ -174,7 +176,7 @@ def quantised(load_in: LoadIn) -> Any:
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
-        raise DeraError("loading in 4 or 8 bits needs bitsandbytes: pip install 'dera-merge[quant]'")
+        raise DeraError("loading in 4 or 8 bits needs bitsandbytes: pip install 'bitsandbytes>=0.47.0'")
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

@@ -343,6 +343,8 @@ def test_the_command_line_sweeps_the_demo_pair_and_writes_a_page(tmp_path):
     lam = result["best"]["lambda"]
     assert result["best"]["equivalent_beta"] == (pytest.approx(0.1 / lam) if lam else None)
     assert result["faithful"] is None or result["faithful"]["verdict"]
+    shipping = " ".join(result["commands"])
+    assert f"--approx {tmp_path}/out-merged --prompts {prompts} -o {tmp_path}/out-report" in shipping
     page = (tmp_path / "out" / "sweep.html").read_text()
     assert not any(word in page for word in ("<script", "<link", "src=", 'href="http', "@import", "url(http"))
     assert page.count("<svg") == 5

@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from builders import weights
 from commands import run
 from transformers import AutoModelForCausalLM
 
-from dera_merge import ModelPair, cli, demo
+from dera_merge import DeraError, ModelPair, cli, demo
 from dera_merge.cli import help, show
+from dera_merge.cli.endings import Begun
+from dera_merge.cli.options import Given
 from dera_merge.merging.recipe import PARTIAL
 
 
@@ -197,6 +200,33 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, kind):
     assert not (tmp_path / "out").exists()
 
 
+TINY = (demo.REF, demo.ALIGNED_LORA)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sweep", *TINY, "--prompts", "given.txt", "--reward", "nosuch"], "'nosuch' is no reward"),
+        (["sweep", *TINY, "--prompts", "given.txt", "--reward", "nosuch:f"], "No module named"),
+        (["sweep", *TINY, "--prompts", "given.txt", "--reward", "length", "--from-scored", "none"], "none"),
+        (["sweep", *TINY, "--prompts", "empty.txt", "--reward", "length"], "holds no prompts"),
+        (["compare", *TINY, "-l", "1", "--prompts", "empty.txt"], "holds no prompts"),
+        (["compare", *TINY, "-l", "1", "--reward", "nosuch", "--with", "coupled"], "'nosuch' is no reward"),
+        (["auto", *TINY, "--reward", "nosuch"], "'nosuch' is no reward"),
+        (["auto", *TINY, "--prompts", "empty.txt"], "holds no prompts"),
+        (["calibrate", *TINY, "-l", "0,1", "--prompts", "empty.txt"], "holds no prompts"),
+    ],
+)
+def test_prompts_and_rewards_are_looked_at_before_models_are(arguments, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Given, "open", lambda given: pytest.fail("the pair was opened"))
+    Path("given.txt").write_text("one\ntwo\n")
+    Path("empty.txt").touch()
+    with pytest.raises(DeraError, match=words):
+        cli.app([*map(str, arguments), "-o", "out"], standalone_mode=False)
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("lam", ["nan", "inf", "0:1:0", "0:1:0.3", "x", "0.3333333,0.3333334", "0.5+0.5"])
 def test_a_lambda_that_is_none_is_a_usage_error(tmp_path, lam):
     done = run("merge", demo.REF, demo.ALIGNED_LORA, "-l", lam, "-o", tmp_path / "out")
@@ -229,9 +259,9 @@ def test_wrong_usage_is_status_2(arguments):
     assert "Traceback" not in done.stderr
 
 
-def test_a_prompt_beyond_the_context_is_refused():
-    done = run("generate", demo.REF, demo.ALIGNED_LORA, "-l", "1", "--prompt", "word " * 400)
-    assert_one_line(done, 1, "more than the model's 256")
+def test_a_prompt_beyond_the_context_or_of_no_tokens_is_refused():
+    for prompt, words in (("word " * 400, "more than the model's 256"), ("", "the prompt is empty")):
+        assert_one_line(run("generate", *TINY, "-l", "1", "--prompt", prompt), 1, words)
 
 
 @pytest.mark.parametrize("config", ["[]", '{"architectures": "LlamaForCausalLM"}', "{broken", '{"a": 1, "a": 2}'])
@@ -255,16 +285,28 @@ def test_a_report_is_not_written_into_an_input(tmp_path):
     assert_one_line(done, 1, "lies in an input")
 
 
-def test_an_interruption_before_the_options_are_read_names_no_command_to_go_on_with(monkeypatch, capsys):
+def test_an_interruption_names_a_command_to_go_on_with_where_something_was_written(monkeypatch, capsys, tmp_path):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
+    monkeypatch.chdir(tmp_path)
     words = "dera-merge merge a b -l 1 -o c"
-    for method, said in (("make_context", "interrupted\n"), ("invoke", f"interrupted; go on with: {words} --resume\n")):
+    go_on = f"interrupted; go on with: {words} --resume\n"
+    old, new = Begun(Path("c"), at=time.time() + 60), Begun(Path("c"))
+    again = Begun(Path("c"), resumes=True, at=old.at)
+    for place, begun, said in (
+        (None, None, "interrupted\n"), (None, new, "interrupted\n"), ("c/f", old, "interrupted\n"), ("c/f", new, go_on),
+        ("c/f", again, go_on), ("c.unfinished/f", new, go_on),
+    ):  # fmt: skip
+        for leftover in ("c", "c.unfinished"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if place:
+            Path(place).parent.mkdir()
+            Path(place).touch()
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", words.split())
-            patch.setattr(help.Command, "begun", method == "invoke")
-            patch.setattr(help.Command, method, interrupted)
+            patch.setattr(help.Command, "begun", begun)
+            patch.setattr(help.Command, "invoke" if begun else "make_context", interrupted)
             with pytest.raises(SystemExit, match="130"):
                 cli.main()
         assert capsys.readouterr().err == said

@@ -61,8 +61,9 @@ def test_signals_at_random_moments_lose_nothing_and_say_how_to_go_on(models, pro
         if code not in (0, -number):
             assert code == 130
             (line,) = [line for line in said.splitlines() if "interrupted" in line]
-            assert line.endswith("--resume")
-            assert line.count("--resume") == 1
+            left = (out / "texts.jsonl").is_file()
+            assert line.endswith("--resume" if left else "interrupted")
+            assert line.count("--resume") == left
             interrupted += 1
         if (out / "texts.jsonl").is_file():
             assert len(texts(out)) >= kept

@@ -61,6 +61,9 @@ def test_a_recipe_is_the_command_and_what_is_typed_beats_it(recipe, tmp_path):
         ("merge", {"ref": ["a", "b"]}, "ref takes one value"),
         ("push", {"merge_method": "linear"}, "is a file of mergekit, which merge reads"),
         ("merge", {"config": "x"}, "'config' is no option"),
+        ("merge", {"ref": "a", "aligned": "b", "output": "c", "lambda": "0.5x"}, "recipe.yaml: '0.5x' is not a number"),
+        ("merge", {"alined": "a", "rank": 0, "json": 1}, "near are aligned; also: Invalid value for '--rank'"),
+        ("merge", {"alined": "a", "rank": 0, "json": 1}, "; also: json is on or off"),
     ],
 )  # fmt: skip
 def test_what_no_command_takes_is_a_usage_error_that_names_it(recipe, command, content, words):
@@ -68,6 +71,12 @@ def test_what_no_command_takes_is_a_usage_error_that_names_it(recipe, command, c
     assert done.returncode == 2
     assert words in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_typed_value_is_not_laid_at_the_door_of_the_file(recipe):
+    done = run("merge", "a", "b", "-o", "c", "-l", "x", "--config", recipe({"lambda": 1}))
+    assert done.returncode == 2
+    assert "recipe.yaml" not in done.stderr
 
 
 def test_every_command_takes_a_config():
