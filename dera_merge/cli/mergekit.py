@@ -3,15 +3,17 @@
     linear            Σ w_k·θ_k / Σ w_k            (normalize: false: without the division)
     task_arithmetic   θ_base + lambda·Σ w_k·(θ_k - θ_base)         (normalize: true: divided by Σ w_k)
 
-A weight may depend on the tensor (`filter`, the first that is part of its name) and on the slice of layers. Tensors
-before the layers have the first slice's weights, those behind the layers the last one's. Whatever else such a file asks
-for is refused by its name.
+A weight may depend on the tensor (`filter`, the first that is part of its name), on the slice of layers, and on the
+layer within it: a list of numbers is a line through them, the first at the slice's first layer and the last at its last
+one. Tensors before the layers have the first slice's weights, those behind the layers the last one's, and both of a
+list its first number. Whatever else such a file asks for is refused by its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -64,20 +66,26 @@ def options_of(content: Mapping[str, Any]) -> dict[str, Any]:
     aligned = [model for model in models if model != ref]
     if (method == "linear" and ref not in models) or not aligned or len({*models}) < len(models):
         raise ValueError("a DeRa merge is of a reference (base_model, or the first) and others, each listed once")
-    tables = [_lambdas(piece, method, whole, ref, aligned) for piece in pieces]
+    if pieces[0].span is not None or any(_goes_with_layers(piece, whole) for piece in pieces):
+        pieces = _spread(pieces, ref)
+
+    def at(piece: Piece, t: Fraction = Fraction(0)) -> dict[str | None, str]:
+        return _lambdas(piece, method, whole, ref, aligned, t)
+
+    before, behind = at(pieces[0]), at(pieces[-1])
+    rules = [f"{_pattern(text)}={lam}" for text, lam in reversed(behind.items()) if text is not None]
     if pieces[0].span is not None:
-        _check_layers(pieces, ref)
-    rules = [f"{_pattern(text)}={lam}" for text, lam in reversed(tables[-1].items()) if text is not None]
-    if len(tables) > 1:
-        if any(table.keys() != {None} for table in tables):
-            raise ValueError("filters and several slices in one file; write it as --lambda-for by hand")
-        rules = [f"*embed*={tables[0][None]}"] if tables[0] != tables[-1] else []
-        spans = [f"layers.{first}-{last - 1}" for first, last in (piece.span for piece in pieces)]
-        rules += [f"{span}={table[None]}" for span, table in zip(spans, tables, strict=True)]
+        of_layers = [(layer, at(piece, t)) for piece in pieces for layer, t in piece.layers()]
+        if len({tuple(table.items()) for table in (before, behind, *(table for _, table in of_layers))}) > 1:
+            if any(table.keys() != {None} for _, table in of_layers):
+                raise ValueError("filters, and weights that go with layers; write it as --lambda-for by hand")
+            rules = [f"*embed*={before[None]}"] if before != behind else []
+            for lam, rows in itertools.groupby(of_layers, lambda row: row[1][None]):
+                layers = [layer for layer, _ in rows]
+                span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+                rules.append(f"layers.{span}={lam}")
     dtype = content.get("out_dtype") or content.get("dtype")
-    return {
-        **_named(ref, aligned), "lambda": tables[-1][None], "lambda-for": rules or None, "dtype": dtype,
-    }  # fmt: skip
+    return {**_named(ref, aligned), "lambda": behind[None], "lambda-for": rules or None, "dtype": dtype}
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,12 @@ class Piece:
 
     sources: Sequence[tuple[Model, Sequence[Mapping[str, Any]]]]
     span: tuple[int, int] | None = None
+
+    def layers(self) -> Iterator[tuple[int, Fraction]]:
+        """Its layers, and how far each is from the first to the last; one alone is the last."""
+        first, end = self.span
+        for layer in range(first, end):
+            yield layer, Fraction(layer - first, end - 1 - first) if end - first > 1 else Fraction(1)
 
 
 def _pieces(content: Mapping[str, Any]) -> list[Piece]:
@@ -117,14 +131,26 @@ def _pieces(content: Mapping[str, Any]) -> list[Piece]:
     return pieces
 
 
-def _check_layers(pieces: Sequence[Piece], ref: Model) -> None:
-    """Raises ValueError where the slices are not all layers of the reference."""
+def _spread(pieces: Sequence[Piece], ref: Model) -> Sequence[Piece]:
+    """The parts with their layers. Raises ValueError where slices are not all layers of the reference."""
     from ..models.source import Source, load_config
 
     config = load_config(Source.locate(ref.name))
     layers = config.get("text_config", config).get("num_hidden_layers")
+    if pieces[0].span is None:
+        if not isinstance(layers, int):
+            raise ValueError(f"{ref.name} does not say how many layers it has")
+        return [replace(pieces[0], span=(0, layers))]
     if layers != pieces[-1].span[1]:
         raise ValueError(f"its slices end at layer {pieces[-1].span[1]}, {ref.name} has {layers}: a DeRa merge has all")
+    return pieces
+
+
+def _goes_with_layers(piece: Piece, whole: Mapping[str, Any]) -> bool:
+    """Whether a setting is a list of numbers, maybe behind a filter."""
+    settings = [whole, *(own for _, each in piece.sources for own in each)]
+    values = [value for own in settings for value in own.values() if isinstance(value, list)]
+    return any(not isinstance(e, dict) or isinstance(e.get("value"), list) for value in values for e in value)
 
 
 def _parameters(entry: Mapping[str, Any], method: str) -> Mapping[str, Any]:
@@ -144,13 +170,17 @@ def _list(value: Any, what: str) -> list[Mapping[str, Any]]:
 
 
 def _lambdas(
-    piece: Piece, method: str, whole: Mapping[str, Any], ref: Model, aligned: Sequence[Model]
-) -> dict[str | None, str]:
-    """λ by filter, as it is typed: a number, or one for each aligned model. Raises ValueError where it is none."""
+    piece: Piece, method: str, whole: Mapping[str, Any], ref: Model, aligned: Sequence[Model], t: Fraction
+) -> dict[str | None, str]:  # fmt: skip
+    """λ by filter, as it is typed: a number, or one for each aligned model. Raises ValueError where it is none.
+
+    Args:
+        t: how far a layer is from the part's first to its last, from 0 to 1.
+    """
     sources = dict(piece.sources)
     entries = {model: [*sources.get(model, ()), whole] for model in [ref, *aligned]}
     weighed = [ref, *aligned] if method == "linear" else aligned
-    weights = {model: _weights(model, entries[model]) for model in weighed}
+    weights = {model: _weights(model, entries[model], t) for model in weighed}
     filters = list(dict.fromkeys(text for table in weights.values() for text in table))
     for table in weights.values():
         if len(table) > 1 and list(table) != filters:
@@ -159,7 +189,7 @@ def _lambdas(
     normalize = _first(shared, "normalize", method == "linear")
     if not isinstance(normalize, bool):
         raise ValueError("normalize is true or false")
-    times = _number(_first(shared, "lambda", 1), "lambda")
+    times = _number(_first(shared, "lambda", 1), "lambda", t)
     table = {}
     for text in filters:
         shares = {model: weight.get(text, weight[None]) for model, weight in weights.items()}
@@ -172,16 +202,14 @@ def _lambdas(
     return table
 
 
-def _weights(model: Model, settings: Iterable[Mapping[str, Any]]) -> Weights:
+def _weights(model: Model, settings: Iterable[Mapping[str, Any]], t: Fraction) -> Weights:
     """A model's weight by filter; of several settings, the first that has one. Raises ValueError where none has."""
     given = next((own["weight"] for own in settings if own.get("weight") is not None), None)
     if given is None:
         raise ValueError(f"{model.name} has no weight")
     conditions = given if isinstance(given, list) else [given]
     if all(not isinstance(entry, dict) for entry in conditions):
-        if isinstance(given, list) and len(given) > 1:
-            raise ValueError("a weight that changes from layer to layer (a list of numbers); write it as --lambda-for")
-        return {None: _number(conditions[0], "weight")}
+        return {None: _number(given, "weight", t)}
     table: Weights = {}
     for entry in conditions:
         if not isinstance(entry, dict) or not {*entry} <= {"filter", "value"}:
@@ -189,7 +217,7 @@ def _weights(model: Model, settings: Iterable[Mapping[str, Any]]) -> Weights:
         text = entry.get("filter")
         text = None if text in (None, "*") else str(text)
         if None not in table:  # what stands behind an entry that fits everything is never reached
-            table.setdefault(text, _number(entry.get("value"), "weight"))
+            table.setdefault(text, _number(entry.get("value"), "weight", t))
     if None not in table:
         raise ValueError(f"{model.name} has no weight for what its filters do not fit; add an entry without filter")
     return table
@@ -199,14 +227,23 @@ def _first(settings: Iterable[Mapping[str, Any]], key: str, default: Any) -> Any
     return next((own[key] for own in settings if own.get(key) is not None), default)
 
 
-def _number(value: Any, what: str) -> Fraction:
-    """A number, exactly as it is written. Raises ValueError where it is none."""
+def _number(value: Any, what: str, t: Fraction) -> Fraction:
+    """A number, exactly as it is written; of a list, what the line through them is at `t`, the last of them being at 1.
+
+    Raises ValueError where it is none.
+    """
+    if isinstance(value, list) and value:
+        points = [_number(each, what, t) for each in value if not isinstance(each, list)]
+        if len(points) == len(value):
+            before = int(t * (len(points) - 1))
+            share = t * (len(points) - 1) - before
+            return (1 - share) * points[before] + share * points[min(before + 1, len(points) - 1)]
     try:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError
         return Fraction(str(value))
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{what} {value!r} is no number; one that changes from layer to layer is none") from None
+        raise ValueError(f"{what} {value!r} is no number, nor a list of numbers") from None
 
 
 def _pattern(text: str) -> str:

@@ -137,7 +137,9 @@ def test_a_mergekit_file_is_options_of_merge(content, expected):
         (linear(("ref", 0.5), ("ref", 0.5)), "each listed once"),
         (linear(("ref", 0.5), ("other+lora", 0.5)), "stands on another model than ref"),
         (linear(("ref", 0.5), ("dpo",)), "dpo has no weight"),
-        (linear(("ref", [0.1, 0.9]), ("dpo", 0.5)), "changes from layer to layer"),
+        (arithmetic((DENSE, [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]), base=REF), "filters, and weights that go"),
+        (linear((REF, [0.5, [0.1]]), (DENSE, 0.5)), "is no number, nor a list of numbers"),
+        (linear((REF, []), (DENSE, 0.5)), "is no number, nor a list of numbers"),
         (linear(("ref", [{"filter": "mlp", "value": 0.1}]), ("dpo", 0.5)), "add an entry without filter"),
         (arithmetic(("dpo", 0.5), base=None), "needs base_model"),
         (arithmetic(("dpo", 0.5), parameters={"gamma": 0.1}), "takes no gamma"),
@@ -186,3 +188,38 @@ def test_slices_and_filters_merge_as_mergekit_does(recipe, tmp_path):
     content["slices"].pop()
     done = run("merge", "--config", recipe(content), "-o", tmp_path / "short")
     assert "a DeRa merge has all" in done.stderr
+
+
+def of_a_list(values: list[float], t: float) -> float:
+    """What mergekit 0.1.5 makes of a list of numbers (`evaluate_setting`)."""
+    scaled = t * (len(values) - 1)
+    low = int(scaled)
+    share = scaled - low
+    return (1 - share) * values[low] + share * values[min(len(values) - 1, low + 1)]
+
+
+@pytest.mark.parametrize(
+    ("spans", "steps"),
+    [(None, {0: 0, 1: 1 / 3, 2: 2 / 3, 3: 1}), ([[0, 1], [1, 4]], {0: 1, 1: 0, 2: 1 / 2, 3: 1})],
+    ids=["models", "slices"],
+)
+def test_a_list_of_weights_is_a_line_over_the_layers_as_mergekit_draws_it(recipe, tmp_path, spans, steps):
+    """From the first layer of a slice to its last, a single one being the last; all else has the list's first number."""
+    weight = {REF: [1, 0.5, 0.2], DENSE: [0, 1.5]}
+    given = [entry(model, weight[model]) for model in (REF, DENSE)]
+    parts = {"models": given} if spans is None else {
+        "slices": [{"sources": [row | {"layer_range": span} for row in given]} for span in spans]}  # fmt: skip
+    content = {"merge_method": "linear", **parts, "dtype": "float32"}
+    done = run("merge", "--config", recipe(content), "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    ref, aligned = weights(demo.REF), weights(demo.ALIGNED_DENSE)
+    seen = set()
+    for name, tensor in weights(tmp_path / "out").items():
+        words = name.split(".")
+        t = steps[int(words[2])] if words[1] == "layers" else 0
+        kept, other = (of_a_list(weight[model], t) for model in (REF, DENSE))
+        lam = other / (kept + other)
+        expected = ref[name].double() + lam * (aligned[name].double() - ref[name].double())
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+        seen.add(round(lam, 3))
+    assert len(seen) == len({*steps.values()} | {0})
