@@ -19,7 +19,7 @@ from ..models.architecture import loading
 from ..models.pair import Pair
 from .path import Course, opened
 from .storage import Storage
-from .theta import Sums, stored_rows
+from .theta import stored_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -58,10 +58,11 @@ class _Dial:
         names = self.pair.names
         tasks = [(name, *rows) for name, info in names.tensors.items() for rows in slices(info)]
 
-        def work(task: tuple[str, int, int], scratch: Buffers, kept: Buffers) -> list[tuple[torch.Tensor, Sums | None]]:
-            return stored_rows(names, *task, [lam], self.storage, scratch, kept, self.course)
+        def work(task: tuple[str, int, int], scratch: Buffers, kept: Buffers) -> torch.Tensor:
+            [(rows, _)] = stored_rows(names, *task, [lam], self.storage, scratch, kept, self.course, summed=False)
+            return rows
 
-        for (name, start, stop), [(rows, _)] in zip(tasks, in_order(tasks, work), strict=True):
+        for (name, start, stop), rows in zip(tasks, in_order(tasks, work), strict=True):
             info = names.tensors[name]
             if start == 0:
                 out = torch.empty(info.shape, dtype=rows.dtype)

@@ -269,7 +269,7 @@ def moments(both: torch.Tensor, buffers: Buffers) -> tuple[float, float, float]:
 def stored_rows(
     names: Names, name: str, start: int, stop: int, lams: Sequence[Lam], storage: Storage, scratch: Buffers,
     kept: Buffers,
-    course: Course | None = None,
+    course: Course | None = None, summed: bool = True,
 ) -> list[tuple[torch.Tensor, Sums | None]]:  # fmt: skip
     """Rows [start, stop) of θ(λ) as stored for each λ, and what became of λΔ (None: all sides are one tensor).
 
@@ -281,13 +281,14 @@ def stored_rows(
         scratch, kept: memory. The result lies in `kept`; everything else goes through `scratch`, a cache-sized slice at
             a time.
         course: what is followed in the place of the straight line with one λ.
+        summed: whether it is asked what became of λΔ, which takes longer than the weights; else None.
     """
     info, dtype = names.tensors[name], storage.dtype_of(names, name)
     changes = not names.is_same(name)
     bends = [course.at(name, lam) if course and changes else None for lam in lams]
     gains = [lam if bend is None else bend.gain for lam, bend in zip(lams, bends, strict=True)]
     results = [
-        (kept.take(f"stored {number}", (stop - start, *info.row_shape), dtype), Sums() if changes else None)
+        (kept.take(f"stored {number}", (stop - start, *info.row_shape), dtype), Sums() if changes and summed else None)
         for number in range(len(lams))
     ]
     for first, last in slices(info, SLICE, start, stop):
