@@ -128,7 +128,7 @@ class LowRankRows(torch.nn.Module):
             downs, ups = self.down.split(self.ranks), self.up.split(self.ranks)
             for rows, own, down, up in zip(self.strength.blocks(x), self.strength.blocks(y), downs, ups, strict=True):
                 if len(down):
-                    _add(own, torch.nn.functional.linear(rows.to(down.dtype), down), up)
+                    add_product(own, torch.nn.functional.linear(rows.to(down.dtype), down), up)
             return y
         t = torch.nn.functional.linear(x.to(self.down.dtype), self.down)
         if self.strength.rows is not None:
@@ -137,11 +137,11 @@ class LowRankRows(torch.nn.Module):
             t = (t * s).to(t.dtype)
         elif self.side_of is not None:
             t = t * (self.side_of == 1)
-        _add(y, t, self.up)
+        add_product(y, t, self.up)
         return y
 
 
-def _add(y: torch.Tensor, t: torch.Tensor, up: torch.Tensor) -> None:
+def add_product(y: torch.Tensor, t: torch.Tensor, up: torch.Tensor) -> None:
     """y += t·up, in one kernel: y (…, out), t (…, rank), up (rank, out)."""
     y.view(-1, y.shape[-1]).addmm_(t.flatten(0, -2).to(y.dtype), up.to(y.dtype))
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,8 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self._pickled: dict[str, torch.Tensor] = {}
         self._open: dict[Path, BinaryIO] = {}
+        self._held: dict[str, tuple[torch.Tensor, int]] = {}  # in memory, and how many hold it there
+        self._lock = threading.Lock()  # of what is held
         self._stem, self._pickled_stem = stem, "pytorch_model" if stem == "model" else stem
         files = _shards(folder, f"{stem}.safetensors")
         if files:
@@ -194,8 +197,10 @@ class Checkpoint:
         stop = info.rows if stop is None else stop
         if out is None:
             out = torch.empty((stop - start, *info.row_shape), dtype=info.dtype)
-        if name in self._pickled:
-            return out.copy_(self._pickled[name].reshape(info.rows, *info.row_shape)[start:stop])
+        held = self._held.get(name)
+        whole = self._pickled.get(name) if held is None else held[0]
+        if whole is not None:
+            return out.copy_(whole.reshape(info.rows, *info.row_shape)[start:stop])
         position = info.offset + start * math.prod(info.row_shape) * info.dtype.itemsize
         view = memoryview(as_bytes(out))
         if info.file not in self._open:
@@ -210,6 +215,25 @@ class Checkpoint:
     def read_whole(self, name: str) -> torch.Tensor:
         """A whole tensor in its stored dtype and shape."""
         return self.read(name).reshape(self.tensors[name].shape)
+
+    def hold(self, name: str) -> None:
+        """Keep a tensor in memory, from which `read` then takes it, until `let_go` is called as often as this."""
+        with self._lock:
+            held = self._held.get(name)
+            if held is not None:
+                self._held[name] = held[0], held[1] + 1
+                return
+        whole = self.read(name)
+        with self._lock:  # another thread may have read it meanwhile
+            first, count = self._held.get(name, (whole, 0))
+            self._held[name] = first, count + 1
+
+    def let_go(self, name: str) -> None:
+        """Undo one `hold`."""
+        with self._lock:
+            whole, count = self._held.pop(name)
+            if count > 1:
+                self._held[name] = whole, count - 1
 
 
 def _read_at(file: BinaryIO, into: memoryview, position: int) -> int:

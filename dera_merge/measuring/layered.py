@@ -16,14 +16,18 @@ from ..merging.parameters import Parameters
 from ..merging.storage import Storage
 from .in_step import InStep
 from .steps import ALONE, ComparisonLab, Reading, resolution_of
-from .traces import Text, Trace, decoder_of, first_logits, head_of, is_head, longest_first, plain_inputs, states_of
+from .traces import Text, Trace, first_logits, head_of, is_head, longest_first, plain_inputs, states_of
+from .unmerged import unmerged
 
 
 class LayeredLab(ComparisonLab):
     """`ComparisonLab` for given texts, without any whole model: held are one unit's weights, heads, and hidden states.
 
-    An adapter's side computes with its effective weights here, where `ComparisonLab` runs PEFT's forward.
+    Low-rank sums of an adapter's side are computed as in PEFT's forward, which `ComparisonLab` runs; any other adapter
+    is in the side's weights.
     """
+
+    most_heads = 1  # those of one λ, where λ changes them at all
 
     def _weights_at(self, lam: Lam, line: bool) -> dict[str, Parameters]:
         """As `measured`: what to compare at λ, after the name of its kl."""
@@ -39,19 +43,31 @@ class LayeredLab(ComparisonLab):
 
     def _measure(self, readings: Sequence[Reading]) -> dict[str, dict[str, np.ndarray]]:
         chosen = [list(self.share(reading.texts)) for reading in readings]
-        plain = Storage.of(self.pair.names, torch.float32, None, 0)
-        weights = [Parameters(self.pair, end, plain) for end in self.pair.ends()]
-        count = len(weights)
-        merges: dict[tuple[int, Lam, str], int] = {}  # of a reading: λ, name → the number of its weights
+        dtype = self.compute.dtype
+        model = hollow(self.pair, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        sides = [unmerged(self.pair, number, model) for number in range(len(self.pair.sides))]
+        weights = [side for side, _ in sides]
+        merges: dict[tuple[int, Lam, str], int] = {}
         for number, reading in enumerate(readings):
             for lam in reading.lams:
                 for name, own in self._weights_at(lam, reading.line).items():
                     merges[number, lam, name] = len(weights)
                     weights.append(own)
-        dtype = self.compute.dtype
-        model = hollow(self.pair, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        device, (part, decoder) = torch.device(self.compute.device), decoder_of(model)
-        in_step = InStep(model, weights, device)
+        with InStep(model, weights, self.compute.device, dict(enumerate(sums for _, sums in sides))) as in_step:
+            return self._in_step(in_step, readings, chosen, merges)
+
+    def _in_step(
+        self, in_step: InStep, readings: Sequence[Reading], chosen: Sequence[list[Text]],
+        merges: dict[tuple[int, Lam, str], int],
+    ) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
+        """As `measured`.
+
+        Args:
+            in_step: the sides, and then what is compared with them.
+            chosen: this process's texts of each reading.
+            merges: of a reading: λ, name → the number of the model in `in_step`.
+        """
+        model, device, count = in_step.model, in_step.device, len(self.pair.sides)
 
         # Which texts each model reads: (its number, the number of the reading, the texts of a batch).
         tasks = [(side, number, batch) for side in range(count) for number, texts in enumerate(chosen)
@@ -63,7 +79,7 @@ class LayeredLab(ComparisonLab):
 
         def of_batch(number: int, batch: Sequence[int]) -> tuple[torch.Tensor, ...]:
             texts = [chosen[number][i] for i in batch]
-            states = states_of(decoder, texts, plain_inputs(texts, device))
+            states = states_of(in_step.decoder, texts, plain_inputs(texts, device))
             self.tell("scoring layer by layer", next(done), steps)
             return states
 
@@ -83,7 +99,7 @@ class LayeredLab(ComparisonLab):
 
         def trace(own: int, number: int, heads: list[torch.nn.ModuleDict]) -> Trace:
             states = hidden[own, number]
-            with in_step.filled_beside(part, own):
+            with in_step.with_head(own):
                 head = head_of(model, heads)
             known = self.pair.ref.vocabulary_rows if own == 0 and self.pair.brings_tokens else None
             return Trace(torch.cat([states[i] for i in range(len(states))]), head, known)

@@ -86,6 +86,8 @@ class ComparisonLab(Laboratory):
         ledger: of finished steps.
     """
 
+    most_heads = HEADS
+
     def __init__(
         self, pair: Pair, compute: Compute, path: Course | None, seed: int, tell: Progress | None, what: Measured,
         rounds: bool, ledger: Ledger,
@@ -244,7 +246,7 @@ class ComparisonLab(Laboratory):
             traces: list[tuple[Lam, dict[str, Trace]]] = []
             for lam in reading.lams:
                 traces.append((lam, at(number, lam, heads)))
-                if lam != reading.lams[-1] and _bytes(heads[len(own) :]) < HEADS:
+                if lam != reading.lams[-1] and _bytes(heads[len(own) :]) < self.most_heads:
                     continue
                 for done, figures in self._figures(sides[number], traces, texts, resolutions[number]).items():
                     found[reading.step(done)] = figures

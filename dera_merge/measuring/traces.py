@@ -307,7 +307,7 @@ def _outlasting(
 
 def _equal(kept: torch.nn.Module, modules: torch.nn.Module) -> bool:
     """Whether these have the same weights, whatever their dtypes; one that an adapter changes has more of them."""
-    ours, theirs = list(kept.parameters()), list(modules.parameters())
+    ours, theirs = ([*each.parameters(), *each.buffers()] for each in (kept, modules))
     return len(ours) == len(theirs) and all(
         torch.equal(one, other.to(one.dtype)) for one, other in zip(ours, theirs, strict=True)
     )

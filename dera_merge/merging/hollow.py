@@ -6,10 +6,12 @@ import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..files.ahead import Ahead
 from ..lambdas import Lam
 from ..models.architecture import loading
 from ..models.pair import Pair
@@ -83,6 +85,24 @@ class _Turned(Mapping[str, torch.Tensor]):
         return len(self.at)
 
 
+def _read_ahead(unit: Unit, following: Unit | None, weights: _Turned, ahead: Ahead) -> None:
+    """Hold what the files have of a unit while it runs, and read meanwhile what they have of the one that follows."""
+
+    def before(*_: object) -> None:
+        ahead.hold(weights.at.sources(unit.tensors))
+        if following is not None:
+            ahead.begin(weights.at.sources(following.tensors))
+
+    def after(module: torch.nn.Module, args: object, result: object) -> None:
+        if following is None or result is None:  # the last one, or it broke off
+            ahead.close()
+        else:
+            ahead.let_go(weights.at.sources(unit.tensors))
+
+    unit.module.register_forward_pre_hook(before)
+    unit.module.register_forward_hook(after, always_call=True)
+
+
 def offloaded(
     pair: Pair,
     lam: Lam,
@@ -96,8 +116,9 @@ def offloaded(
 ) -> PreTrainedModel:
     """As `live`, with the same values, but a layer's weights are made from the files whenever it runs, and let go.
 
-    Held are the input embeddings (and a head that is tied to them), and one layer. Every pass reads all else anew, so
-    it is worth its time for few passes over many tokens. The layers have accelerate's hooks.
+    Held are the input embeddings (and a head that is tied to them), one layer, and what the files have of it and of the
+    next one, which is read meanwhile. Every pass reads all else anew, so it is worth its time for few passes over many
+    tokens. The layers have accelerate's hooks.
 
     Args:
         pair, lam, dtype, rounding, seed, device, compute_dtype, path: as for `live`.
@@ -128,7 +149,9 @@ def offloaded(
             set_module_tensor_to_device(model, name, device, value=made[key])
 
     fill()
-    for unit in units(model, [name for name in names if name not in stay]):
+    ahead, coming = Ahead(), list(units(model, [name for name in names if name not in stay]))
+    for unit, following in zip_longest(coming, coming[1:]):
+        _read_ahead(unit, following, weights, ahead)
         place = next(name for name, module in model.named_modules() if module is unit.module)
         attach_align_device_hook(
             unit.module, execution_device=torch.device(device), offload=True, weights_map=weights, module_name=place,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 
+from ..files.ahead import Source
 from ..files.buffers import Buffers
 from ..files.checkpoint import TensorInfo, slices
 from ..files.ordered import in_order
@@ -31,13 +32,17 @@ class Parameters(Mapping[str, torch.Tensor]):
         lam: λ.
         storage: how the values are stored.
         course: what is followed in the place of the straight line with one λ.
+        names: in the place of the pair's own, where the sides are to have less of their adapters.
     """
 
-    def __init__(self, pair: Pair, lam: Lam, storage: Storage, course: Course | None = None) -> None:
+    def __init__(
+        self, pair: Pair, lam: Lam, storage: Storage, course: Course | None = None, names: Names | None = None
+    ) -> None:
         self.lam = lam
+        self._names = pair.names
         self._keys = {name: pair.layout.key(name) for name in pair.layout.groups}
         self._homes = {name: home for name, home in pair.architecture.tied.items() if name not in self._keys}
-        self._theta = _Theta(pair.names, lam, storage, course)
+        self._theta = _Theta(names or pair.names, lam, storage, course)
         self._stored = Stored(self._theta)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -54,6 +59,12 @@ class Parameters(Mapping[str, torch.Tensor]):
         for _ in in_order(tasks, work):
             pass
         return whole
+
+    def sources(self, names: Iterable[str]) -> dict[Source, None]:
+        """The stored tensors that some of these are made of, in this order: of the same names the same, whatever λ."""
+        keys = (self._keys[self._homes.get(name, name)] for name in names)
+        stored = (name for key in keys for name in ((key,) if isinstance(key, str) else key.tensors))
+        return dict.fromkeys(source for name in stored for source in self._names.sources(name))
 
     def __iter__(self) -> Iterator[str]:
         yield from self._keys
@@ -83,7 +94,7 @@ class _Theta:
         """Rows [start, stop) into `out`."""
         memory = self._spare.pop() if self._spare else (Buffers(), Buffers())
         [(rows, _)] = stored_rows(
-            self._names, name, start, stop, [self._lam], self._storage, *memory, self._course
+            self._names, name, start, stop, [self._lam], self._storage, *memory, self._course, summed=False
         )  # fmt: skip
         out.copy_(rows)
         self._spare.append(memory)

@@ -7,12 +7,13 @@ be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import DeraError
+from ..files.ahead import Source
 from ..files.checkpoint import REAL, TensorInfo, slices
 from .architecture import Architecture
 from .damage import COPY
@@ -66,6 +67,13 @@ class Names:
             return False
         changed = name in ref.pieces or name in aligned.pieces or ref.info(name) is not aligned.info(name)
         return changed and not self.is_opaque(name)
+
+    def sources(self, name: str) -> Iterator[Source]:
+        """The stored tensors that θ(λ)'s is made of."""
+        yield from self.ref.sources(name)
+        for number, side in enumerate(self.weights[1:], 1):
+            if self.differs(name, number):
+                yield from side.sources(name)
 
     def adapts(self, name: str) -> bool:
         """Whether an adapter changes all of this tensor, so that losing the whole of it is a fault and not rounding."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..errors import DeraError
+from ..files.ahead import Source
 from ..files.checkpoint import Checkpoint
 from . import doors
 from .layout import Runs
@@ -32,6 +33,11 @@ class Piece(Protocol):
     @property
     def rows(self) -> int:
         """How many rows the tensor has after it, where it brings them; a vocabulary may have grown. Else 0."""
+        ...
+
+    @property
+    def sources(self) -> Iterable[Source]:
+        """The stored tensors that it reads, but for those that the tensor itself is made of."""
         ...
 
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
@@ -60,6 +66,10 @@ class LowRank:
     scale: float
     transposed: bool
     rows = 0
+
+    @property
+    def sources(self) -> Iterable[Source]:
+        return (self.adapter, self.a), (self.adapter, self.b)
 
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         right = _factor(self.adapter, self.b if self.transposed else self.a, rows.dtype)
@@ -92,6 +102,10 @@ class Replacement:
     def rows(self) -> int:
         return self.adapter.tensors[self.key].rows
 
+    @property
+    def sources(self) -> Iterable[Source]:
+        return ((self.adapter, self.key),)
+
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         known = self.adapter.read(self.key, *_within(self.adapter, self.key, start, stop))
         rows[: len(known)] = known[:, columns] if known.ndim > 1 else known
@@ -111,6 +125,7 @@ class LowRankStack:
     right: torch.Tensor
     scale: float
     rows = 0
+    sources = ()
 
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         height = self.left.shape[1]
@@ -135,6 +150,10 @@ class Spread:
     runs: Runs
     height: int | None = None
     rows = 0
+
+    @property
+    def sources(self) -> Iterable[Source]:
+        return (source for pieces in self.pieces for piece in pieces for source in piece.sources)
 
     def apply(self, rows: torch.Tensor, start: int, stop: int, columns: slice = ALL) -> None:
         assert columns == ALL  # it is the outermost
@@ -163,6 +182,7 @@ class ThroughPeft:
     modules: PeftModules
     module: str
     parameter: str
+    sources = ()
 
     @property
     def rows(self) -> int:

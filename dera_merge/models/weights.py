@@ -6,11 +6,12 @@ the names of θ(λ): the base's rows, and then what the adapter does to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..files.ahead import Source
 from ..files.buffers import Buffers
 from ..files.checkpoint import Checkpoint, TensorInfo
 from .layout import Assembled, Key
@@ -117,6 +118,13 @@ class Weights:
     def info(self, name: str) -> TensorInfo:
         """Where the base's tensor lies, and its shape and dtype there."""
         return self.stored.info(self.keys[name])
+
+    def sources(self, name: str) -> Iterator[Source]:
+        """The stored tensors that it is made of, the adapter's included."""
+        key = self.keys[name]
+        yield from ((self.stored.checkpoint, each) for each in (key.tensors if isinstance(key, Assembled) else (key,)))
+        for piece in self.pieces.get(name, ()):
+            yield from piece.sources
 
     def rows(self, name: str) -> int:
         """Rows of the effective tensor: an adapter may bring more of the vocabulary than its base has."""

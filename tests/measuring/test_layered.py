@@ -1,6 +1,13 @@
-"""Scoring layer by layer, every λ in step, gives the figures of models that are held whole; and holds one unit's weights."""
+"""Scoring layer by layer, every λ in step, gives the figures of models that are held whole; it holds one unit's weights,
+and reads each byte of the files once."""
 
 from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -41,10 +48,30 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@contextmanager
+def asked_for():
+    """Bytes that the system gave of each file, counted where it is asked."""
+    count, read = Counter(), os.preadv
+
+    def counted(file, into, position):
+        size = read(file, into, position)
+        count[os.readlink(f"/proc/self/fd/{file}")] += size
+        return size
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", counted)
+        yield count
+
+
 def both(pair, prompts=GIVEN, lams=LAMS, **how):
-    """Per-token figures held whole, and layer by layer."""
-    reports = [compare(pair, lams, prompts, extras=(), max_memory=size, **how) for size in (None, 1)]
-    return [report.per_token for report in reports]
+    """Per-token figures held whole, and layer by layer, which reads each byte of each tensor once and keeps none."""
+    whole = compare(pair, lams, prompts, extras=(), **how).per_token
+    with asked_for() as count:
+        layered = compare(pair, lams, prompts, extras=(), max_memory=1, **how).per_token
+    checkpoints = {checkpoint for side in pair.sides for checkpoint in side.checkpoints}
+    assert sum(count.values()) == sum(info.nbytes for each in checkpoints for info in each.tensors.values())
+    assert not any(each._held for each in checkpoints)
+    return whole, layered
 
 
 def equal(whole, layered, rel=None):
@@ -72,12 +99,30 @@ def test_figures_are_bit_for_bit_those_of_models_held_whole(family, tmp_path):
     equal(*both(pair))
 
 
-def test_an_adapters_figures_are_those_of_peft_within_rounding(llama, lora):
+def test_so_are_those_of_an_adapter_beside_its_base(llama, lora):
     base = llama(0)
-    whole, layered = both(ModelPair.from_pretrained(base, lora(base)))
-    equal(whole, layered, rel=1e-4)
+    equal(*both(ModelPair.from_pretrained(base, lora(base))))
+
+
+@pytest.mark.parametrize("kind", ["on another adapter's base", "on experts"])
+def test_other_adapters_kl_agrees_within_a_millionth(kind, llama, lora, tmp_path):
+    base = llama(0)
+    if kind == "on experts":
+        torch.manual_seed(0)
+        tf.MixtralForCausalLM(FAMILIES["experts"]()).to(torch.bfloat16).save_pretrained(tmp_path)
+        save_tokenizer(tmp_path)
+        pair = ModelPair.from_pretrained(tmp_path, lora(tmp_path, target_modules=["q_proj", "o_proj"]))
+    else:
+        pair = ModelPair.from_pretrained(lora(base, 1), lora(base, 2), base=base)
+    whole, layered = both(pair)
     for lam in (0.5, 2.0):
-        assert layered[lam]["kl"].mean() == pytest.approx(whole[lam]["kl"].mean(), rel=1e-5)
+        assert layered[lam]["kl"].mean() == pytest.approx(whole[lam]["kl"].mean(), rel=1e-6)
+
+
+def test_a_small_change_of_the_head_alone_is_measured(llama, lora):
+    base = llama(0)
+    for figures in both(ModelPair.from_pretrained(base, lora(base, target_modules=["lm_head"], lora_alpha=0.004)), lams=[1.0]):
+        assert figures[1.0]["kl_ref"].mean() > 0
 
 
 def test_a_learned_path_and_another_batch_size(llama):
@@ -117,14 +162,26 @@ def test_an_error_within_a_reader_comes_out_and_ends_the_others(llama):
     weights = [Parameters(pair, lam, Storage.of(pair.names, torch.float32, None, 0)) for lam in (0.0, 1.0)]
     model = hollow(pair, torch.float32)
     ids = torch.tensor([[3, 4, 5]])
-    step = in_step.InStep(model, weights)
-    with pytest.raises(ZeroDivisionError):
-        step.run([(0, lambda: model(ids).logits), (1, lambda: model(ids).logits.sum() / (1 // 0))])
-    a, b = step.run([(0, lambda: model(ids).logits), (1, lambda: model(ids).logits)])
-    for logits, side in zip((a, b), pair.exact().sides, strict=True):
-        assert torch.equal(logits, side(ids).logits)
-    with pytest.raises(DeraError, match="without passing through"):
-        step.run([(0, lambda: model.lm_head.weight.sum().item())])
+    with in_step.InStep(model, weights) as step:
+        with pytest.raises(ZeroDivisionError):
+            step.run([(0, lambda: model(ids).logits), (1, lambda: model(ids).logits.sum() / (1 // 0))])
+        a, b = step.run([(0, lambda: model(ids).logits), (1, lambda: model(ids).logits)])
+        for logits, side in zip((a, b), pair.exact().sides, strict=True):
+            assert torch.equal(logits, side(ids).logits)
+        with pytest.raises(DeraError, match="without passing through"):
+            step.run([(0, lambda: model.lm_head.weight.sum().item())])
+
+
+def test_a_file_that_breaks_off_is_said_and_no_thread_stays(llama, tmp_path):
+    aligned = shutil.copytree(llama(1, near=0), tmp_path / "aligned")
+    pair = ModelPair.from_pretrained(llama(0), aligned)
+    running = set(threading.enumerate())
+    model = pair.merged(0.3, offload=True)
+    os.truncate(aligned / "model.safetensors", (aligned / "model.safetensors").stat().st_size - 8)
+    for work in (lambda: compare(pair, LAMS, GIVEN, extras=(), max_memory=1), lambda: model(torch.tensor([[3, 4]]))):
+        with pytest.raises(DeraError, match="the file is truncated"):
+            work()
+    assert set(threading.enumerate()) <= running
 
 
 def test_what_takes_whole_models_is_refused_or_left_out(llama, caplog):
