@@ -6,9 +6,10 @@
     python scripts/bench_memory.py --pair REF ALIGNED
 
 Makes random pairs of bfloat16 in DIR, as `bench_merge.py` does, or takes a pair that is there. Texts are given, so that
-nothing is sampled. Peak memory is the largest resident set of the process (Linux's `VmHWM`), libraries included; bytes
-read are what it asked the system for (`rchar`), from whichever cache they came, and what came from the disk
-(`read_bytes`).
+nothing is sampled. Peak memory is the largest resident set of the process (Linux's `VmHWM`), libraries and whatever it
+maps of files included, and the part of it that is its own (`RssAnon`, looked at 50 times a second); pages of files that
+the system keeps for plain reads are neither's. Bytes read are what it asked the system for (`rchar`), from whichever
+cache they came, and what came from the disk (`read_bytes`); what is mapped is not in the former.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SIZES["336M"] = (1024, 2816, 24, 256, 32000, 1)
 SIZES["60M"] = (512, 1408, 8, 128, 32000, 1)
 
 WORK = """
-import json, random, sys, time, warnings
+import json, random, sys, threading, time, warnings
 warnings.simplefilter("ignore")
 options = json.loads(sys.argv[1])
 import torch, transformers.models.llama.modeling_llama
@@ -46,11 +47,17 @@ def of(file, key):
     with open(f"/proc/self/{file}") as stream:
         return next(int(line.split()[1]) for line in stream if line.startswith(key))
 begun, before, disk = time.perf_counter(), of("io", "rchar"), of("io", "read_bytes")
-libraries = of("status", "VmHWM")
+libraries, own = of("status", "VmHWM"), [0]
+def watch():
+    while True:
+        own[0] = max(own[0], of("status", "RssAnon"))
+        time.sleep(0.02)
+threading.Thread(target=watch, daemon=True).start()
 report = compare(pair, lams, texts, extras=(), **options["how"])
 print(json.dumps({
     "seconds": time.perf_counter() - begun, "read": of("io", "rchar") - before, "disk": of("io", "read_bytes") - disk,
     "peak": of("status", "VmHWM") * 1024, "libraries": libraries * 1024,
+    "own": own[0] * 1024,
     "kl": [row["kl"] for row in report.results],
 }))
 """
@@ -102,17 +109,19 @@ def main() -> None:
         parser.error("give DIR or --pair")
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(f"{args.texts} texts of {args.tokens} tokens, {args.lambdas} λ\n")
-    print("| pair | weights | way | peak RSS | of it libraries | seconds | asked for / weights | from disk / weights |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("pair", "weights", "way", "peak RSS", "its own", "libraries at first", "seconds", "asked for / weights",
+               "from disk / weights")  # fmt: skip
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, (ref, aligned) in pairs.items():
         size, kl = weights(ref, aligned), []
         for way in args.ways:
             how = {"max_memory": 1} if way == "layered" else {}
             took = measured(ref, aligned, args.texts, args.tokens, args.lambdas, **how)
             kl.append(took["kl"])
-            print(f"| {name} | {size / 1e9:.2f} GB | {way} | {took['peak'] / 1e9:.2f} GB | "
-                  f"{took['libraries'] / 1e9:.2f} GB | {took['seconds']:.0f} | {took['read'] / size:.2f} | "
-                  f"{took['disk'] / size:.2f} |", flush=True)  # fmt: skip
+            memory = (f"{took[key] / 1e9:.2f} GB" for key in ("peak", "own", "libraries"))
+            read = (f"{took[key] / size:.2f}" for key in ("read", "disk"))
+            row = (name, f"{size / 1e9:.2f} GB", way, *memory, f"{took['seconds']:.0f}", *read)
+            print(f"| {' | '.join(row)} |", flush=True)
         if len(kl) == 2:
             apart = max(abs(one - other) / other for other, one in zip(*kl, strict=True) if other)
             print(f"\n{name}: kl apart by at most {apart:.1e}, relatively\n")
