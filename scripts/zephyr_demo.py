@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The DeRa authors' own demonstration: Zephyr-7b at six strengths of alignment.
 
-    pip install 'dera-merge[quant]'
+    pip install '.[quant]'
     python scripts/zephyr_demo.py                                          # on a GPU: 2 × 7B, 4-bit, from the Hub
     python scripts/zephyr_demo.py dera_merge/demo/reference dera_merge/demo/aligned-lora --full-precision --new-tokens
     40

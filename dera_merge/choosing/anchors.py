@@ -67,7 +67,7 @@ def _proposed(means: dict[Lam, float], box: list[tuple[float, float]], seed: int
     try:
         import optuna
     except ImportError as error:
-        raise DeraError("a search over several λ at once needs optuna: pip install 'dera-merge[sweep]'") from error
+        raise DeraError("a search over several λ at once needs optuna: pip install 'optuna>=4.0.0'") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     spread = {str(k): optuna.distributions.FloatDistribution(*span) for k, span in enumerate(box)}
     # Made anew each time, so that a resumed sweep makes the same proposals.

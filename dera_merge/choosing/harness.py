@@ -44,9 +44,7 @@ def check() -> None:
 
         TaskManager.load  # noqa: B018
     except (ImportError, AttributeError) as error:
-        raise DeraError(
-            f"tasks need lm-eval 0.4.12 or newer ({error}): pip install 'dera-merge[eval]'"
-        ) from error
+        raise DeraError(f"tasks need lm-eval ({error}): pip install 'lm-eval>=0.4.12'") from error
     doors.check("benchmarks")
 
 

@@ -42,7 +42,7 @@ def run(
     from importlib.util import find_spec
 
     if find_spec("gradio") is None:
-        raise DeraError("the page needs gradio: pip install 'dera-merge[play]'")
+        raise DeraError("the page needs gradio: pip install 'gradio>=6.31'")
     place = choose_device(device)
     note("loading both models …")
     import torch
@@ -92,14 +92,7 @@ def _merge_command(given: Given) -> tuple[str, dict[str, str]]:
     if given.base:
         variables["BASE"] = given.base
         words += ["--base", '"$BASE"']
-    if given.base_quantization:
-        words += ["--base-quantization", given.base_quantization]
-    if given.stack is not None:
-        words.append("--stack" if given.stack else "--no-stack")
-    if given.new_tokens != "refuse":
-        words += ["--new-tokens", given.new_tokens]
-    words += ["--allow-pickle"] * given.allow_pickle + ["--trust-remote-code"] * given.trust_remote_code
-    return " ".join(["dera-merge", "merge", *words]), variables
+    return " ".join(["dera-merge", "merge", *words, *given.how]), variables
 
 
 def _serve(blocks: gradio.Blocks, how: dict[str, Any], given: Given, variables: dict[str, str]) -> None:

@@ -1,6 +1,6 @@
 """θ_ref + λΔ, rounded and accounted for, in one pass over the weights: what `theta.Slice.at` does in several.
 
-Needs numba (`pip install 'dera-merge[fast]'`); without it torch does the same work, three to five times slower. The
+Needs numba (`pip install 'numba>=0.60.0'`); without it torch does the same work, three to five times slower. The
 stored bits are the same. The sums agree to the last few digits of float64.
 """
 

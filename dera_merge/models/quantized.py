@@ -53,7 +53,7 @@ class Requantised:
         try:
             import bitsandbytes  # noqa: F401
         except ImportError:
-            raise DeraError("--base-quantization needs bitsandbytes: pip install 'dera-merge[quant]'") from None
+            raise DeraError("--base-quantization needs bitsandbytes: pip install 'bitsandbytes>=0.47.0'") from None
         self.kind = kind
         self._checkpoint = checkpoint
         self.keys = frozenset(keys)

@@ -45,7 +45,7 @@ def span(bounds: Sequence[float]) -> str:
 
 def no_plots() -> None:
     """Warn that there are no plots, and why."""
-    warnings.warn("no plots without matplotlib; pip install 'dera-merge[report]'", DeraWarning, stacklevel=3)
+    warnings.warn("no plots without matplotlib; pip install 'matplotlib>=3.9.0'", DeraWarning, stacklevel=3)
 
 
 def have_matplotlib() -> bool:

@@ -31,7 +31,7 @@ ARRAY = re.compile(r"\s*\[\s*[\[\]{\"]")  # "[INST] …" is a line of text
 PLACE = re.compile(r"(?:hf://datasets/)?(?P<place>.+?)(?::(?P<split>\w[\w.+-]*(?:\[[^\]]*\])?))?")
 HUB = re.compile(r"(?P<id>[\w-][\w.-]*(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 FORMS = "a file (text lines, JSON, JSON Lines, CSV, TSV, parquet), a directory, or a data set of the Hub as ID:SPLIT"
-EXTRA = "pip install 'dera-merge[data]'"
+EXTRA = "pip install 'datasets>=4.0.0' 'pyarrow>=21.0.0'"
 
 
 def rows(source: str | os.PathLike[str], limit: int | None = None) -> list[tuple[str, Any]]:

@@ -1,9 +1,12 @@
 """The documentation: every command in it exists, every block runs as it stands, every page can be found."""
 
+import html
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,16 @@ def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 120
     assert [line for line in lines if len(line) > 120] == []
+
+
+def test_advice_to_install_names_what_pyproject_asks_for():
+    """By its own name, which pip finds wherever this package came from."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    known = {requirement for extra in extras.values() for requirement in extra}
+    said = [found for file in (ROOT / "dera_merge").rglob("*") if file.suffix in (".py", ".html")
+            for found in re.findall(r"pip install ((?:'[^'{]+' ?)+)", html.unescape(file.read_text()))]  # fmt: skip
+    assert len(said) > 5
+    assert {each for words in said for each in shlex.split(words)} <= known
 
 
 def test_pictures_are_small():
