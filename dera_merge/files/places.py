@@ -5,6 +5,7 @@ Told by names alone. What to do about it is part of the answer, since whoever re
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from fnmatch import fnmatchcase
@@ -61,6 +62,20 @@ def instead(folder: Path) -> str:
         if found := [name for name in names if fnmatchcase(name, pattern)]:
             return f"; it holds {what} ({found[0]}): {remedy.replace('DIR', str(folder))}"
     return ""
+
+
+def near(missing: Path) -> str:
+    """Directories beside one that is not there, as the end of a sentence: those of a like name, or the first few."""
+    parent = missing.parent
+    try:
+        names = sorted((path.name for path in parent.iterdir() if path.is_dir() and path.name[:1] != "."), key=_natural)
+    except OSError:
+        return ""
+    if alike := difflib.get_close_matches(missing.name, names, 3):
+        return f" (near are {', '.join(str(parent / name) for name in alike)})"
+    if not names or len(missing.parts) == 1:  # a bare name may well be meant for the Hub
+        return ""
+    return f" ({parent} holds {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

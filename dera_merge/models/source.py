@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import DeraError
 from ..files.atomic import load_json
-from ..files.places import instead
+from ..files.places import instead, near
 from .trust import NOTHING, Trust
 
 TOKENIZER_FILES = (
@@ -53,8 +53,9 @@ class Source:
         if name.startswith(("https://", "http://")):
             raise DeraError(f"{name} is a web address; give the Hub id, owner/name, or a directory")
         repo, _, typed = name.partition("@")
+        missing = f"there is no directory {name}{near(folder)}"
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", repo):
-            raise DeraError(f"there is no directory {name}")
+            raise DeraError(missing)
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             HfHubHTTPError,
@@ -69,7 +70,7 @@ class Source:
             path = snapshot_download(repo, revision=typed or revision, allow_patterns=patterns)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise DeraError(f"{name} is no local directory, and could not be had from the Hub: {reason}") from error
+            raise DeraError(f"{missing}, and as a model of the Hub it could not be had: {reason}") from error
         return cls(name, Path(path).resolve(), Path(path).name)
 
     @property

@@ -242,7 +242,16 @@ def test_a_tied_and_a_spelled_out_head_are_one_tensor_if_they_are_equal(llama, t
 
 def test_hub_ids_that_cannot_be_had_are_one_line():
     message = refusal("someone/no-such-model", "someone/other")
-    assert message.startswith("someone/no-such-model is no local directory")
+    assert message.startswith("there is no directory someone/no-such-model, and as a model of the Hub it could not be had")
+
+
+def test_a_slip_of_the_finger_is_told_what_is_near(tmp_path):
+    for name in ("reference", "aligned", ".hidden", "checkpoint-10", "checkpoint-9"):
+        (tmp_path / name).mkdir()
+    missing = tmp_path / "refrence"
+    assert refusal(missing, missing) == f"there is no directory {missing} (near are {tmp_path / 'reference'})"
+    missing = tmp_path / "zzz"
+    assert refusal(missing, missing).endswith(f"({tmp_path} holds aligned, checkpoint-9, checkpoint-10, reference)")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
