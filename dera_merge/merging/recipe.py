@@ -71,6 +71,7 @@ def describe_pair(pair: Pair, course: Course | None = None) -> dict[str, Any]:
         if (side.source.folder / RECIPE).is_file():  # a merge of a merge
             made = read_recipe(side.source.folder)
             entry["merge"] = {"lambda": made["lambda"], **{key: made[key].get("name") for key in ("ref", "aligned")}}
+            entry["merge"] |= {"path": made["path"]} if made.get("path", "line") != "line" else {}
         if side.adapter:
             entry |= {"adapter": side.adapter.kind, "base": side.base.name, "base_revision": side.base.revision}
         return entry

@@ -16,7 +16,7 @@ import yaml
 from ..errors import DeraError
 from ..measuring.report import Report
 from ..merging.parts import output_name, rules_of
-from ..models.source import PROCESSOR_FILES
+from ..models.source import PROCESSOR_FILES, VOCABULARY_FILES
 from ..pages.fidelity import COLUMNS, LEGEND, cells, sentences
 
 BEGIN, END = "<!-- dera-merge: begin -->", "<!-- dera-merge: end -->"
@@ -146,20 +146,25 @@ def section(
     )  # fmt: skip
     environment.filters |= {"code": code, "fenced": fenced, "inert": inert}
     lam, adapter = recipe["lambda"], recipe.get("format") == "adapter"
+    files = recipe.get("files") or {}
+    processes = not {*PROCESSOR_FILES}.isdisjoint(files)
     rows = result = None
     if report is not None:
         rows = [COLUMNS, ["---"] * len(COLUMNS), *(list(map(inert, cells(row))) for row in report.results)]
         result = report.at(lam)
     revision = siblings[0][0] if alone else revision
     at, option = (f', revision="{revision}"', f" --revision {revision}") if revision != "main" else ("", "")
+    base = base_of(recipe)
     text = environment.get_template("card.md").render(
-        lam=f"{lam:g}", adapter=adapter, parents=parents(recipe), base=base_of(recipe), repo_id=repo_id, at=at,
+        lam=f"{lam:g}", adapter=adapter, parents=parents(recipe), base=base,
+        of_base=f'"{base.name}", revision="{base.revision}"' if base.on_hub else '"BASE"',
+        brings_tokenizer=not {*VOCABULARY_FILES}.isdisjoint(files), repo_id=repo_id, at=at,
         option=option, command=command(recipe), recipe=recipe, rules=rules_of(recipe.get("path")),
         siblings=siblings, alone=alone, plot=plot, result=result,
         legend=LEGEND, table=rows and "\n".join(f"| {' | '.join(row)} |" for row in rows),
         said=result and sentences(result),
-        loader="AutoModelForImageTextToText" if sees else "AutoModelForCausalLM",
-        reader="AutoProcessor" if not {*PROCESSOR_FILES}.isdisjoint(recipe.get("files") or ()) else "AutoTokenizer",
+        loader="AutoModelForImageTextToText" if sees or (adapter and processes) else "AutoModelForCausalLM",
+        reader="AutoProcessor" if processes else "AutoTokenizer",
     )  # fmt: skip
     return f"{BEGIN}\n{text.strip()}\n{END}"
 

@@ -119,6 +119,8 @@ def test_what_was_asked_stands_in_the_recipe_the_name_and_the_cards_command(tmp_
     assert recipe["path"]["lambda_for"] == ["mlp=0.8", "layers.0-1=0.3333333333333333"]
     assert "--lambda-for mlp=0.8 --lambda-for layers.0-1=0.3333333333333333" in command(recipe)
     assert describe(str(folders[1]))["merged"]["lambda_for"] == recipe["path"]["lambda_for"]
+    again = ModelPair.from_pretrained(folders[1], demo.ALIGNED_DENSE).merge(tmp_path / "again", [0.5])
+    assert json.loads((again[0] / "dera_merge.json").read_text())["ref"]["merge"]["path"] == recipe["path"]
     many = {"kind": "by part", "sha256": "0123456789abcdef", "lambda_for": [f"layers.{n}=0.5" for n in range(40)]}
     assert output_name(0.5, many) == "lambda-0.5_parts-01234567"
     with pytest.raises(DeraError, match="--overwrite"):  # another call's output

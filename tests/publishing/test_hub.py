@@ -438,6 +438,18 @@ def test_a_card_of_a_model_that_sees_loads_it_by_its_own_auto_class():
     assert 'model = AutoModelForCausalLM.from_pretrained("me/m")\ntokenizer = AutoTokenizer.' in ours()[1]
 
 
+@pytest.mark.parametrize("files", [{}, {"tokenizer.json": ""}, {"tokenizer.json": "", "processor_config.json": ""}])
+def test_a_card_of_an_adapter_puts_it_on_its_base_by_peft(files):
+    section = ours(RECIPE | {"format": "adapter", "rank": 8, "files": files})[1]
+    base = f'"acme/sft", revision="{"a" * 40}"'
+    assert f".from_pretrained({base})\nmodel = PeftModel.from_pretrained(base, \"me/m\")" in section
+    assert f"vllm serve acme/sft --revision {'a' * 40} --enable-lora" in section
+    sees = "processor_config.json" in files
+    assert f"import {'AutoModelForImageTextToText, AutoProcessor' if sees else 'AutoModelForCausalLM, AutoTokenizer'}\n" in section
+    last = section.partition("```python")[2].partition("```")[0].splitlines()[-1]
+    assert last.endswith('.from_pretrained("me/m")' if files else f".from_pretrained({base})")
+
+
 def test_only_what_is_ours_changes_in_a_card():
     there = (
         "---\n# a comment\nlanguage: [en]   # mine\ntags:\n- chat\n# between\nmodel-index:\n- name: other\n  results: []\n"
