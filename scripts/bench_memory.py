@@ -4,12 +4,16 @@
     python scripts/bench_memory.py DIR [--size 336M] [--aligned dense lora] [--ways whole layered] [--texts 32]
                                        [--tokens 64] [--lambdas 9]
     python scripts/bench_memory.py --pair REF ALIGNED
+    python scripts/bench_memory.py --paper [--disk 3] [--rate 100]
 
 Makes random pairs of bfloat16 in DIR, as `bench_merge.py` does, or takes a pair that is there. Texts are given, so that
 nothing is sampled. Peak memory is the largest resident set of the process (Linux's `VmHWM`), libraries and whatever it
 maps of files included, and the part of it that is its own (`RssAnon`, looked at 50 times a second); pages of files that
 the system keeps for plain reads are neither's. Bytes read are what it asked the system for (`rchar`), from whichever
 cache they came, and what came from the disk (`read_bytes`); what is mapped is not in the former.
+
+`--paper` measures nothing: it computes for larger models, layer by layer in float32, what is held, how long a disk of
+that many GB/s gives both files, and how long the weights of all models are made at that many millions a second.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import torch
 from bench_merge import SIZES, make_lora, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from what_fits import MODELS, OTHER, Shape
 
 SIZES["336M"] = (1024, 2816, 24, 256, 32000, 1)
 SIZES["60M"] = (512, 1408, 8, 128, 32000, 1)
@@ -85,6 +90,27 @@ def weights(*folders: str) -> int:
     return sum(file.stat().st_size for folder in folders for file in Path(folder).glob("*.safetensors"))
 
 
+LARGE = {
+    "8B (Llama 3)": MODELS["8B (Llama 3)"], "70B (Llama 3)": MODELS["70B (Llama 3)"],
+    "405B (Llama 3.1)": Shape(16384, 53248, 126, 1024, 128256),
+}  # fmt: skip
+
+
+def on_paper(texts: int, tokens: int, lambdas: int, disk: float, rate: float) -> None:
+    """Print what a comparison of two dense bfloat16 checkpoints takes layer by layer, computed."""
+    print(f"{texts} texts of {tokens} tokens, {lambdas} λ, {disk:g} GB/s, {rate:g} M weights a second; computed\n")
+    print("| model | both files | reading them | weights of all models | held |\n|---|---|---|---|---|")
+    count = 2 + 2 * lambdas  # each λ as stored, and not rounded
+    for name, shape in LARGE.items():
+        files = 2 * 2 * shape.weights
+        layer = (2 * 2 * 2 + 4) * shape.layer  # two layers as both files have them, one model's in float32
+        heads = (2 * 2 + 4 * 4) * shape.head  # as both files have it, both sides' and two of one λ
+        states = 4 * count * texts * tokens * shape.hidden
+        held = max(layer + states, heads + states) + OTHER
+        print(f"| {name} | {files / 1e9:.0f} GB | {files / disk / 1e9:.0f} s | "
+              f"{count * shape.weights / rate / 1e6 / 60:.0f} min | {held / 1e9:.0f} GB |")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
@@ -95,7 +121,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--lambdas", type=int, default=9)
     parser.add_argument("--ways", nargs="*", choices=("whole", "layered"), default=["whole", "layered"])
+    parser.add_argument("--paper", action="store_true")
+    parser.add_argument("--disk", type=float, default=3)
+    parser.add_argument("--rate", type=float, default=100)
     args = parser.parse_args()
+    if args.paper:
+        return on_paper(args.texts, args.tokens, args.lambdas, args.disk, args.rate)
     if args.pair:
         pairs = {"given": tuple(args.pair)}
     elif args.folder:
