@@ -92,6 +92,8 @@ def sample(
     batches = batches or Batches()
     models = len(model.sides) if hasattr(model, "sides") else 1  # a mixture has several
     longest = max(map(len, prompts), default=0) + max_new_tokens
+    if "cache_implementation" in kwargs:  # of one size for all batches, so that a step is compiled once
+        kwargs = {"max_cache_len": longest, **kwargs}
 
     def count(index: int) -> int:
         if shown[index]:

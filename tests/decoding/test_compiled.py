@@ -4,12 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import in_threads, tiny_llama, tiny_mistral
+from builders import in_threads, tiny_llama, tiny_mistral, tokenizer
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, LogitsProcessorList
 
 from dera_merge import DeraForCausalLM, ModelPair, PlausibilityMask, Speculation
 from dera_merge.decoding.caches import CACHE
+from dera_merge.texts.batches import Batches
+from dera_merge.texts.sampling import sample
 
 PADDED = {
     "input_ids": torch.tensor([[0, 0, 0, 5, 9, 12], [17, 3, 60, 22, 30, 7]]),
@@ -18,6 +20,7 @@ PADDED = {
 PLAIN = {"input_ids": torch.tensor([[8, 41, 5, 9], [33, 12, 6, 7]])}
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 FORMS = ["two passes", "rows", "dial"]
+ROWS_ELSE_SLOW = ["rows", *(pytest.param(form, marks=pytest.mark.slow) for form in ("two passes", "dial"))]
 
 
 @pytest.fixture
@@ -127,6 +130,21 @@ def test_a_draft(model, exact, settings, compiled):
         assert drafting.drafted
         counts.append(graphs())
     assert counts[1] == counts[2] <= 4  # of blocks of one token, of the first one's length, and of any
+
+
+@pytest.mark.parametrize("model", ROWS_ELSE_SLOW, indirect=True)
+def test_sampling_batch_after_batch_compiles_once(model, settings):
+    """Whatever their widths: the cache has room for the longest from the first on."""
+    prompts = [list(range(3, 5 + number)) for number in range(6)]
+
+    def texts(lam: float, **how) -> list[list[int]]:
+        return sample(
+            model, tokenizer(), prompts, max_new_tokens=5, lams=[lam] * len(prompts), batches=Batches(2), **how
+        )
+
+    for lam in (0.5, 2.0):
+        assert texts(lam, **settings) == texts(lam)
+        assert graphs() == 1
 
 
 def test_threads_do_not_see_each_others_lambda(exact, settings):
