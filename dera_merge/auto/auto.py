@@ -38,6 +38,7 @@ from ..pages.frame import number, read
 from ..processes import launched
 from ..progress import Progress, unheard
 from ..texts import prompts as prompt_files
+from ..texts.rewards import as_reward, checked
 from .journal import Journal
 from .outcome import Outcome
 
@@ -111,6 +112,9 @@ def auto(
     if folder.exists() and not folder.is_dir():
         raise DeraError(f"{folder} is a file; give a directory as --output")
     check_clear_of_inputs(folder, pair)
+    if wanted.rewards and not (folder / "sweep" / "sweep.json").is_file():  # hours before sweep asks them
+        rows = prompt_files.default(pair.tokenizer) if wanted.prompts is None else wanted.prompts
+        checked([as_reward(reward) for reward in wanted.rewards], prompt_files.encode(rows, pair.tokenizer))
     with alone(folder):
         return _Run(pair, folder, wanted, tell).outcome()
 

@@ -92,6 +92,12 @@ def test_what_stops_a_merge_stops_it_before_anything_is_written(tmp_path):
     assert "nothing to choose" in done.stderr
 
 
+def test_a_reward_that_the_prompts_cannot_serve_is_told_before_anything_is_done(pair, tmp_path):
+    with pytest.raises(DeraError, match="answer"):
+        auto(pair, tmp_path / "out", Wanted(prompts=["one", "two"], rewards=["answer:number"]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_that_broke_off_goes_on_and_a_lost_result_is_made_again(tmp_path):
     seen, kept = [], {}
 
