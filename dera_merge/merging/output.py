@@ -223,14 +223,14 @@ class Output:
         fsync_folder(self.folder)
 
     def discard(self) -> None:
-        """Remove what dera-merge wrote, and the directory if that leaves it empty."""
+        """Remove what dera-merge wrote, and the directory if that leaves it empty; one behind a link stays."""
         if not self.folder.is_dir():
             return
         # The config first: without it the rest is no model, whatever happens to this process next. The records of what
         # dera-merge wrote go last.
         for path in sorted(self._our_files(), key=_place_in_removal):
             path.unlink()
-        if not any(self.folder.iterdir()):
+        if not (self.folder.is_symlink() or any(self.folder.iterdir())):
             self.folder.rmdir()
 
 

@@ -326,6 +326,10 @@ def test_overwrite_replaces_only_what_dera_merge_wrote(llama, tmp_path):
         pair.merge(out, [0.5])
     pair.merge(out, [0.5], overwrite=True)
     assert verify(out)["lambda"] == 0.5
+    (tmp_path / "link").symlink_to(out)
+    pair.merge(tmp_path / "link", [0.3], overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert verify(out)["lambda"] == 0.3
     (out / "notes.txt").write_text("mine")
     with pytest.raises(DeraError, match="notes.txt"):
         pair.merge(out, [0.6], overwrite=True)
