@@ -69,6 +69,8 @@ class Source:
         try:
             path = snapshot_download(repo, revision=typed or revision, allow_patterns=patterns)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+            if folder.parent.is_dir() and "/" in repo:  # typed as a path, most likely
+                raise DeraError(f"{missing}, nor a model of that name that could be had from the Hub") from error
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DeraError(f"{missing}, and as a model of the Hub it could not be had: {reason}") from error
         return cls(name, Path(path).resolve(), Path(path).name)

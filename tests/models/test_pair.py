@@ -245,13 +245,17 @@ def test_hub_ids_that_cannot_be_had_are_one_line():
     assert message.startswith("there is no directory someone/no-such-model, and as a model of the Hub it could not be had")
 
 
-def test_a_slip_of_the_finger_is_told_what_is_near(tmp_path):
+def test_a_slip_of_the_finger_is_told_what_is_near(tmp_path, monkeypatch):
     for name in ("reference", "aligned", ".hidden", "checkpoint-10", "checkpoint-9"):
         (tmp_path / name).mkdir()
     missing = tmp_path / "refrence"
     assert refusal(missing, missing) == f"there is no directory {missing} (near are {tmp_path / 'reference'})"
     missing = tmp_path / "zzz"
     assert refusal(missing, missing).endswith(f"({tmp_path} holds aligned, checkpoint-9, checkpoint-10, reference)")
+    monkeypatch.chdir(tmp_path.parent)
+    typed = f"{tmp_path.name}/refrence"  # which could be an id too
+    near = f"(near are {tmp_path.name}/reference)"
+    assert refusal(typed, typed) == f"there is no directory {typed} {near}, nor a model of that name that could be had from the Hub"
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
