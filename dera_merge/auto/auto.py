@@ -49,7 +49,7 @@ LESSONS, LESSON_TOKENS = 256, 48  # of calibrate
 # Seconds that calibrate takes of a text, in those that compare takes of one: both sample and read it, and calibrate
 # goes over it three times forth and back. It was 1.3 on the demo pair; 2 errs on the long side.
 LESSON_COST = 2.0
-PATIENCE = 30 * 60  # seconds that a learned path may take without being asked for
+PATIENCE = 10 * 60  # seconds that a learned path may take without being asked for
 GAIN = "1.9 to 3.5 times nearer to exact DeRa on a real pair (docs/fidelity.md)"
 log = logging.getLogger(__name__)
 

@@ -124,7 +124,8 @@ class BenchLab(Laboratory):
             model = self.exact if mode == "exact" else self.merged(lam)
             if mode == "exact":
                 model.set_lam(lam)
-            writer = HFLM(pretrained=model, tokenizer=self.pair.tokenizer, batch_size=BATCH)
+            with harness.quiet():
+                writer = HFLM(pretrained=model, tokenizer=self.pair.tokenizer, batch_size=BATCH)
             return {"texts": np.array(writer.generate_until(list(some), disable_tqdm=True), dtype=np.str_)}
 
         texts: list[str] = []

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import hashlib
 import io
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -237,7 +238,20 @@ def reader(pair: Pair, answer: Answer) -> HFLM:
             logp, greedy = answer([(ids[:-length], ids[-length:]) for ids, length in whole])
             return list(zip(logp, greedy, strict=True))
 
-    return Reader(
-        pretrained=pair.architecture.model, tokenizer=pair.tokenizer, max_length=pair.context_length,
-        batch_size=1 << 30,
-    )  # fmt: skip
+    with quiet():
+        return Reader(
+            pretrained=pair.architecture.model, tokenizer=pair.tokenizer, max_length=pair.context_length,
+            batch_size=1 << 30,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the warnings of the harness's model back: it is given a model, and remarks on that."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

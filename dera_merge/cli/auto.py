@@ -37,7 +37,7 @@ def run(
     ] = None,
     learn: Annotated[
         bool | None,
-        how("--calibrate/--no-calibrate", help="Learn a path; default: where the line is not safe, in half an hour."),
+        how("--calibrate/--no-calibrate", help="Learn a path; default: where the line is not safe, in ten minutes."),
     ] = None,
     max_new_tokens: Annotated[int, how(min=1, help="Length of sampled texts.")] = 48,
     seed: Seed = 0,

@@ -208,7 +208,7 @@ def draw_kl(axis: Any, results: Sequence[dict[str, Any]], prediction: Sequence[d
     axis.set_xlabel("λ")
     axis.set_ylabel("KL from exact DeRa, nats per token")
     axis.set_title("How far one model is from exact DeRa")
-    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def _apart_at_the_ends(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
