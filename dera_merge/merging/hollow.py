@@ -135,7 +135,7 @@ def offloaded(
     pair.check_tokens(course.used(lam) if course else [lam])
     kind = compute_dtype or (torch.float32 if storage.dtype is None else storage.dtype)
     model = hollow(pair, getattr(torch, kind) if isinstance(kind, str) else kind)
-    weights = _Turned(Parameters(pair, lam, storage, course))
+    weights = _Turned(Parameters.at(pair, lam, storage, course))
     names = lacking(model, weights)
     shared = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -166,7 +166,7 @@ def offloaded(
         """Turn λ: the next pass is at it. Not while another thread runs the model."""
         (lam,) = pair.known([lam])
         pair.check_tokens(course.used(lam) if course else [lam])
-        weights.at = Parameters(pair, lam, storage, course)
+        weights.at = Parameters.at(pair, lam, storage, course)
         fill()
 
     model.set_lam = types.MethodType(set_lam, model)

@@ -45,6 +45,19 @@ class Parameters(Mapping[str, torch.Tensor]):
         self._theta = _Theta(names or pair.names, lam, storage, course)
         self._stored = Stored(self._theta)
 
+    @classmethod
+    def at(cls, pair: Pair, lam: Lam, storage: Storage, course: Course | None = None) -> Parameters:
+        """The same; where one side stands alone and has all of it, the files of the others are not read."""
+        end = pair.ends().index(lam) if course is None and lam in pair.ends() else None
+        side = None if end is None else pair.names.weights[end]
+        heights = {} if side is None else {name: side.rows(name) for name in side.keys}
+        if heights != {name: info.rows for name, info in pair.tensors.items()}:
+            return cls(pair, lam, storage, course)
+        alone = replace(pair.names, weights=(side, side))
+        parameters = cls(pair, 0.0, storage, names=alone)
+        parameters._names = alone
+        return parameters
+
     def __getitem__(self, name: str) -> torch.Tensor:
         key = self._keys[self._homes.get(name, name)]
         info = self._stored.info(key)

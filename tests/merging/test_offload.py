@@ -8,6 +8,7 @@ import transformers as tf
 from builders import save_tokenizer
 
 from dera_merge import ModelPair
+from dera_merge.files.checkpoint import Checkpoint
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 SMALL = {
@@ -50,3 +51,17 @@ def test_exact_dera_of_it_generates_what_exact_dera_generates(pair):
         torch.testing.assert_close(exact(IDS, lam=lam).logits, other(IDS, lam=lam).logits, rtol=1e-4, atol=1e-4)
         texts = [model.generate(IDS, lam=lam, max_new_tokens=6, do_sample=False, pad_token_id=0) for model in (exact, other)]
         assert torch.equal(*texts)
+
+
+@torch.no_grad()
+def test_one_side_alone_is_read_from_its_own_files(llama, monkeypatch):
+    pair, read = ModelPair.from_pretrained(llama(0), llama(1, near=0)), []
+    exact = pair.exact(offload=True)
+    hold = Checkpoint.hold
+    monkeypatch.setattr(Checkpoint, "hold", lambda self, name: read.append((self.folder, name)) or hold(self, name))
+    exact.ref(IDS)
+    assert {folder for folder, _ in read} == {pair.ref.base.folder}
+    read.clear()
+    exact.aligned(IDS)
+    assert {folder for folder, _ in read} == {pair.aligned.base.folder}
+    assert len(set(read)) == len(read)
