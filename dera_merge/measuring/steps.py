@@ -206,7 +206,10 @@ class ComparisonLab(Laboratory):
             traces = [read(side, texts, own) for texts in chosen]
             if not resolutions:  # it is the reference
                 for trace, texts in zip(traces, chosen, strict=True):
-                    alone = [trace_of(side, [text], room=ROOM * bool(text.shown)).hidden for text in texts[:ALONE]]
+                    alone = [
+                        trace_of(side, [text], room=ROOM * (trace.one_by_one or bool(text.shown))).hidden
+                        for text in texts[:ALONE]
+                    ]
                     others = [Trace(torch.cat(alone), trace.head)]
                     seen = any(text.shown for text in texts[:ALONE])
                     if self.compute.narrow and not seen:  # 16 bits are noise of their own, the same in every batch

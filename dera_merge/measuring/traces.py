@@ -57,6 +57,7 @@ class Trace:
     hidden: torch.Tensor
     head: Head
     known_rows: int | None = None  # of the vocabulary, in a reference that lacks tokens of ALIGNED's
+    one_by_one: bool = False  # whether each text was read alone, however many fit
 
 
 def tokens_of(texts: Sequence[Text]) -> torch.Tensor:
@@ -144,7 +145,8 @@ def trace_of(
             used again, so that a head which λ does not touch is held once. None: the model will not change.
         batches: how many texts to read at a time; default: what fits.
         wide_head: as for `head_of`.
-        room: tokens of padding behind the longest text of each batch.
+        room: tokens of padding behind the longest text of each batch. Where texts are read one by one and padding may
+            be misread, a text stands beside itself in its place: that, too, is a batch of another shape.
 
     Raises:
         DeraError: logits are not finite, or the model is no decoder followed by a head.
@@ -163,12 +165,13 @@ def trace_of(
     for batch, states in batches.portions("reading", longest_first(texts), count, read):
         found |= dict(zip(batch, states, strict=True))
     hidden, head = torch.cat([found[index] for index in range(len(texts))]), head_of(model, heads, wide_head)
-    if not is_head(model, head, first_logits(model, texts[0], 1), hidden):
-        hidden, head = _tapped(model, texts, heads, wide_head)
+    tapped = not is_head(model, head, first_logits(model, texts[0], 1), hidden)
+    if tapped:
+        hidden, head = _tapped(model, texts, heads, wide_head, room)
         if not is_head(model, head, first_logits(model, texts[0], 0), hidden):
             raise DeraError(f"{type(model).__name__} reads texts both ways, or makes its logits of more than one state "
                             "of its decoder, so compare cannot measure it")  # fmt: skip
-    return Trace(hidden, head, getattr(model, "dera_known_rows", None))
+    return Trace(hidden.to(model.device), head, getattr(model, "dera_known_rows", None), tapped)
 
 
 def logits_of(sides: Sequence[Trace], chunk: slice, vocab_size: int) -> list[torch.Tensor]:
@@ -268,7 +271,7 @@ def head_of(
 
 
 def _tapped(
-    model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None, wide_head: bool
+    model: PreTrainedModel, texts: list[Text], heads: list[torch.nn.ModuleDict] | None, wide_head: bool, room: int
 ) -> tuple[torch.Tensor, Head]:
     """States and head as of `trace_of`, where a model calls its decoder otherwise: what enters the output embeddings.
 
@@ -281,8 +284,9 @@ def _tapped(
     tap = outputs.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     try:
         for text in texts:
-            model(**inputs_of([text], model), use_cache=False)
-            entered[-1] = scored(entered[-1], [text])
+            beside_itself = [text] * (2 if room and not text.shown else 1)
+            model(**inputs_of(beside_itself, model, room if text.shown else 0), use_cache=False)
+            entered[-1] = scored(entered[-1][:1], [text])
     finally:
         tap.remove()
     wide_head = wide_head and model.dtype.itemsize == 2

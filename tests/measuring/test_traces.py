@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dera_merge.measuring.traces import Text, decoder_of, trace_of
 
@@ -84,3 +85,26 @@ def test_a_kept_head_survives_a_change_of_the_model_and_holds_none_of_its_decode
     del model, parameter
     gc.collect()
     assert layer() is None, "the head holds the decoder's layers alive"
+
+
+class OfTokens(tf.LlamaForCausalLM):
+    """A class that makes its logits of more than its decoder's states, so that its head cannot be told apart."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = self.lm_head(states + self.model.embed_tokens(input_ids))
+        return CausalLMOutputWithPast(logits=logits)
+
+
+@torch.no_grad()
+def test_what_enters_the_output_embeddings_can_be_read_in_a_batch_of_another_shape():
+    """Else the resolution of such models would be that of one reading against itself."""
+    torch.manual_seed(0)
+    model, rows = OfTokens(tf.LlamaConfig(**SMALL)).eval(), []
+    trace = trace_of(model, TEXTS)
+    assert trace.one_by_one
+    torch.testing.assert_close(trace.head(trace.hidden), whole(model), rtol=1e-5, atol=1e-5)
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    again = trace_of(model, TEXTS, room=8)
+    assert rows == [2, 1, 2, 2, 1]  # both texts, and a first token; each beside itself, and a first token
+    torch.testing.assert_close(again.hidden, trace.hidden, rtol=1e-5, atol=1e-5)
