@@ -61,18 +61,10 @@ class ModelPair(Pair):
             DeraError: ALIGNED's tokenizer uses tokens that REF does not have, or the models cannot be loaded.
         """
         from .decoding.exact import DeraForCausalLM
+        from .texts.offload import offloaded_exact
 
-        if offload:
-            from .merging.hollow import offloaded
-
-            places = [device] if isinstance(device, str | torch.device) else list(device)
-            kwargs["sides"] = [
-                offloaded(self, end, device=places[min(number, 1) % len(places)], compute_dtype=dtype)
-                for number, end in enumerate(self.ends())
-            ]
-        return DeraForCausalLM.from_pair(
-            self, lam, dtype=dtype, device=device, as_configured=as_configured, **kwargs
-        )
+        make = offloaded_exact if offload else DeraForCausalLM.from_pair
+        return make(self, lam, dtype=dtype, device=device, as_configured=as_configured, **kwargs)
 
     def dial(self, lam: float | Sequence[float] | None = None, **kwargs: Any) -> DialForCausalLM:
         """θ_ref + λΔ of an adapter pair over one set of weights, with a λ for each sequence of a batch.

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..errors import DeraError
 from .checks import choose_device
 from .help import how, what, where
-from .options import Dtype, Given, Mode, OneLambda, PathFile, Seed, with_models
+from .options import Dtype, Given, MaxMemory, Mode, OneLambda, PathFile, Seed, with_models
 from .show import note, print_json, say
 
 LoadIn = Literal["4bit", "8bit"]
@@ -44,6 +45,7 @@ def run(
         float | None, how(help="α in (0, 1]: no token below α times ALIGNED's best. Not exact DeRa any more.")
     ] = None,
     path: PathFile = None,
+    max_memory: MaxMemory = None,
 ) -> None:
     """Decode one prompt at λ."""
     value = given.lam(lam)
@@ -54,6 +56,11 @@ def run(
     if mode == "merged" and (load_in or plausibility):
         hint = "--load-in" if load_in else "--plausibility"
         raise typer.BadParameter("is for exact and speculative decoding", param_hint=hint)
+    if max_memory and (load_in or mode == "speculative"):
+        raise typer.BadParameter(
+            "is for models that can be read a layer at a time; leave out --load-in and --mode speculative",
+            param_hint="--max-memory",
+        )
     if mode == "exact" and path:
         raise typer.BadParameter(
             "is for --mode merged and speculative; exact decoding merges nothing", param_hint="--path"
@@ -64,13 +71,16 @@ def run(
         raise typer.BadParameter("one device, or two for exact decoding", param_hint="--device")
     from ..texts.generate import decode
 
+    why = None if load_in or mode == "speculative" else _too_large(given, pair, mode, places, compute_dtype, max_memory)
+    if why:
+        note(f"with offload: {why}; each token reads all weights from the files")
     kind = None if compute_dtype == "auto" else compute_dtype
     text = decode(
         pair, value, prompt, mode=mode, chat=chat, images=image or [], max_new_tokens=max_new_tokens,
         temperature=temperature, as_configured=as_configured, seed=seed,
         device=places if len(places) == 2 else places[0], compute_dtype=kind, load_in=load_in,
         plausibility=plausibility,
-        path=path,
+        path=path, offload=bool(why),
     )  # fmt: skip
     if given.as_json:
         settings = {"load_in": load_in, "plausibility": plausibility}
@@ -88,6 +98,27 @@ def run(
         notes.append(f"not applied: {_named(text['left_out'])} of generation_config.json; --as-configured applies them")
     for line in notes:
         note(line)
+
+
+def _too_large(
+    given: Given, pair: Any, mode: Mode, places: list[Any], compute_dtype: Dtype, max_memory: str | None
+) -> str | None:
+    """Why models cannot be held whole, and in what they could; None where they fit."""
+    from ..measuring.precision import in_bytes, too_large
+    from ..texts.offload import stored_dtype
+
+    together = 1 if mode == "merged" or pair.shared_base or len(places) == 2 else 1 + given.models
+    kind: Any = compute_dtype
+    if kind == "auto" and places[0].type != "cpu":
+        try:
+            kind = stored_dtype(pair)
+        except DeraError:  # it cannot be merged, and so not be made of its files; exact DeRa may run
+            return None
+    size = places[0], together, in_bytes(max_memory)
+    why = too_large(pair, *size, kind)
+    if why and compute_dtype == "auto" and too_large(pair, *size, "bfloat16") is None:
+        why += ", --compute-dtype bfloat16 fits"
+    return why
 
 
 def _named(settings: dict[str, Any]) -> str:

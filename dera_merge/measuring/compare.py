@@ -117,7 +117,8 @@ def compare(
         engine: sample by vLLM: the address of a server of the pair's exact directory, or `"vllm"` to start one.
         batch_size: how many texts models sample and read at a time; default: as many as fit, fewer once memory ran out.
         max_memory: bytes that models may take, or a text such as `"8GB"`; default: what is free. Where one model is
-            more, given texts are scored layer by layer: no model is held whole, and all λ pass a layer together.
+            more, texts are scored layer by layer: no model is held whole, and all λ pass a layer together. Texts of
+            exact DeRa are sampled likewise, those of all λ together, where not even bfloat16 fits.
         device, compute_dtype: where and in what the models run; `"auto"` is float32, or bfloat16 where only that fits
             in free memory.
         unfinished: a directory in which to keep finished steps until the report is saved; with several processes
@@ -167,13 +168,16 @@ def compare(
             warn(f"the reward {reward.name} fails on a first text: {why}")
     limit = in_bytes(max_memory)
     shows = any(prompt.shown for prompt in encoded)
-    can_be_layered = all(given) and approx is None and not shows
-    why_layered = too_large(pair, device, limit=limit, dtype=compute_dtype) if can_be_layered else None
+    can_be_layered = (all(given) or texts == "exact") and approx is None and not shows
+    # What is given is read once, in any case; sampling from the files takes much longer than with models that are held.
+    held = {"models": 1} if all(given) else {"models": 1 if pair.shared_base else len(pair.sides)}
+    least = torch.bfloat16 if compute_dtype == "auto" and not all(given) else compute_dtype
+    why_layered = too_large(pair, device, **held, limit=limit, dtype=least) if can_be_layered else None
     if why_layered:
         asked, compute_dtype = "auto", torch.float32 if compute_dtype == "auto" else compute_dtype
         log.info(f"layer by layer: {why_layered}")
         if "coupled" in extras:
-            raise DeraError("--with coupled samples texts, which takes whole models; leave it out")
+            raise DeraError("--with coupled samples the merged model's texts too, which takes it whole; leave it out")
     else:
         asked, compute_dtype = compute_dtype, chosen(pair, compute_dtype, device, limit)
     if why_layered or (asked == "auto" and compute_dtype != torch.float32):
@@ -195,7 +199,7 @@ def compare(
         resume=resume, overwrite=overwrite, writes=process == 0,
     )  # fmt: skip
     measured = Measured(encoded, samples, max_new_tokens, storage, approximations)
-    compute = Compute(device, compute_dtype, Batches(batch_size))
+    compute = Compute(device, compute_dtype, Batches(batch_size), bool(why_layered), limit)
     kind = LayeredLab if why_layered else ComparisonLab
     lab = kind(pair, compute, course, seed, progress, measured, rounds, ledger)
     if unfinished is not None and process == 0:
@@ -241,8 +245,7 @@ def _compared(
     for whose in ("exact", "merged"):
         wanted = lams if coupled or (texts == whose and not all(given)) else []
         wanted = [*wanted, *probed] if whose == "exact" and not all(given) else wanted
-        for lam in dict.fromkeys(wanted):
-            lab.sampled(whose, lam)
+        lab.sample(whose, list(dict.fromkeys(wanted)))
         if coupled or texts == "merged":
             lab.let_go()
     # On given texts, reference and aligned model read once for all λ.

@@ -22,6 +22,7 @@ from ..models.pair import Pair
 from ..processes import launched
 from ..progress import Progress, unheard
 from ..texts.batches import MOST_SAMPLED, SAMPLED, Batches
+from ..texts.offload import offloaded_exact
 from ..texts.samplers import ModelSampler, Sampler
 
 if TYPE_CHECKING:
@@ -32,11 +33,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in what models run, and on how many texts at a time."""
+    """Where and in what models run, and on how many texts at a time.
+
+    Attributes:
+        offload: exact DeRa takes its weights from the files in every pass.
+        room: bytes that it may take then; None: what is free.
+    """
 
     device: str | torch.device = "cpu"
     dtype: torch.dtype | str = torch.float32
     batches: Batches = field(default_factory=Batches)
+    offload: bool = False
+    room: int | None = None
 
     @property
     def narrow(self) -> bool:
@@ -76,7 +84,8 @@ class Laboratory:
     @cached_property
     def exact(self) -> DeraForCausalLM:
         """Exact DeRa."""
-        return DeraForCausalLM.from_pair(self.pair, dtype=self.compute.dtype, device=self.compute.device)
+        make = offloaded_exact if self.compute.offload else DeraForCausalLM.from_pair
+        return make(self.pair, dtype=self.compute.dtype, device=self.compute.device)
 
     def of_each_side(self, work: Callable[[PreTrainedModel], T]) -> list[T]:
         """What `work` makes of the reference and of each aligned model.

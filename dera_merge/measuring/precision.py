@@ -53,9 +53,9 @@ def too_large(
     needed = int(ROOM * models * kind.itemsize * numbers)
     if free is None or needed <= free:
         return None
-    there = f"{free / 1e9:.1f} GB are free on {device}" if limit is None else f"--max-memory is {limit / 1e9:.1f} GB"
+    there = f"{free / 1e9:.3g} GB are free on {device}" if limit is None else f"--max-memory is {limit / 1e9:.3g} GB"
     which, name = "one model" if models == 1 else f"{models} models", str(kind).removeprefix("torch.")
-    return f"in {name} {which} would take {needed / 1e9:.1f} GB, {there}"
+    return f"in {name} {which} would take {needed / 1e9:.3g} GB, {there}"
 
 
 def in_bytes(size: int | str | None) -> int | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ from ..models.pair import Pair
 from ..processes import gathered
 from ..progress import Progress
 from ..statistics.prediction import PROBES
+from ..texts.batches import Batches
+from ..texts.offload import counted_passes
 from ..texts.prompts import Prompt
 from ..texts.samplers import Sampler
 from . import attribution, yardstick
@@ -27,6 +31,7 @@ from .divergence import divergences
 from .in_step import wide_trace
 from .laboratory import Compute, Laboratory
 from .ledger import Ledger
+from .precision import available
 from .traces import Text, Trace, tokens_of, trace_of
 
 if TYPE_CHECKING:
@@ -129,29 +134,58 @@ class ComparisonLab(Laboratory):
     def sampled(self, whose: str, lam: Lam) -> list[Text]:
         """Texts of exact DeRa or of the merged model, with noise that depends on (seed, prompt, sample) only."""
         if (whose, lam) not in self._sampled:
-            self._sampled[whose, lam] = self._sample(whose, lam)
+            self.sample(whose, [lam])
         return self._sampled[whose, lam]
 
-    def _sample(self, whose: str, lam: Lam) -> list[Text]:
+    def sample(self, whose: str, lams: Sequence[Lam]) -> None:
+        """Sample what `sampled` will be asked for: λ after λ, or, where each pass reads all weights anew, together."""
         streams = [(i, s) for i in range(len(self.prompts)) for s in range(self.what.samples)]
-        share = self.share(streams)
-        title = f"sampling from {'exact DeRa' if whose == 'exact' else 'the merged model'} at λ={lam:g}"
+        keys = {lam: f"texts-{whose}-{lam:g}" for lam in lams}
+        missing = [lam for lam in keys if not self.ledger.has(keys[lam])]
+        together = self.compute.offload and whose == "exact" and self.engine is None
+        found: dict[Lam, dict[str, np.ndarray]] = {}
+        for asked in [missing] if together and missing else [[lam] for lam in missing]:
+            drawn = self._sample(whose, asked, streams, together)
+            for lam in asked:
+                rows = [drawn[lam, stream] for stream in streams]
+                found[lam] = {"tokens": np.concatenate([np.array(row, dtype=np.int64) for row in rows]),
+                              "lengths": np.array([len(row) for row in rows])}  # fmt: skip
+                self.ledger.keep(keys[lam], found[lam])
+        if together:
+            self.let_go()  # what is read next is read from the files
+        for lam, key in keys.items():
+            arrays = found[lam] if lam in found else self.ledger.recall(key)
+            rows = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
+            texts = zip(streams, rows, strict=True)
+            self._sampled[whose, lam] = [Text.of(i, self.prompts[i], row.tolist()) for (i, _), row in texts]
 
-        def work() -> dict[str, np.ndarray]:
-            sampler = self.exact_sampler if whose == "exact" else self.merged_sampler
+    def _sample(
+        self, whose: str, lams: Sequence[Lam], streams: Sequence[tuple[int, int]], together: bool
+    ) -> dict[tuple[Lam, tuple[int, int]], list[int]]:
+        """New tokens for each λ and stream, a prompt and its sample's number, made by all processes."""
+        share = [(lam, stream) for lam in lams for stream in self.share(streams)]
+        prompts = [self.prompts[i] for _, (i, _) in share]
+        at = f" at λ={lams[0]:g}" if len(lams) == 1 else f" at {len(lams)} λ"
+        title = f"sampling from {'exact DeRa' if whose == 'exact' else 'the merged model'}{at}"
+        new_tokens = self.what.max_new_tokens
+        sampler = self.exact_sampler if whose == "exact" else self.merged_sampler
+        with ExitStack() as stack:
+            tell: Callable[[int], None] | None = lambda done: self.tell(title, done, len(share))  # noqa: E731
+            if together:
+                longest = max(len(prompt.ids) for prompt in prompts) + new_tokens
+                free = self.compute.room or available(self.compute.device)
+                size = self.compute.batches.sampled(self.exact, longest, len(self.pair.sides), free)
+                sampler, tell = replace(sampler, batches=Batches(size)), None  # what is told are passes
+                counted = counted_passes(
+                    self.exact, self.pair, len(share), math.ceil(len(share) / size), new_tokens,
+                    lambda done, passes: self.tell(title, done, passes),
+                )  # fmt: skip
+                stack.enter_context(counted)
             new = sampler.sample(
-                [self.prompts[i] for i, _ in share], [lam] * len(share),
-                [i + s * len(self.prompts) for i, s in share],
-                max_new_tokens=self.what.max_new_tokens, progress=lambda done: self.tell(title, done, len(share)),
+                prompts, [lam for lam, _ in share], [i + s * len(self.prompts) for _, (i, s) in share],
+                max_new_tokens=new_tokens, progress=tell,
             )  # fmt: skip
-            every = dict(gathered(list(zip(share, new, strict=True))))
-            rows = [every[stream] for stream in streams]
-            return {"tokens": np.concatenate([np.array(row, dtype=np.int64) for row in rows]),
-                    "lengths": np.array([len(row) for row in rows])}  # fmt: skip
-
-        arrays = self.ledger.step(f"texts-{whose}-{lam:g}", work)
-        rows = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
-        return [Text.of(i, self.prompts[i], row.tolist()) for (i, _), row in zip(streams, rows, strict=True)]
+        return dict(gathered(list(zip(share, new, strict=True))))
 
     # Figures of each token
 

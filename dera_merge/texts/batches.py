@@ -31,13 +31,15 @@ class Batches:
         self.size = size
         self._most: dict[str, int] = {}  # what is done → the most that fitted when more did not
 
-    def sampled(self, model: PreTrainedModel, tokens: int, models: int = 1) -> int:
+    def sampled(self, model: PreTrainedModel, tokens: int, models: int = 1, free: int | None = None) -> int:
         """How many texts of `tokens` tokens, prompt included, to sample at a time.
 
         Args:
             models: how many have a cache and logits for each text.
+            free: bytes of memory to reckon with; default: what is free on the model's device, if that is CUDA.
         """
-        if self.size or (free := free_memory(model.device)) is None:
+        free = free_memory(model.device) if free is None else free
+        if self.size or free is None:
             return self.size or SAMPLED
         config = model.config.get_text_config(decoder=True)
         cache = 2 * config.num_hidden_layers * _width(config) * model.dtype.itemsize

@@ -16,9 +16,11 @@ from ..decoding.exact import DeraForCausalLM
 from ..decoding.plausibility import PlausibilityMask
 from ..decoding.speculation import Speculation
 from ..errors import DeraError
+from ..merging.hollow import offloaded
 from ..merging.live import live
 from ..models.pair import Pair
 from .images import beside, turn
+from .offload import offloaded_exact, stored_dtype
 from .prompts import encode
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def decode(
     load_in: LoadIn | None = None,
     plausibility: float | None = None,
     path: str | os.PathLike[str] | None = None,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Continue a prompt.
 
@@ -67,6 +70,7 @@ def decode(
             pair.
         plausibility: α of a `PlausibilityMask`; the output is then no longer exact DeRa.
         path: file of a learned path, for the merged model or the one that drafts.
+        offload: hold no more than a layer of each model, see `merging.hollow.offloaded`: every token reads the files.
 
     Returns:
         `text` (special tokens left out), `token_ids` (the new ones), `prompt_tokens` (their count), `exact` (whether
@@ -98,15 +102,20 @@ def decode(
         raise DeraError(
             "quantised loading and the plausibility mask are for exact decoding; merge first, or leave them out"
         )
+    if offload and (load_in or mode == "speculative"):
+        raise DeraError("quantised models and drafts are held whole; leave out --load-in and --mode speculative")
     if mode == "exact" and path is not None:
         raise DeraError("exact decoding merges nothing; --path is for --mode merged and speculative")
     main_device = torch.device(device if isinstance(device, str | torch.device) else device[0])
     on_cpu = main_device.type == "cpu"
     if compute_dtype is None:
-        compute_dtype = torch.float32 if on_cpu else "auto"
+        compute_dtype = torch.float32 if on_cpu else stored_dtype(pair) if offload else "auto"
     options: dict[str, Any] = {}
     if mode == "merged":
-        model = live(pair, lam, device=main_device, compute_dtype=compute_dtype, path=path)
+        make_merged = offloaded if offload else live
+        model = make_merged(pair, lam, device=main_device, compute_dtype=compute_dtype, path=path)
+    elif offload:
+        model = offloaded_exact(pair, lam, dtype=compute_dtype, device=device, as_configured=True)
     else:
         loading = {"quantization_config": quantised(load_in)} if load_in else {}
         model = DeraForCausalLM.from_pair(pair, lam, dtype=compute_dtype, device=device, as_configured=True, **loading)
