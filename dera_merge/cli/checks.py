@@ -18,14 +18,22 @@ if TYPE_CHECKING:
     from ..texts.rewards import Reward
 
 
-def choose_device(name: str) -> torch.device:
-    """A device by its name; `auto` is this process's, of several, or the best there is. Raises DeraError."""
+def choose_device(name: str, spreads: bool = False) -> torch.device:
+    """A device by its name; `auto` is this process's, of several, or the best there is. Raises DeraError.
+
+    Args:
+        spreads: whether `spread`, all devices together, is one for this command.
+    """
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # transformers' bars per loaded model would break into ours
     from ..processes import launched
 
+    if name == "spread" and spreads:
+        from ..models.spread import begin
+
+        return begin()
     if name == "auto" and launched()[1] > 1:
         from accelerate import PartialState
 

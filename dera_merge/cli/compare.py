@@ -14,7 +14,7 @@ from .help import how, what, where
 from .options import (
     BatchSize,
     ComputeDtype,
-    Device,
+    Devices,
     Dtype,
     Given,
     LambdaFor,
@@ -66,7 +66,7 @@ def run(
     max_kl: Annotated[float | None, how(help="Gate: exit 3 if kl is above this at any λ.")] = None,
     min_top1: Annotated[float | None, how(help="Gate: exit 3 if top1 is below this at any λ.")] = None,
     engine: SampleEngine = None,
-    device: Device = "auto",
+    device: Devices = "auto",
     compute_dtype: ComputeDtype = "auto",
     batch_size: BatchSize = None,
     max_memory: MaxMemory = None,
@@ -81,7 +81,7 @@ def run(
     parts, rows = given.lambda_for(lambda_for), given_prompts(prompts, limit)
     rewards = given_rewards([reward] if reward else None)
     pair = given.open()
-    place = choose_device(device)
+    place = choose_device(device, spreads=True)
     check_report_folder(output, pair)
     from ..measuring.compare import compare as measured_compare
     from ..processes import launched

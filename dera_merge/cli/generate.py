@@ -38,7 +38,9 @@ def run(
         how("--as-configured", help="Apply the model's generation_config.json. Not exact DeRa any more."),
     ] = False,
     seed: Seed = 0,
-    device: Annotated[str, where(help="auto, cpu, cuda, …; cuda:0,cuda:1 puts REF and ALIGNED on two.")] = "auto",
+    device: Annotated[
+        str, where(help="auto, cpu, cuda, …; cuda:0,cuda:1: REF and ALIGNED; spread: layers over all GPUs.")
+    ] = "auto",
     compute_dtype: Annotated[Dtype, how(help="auto: float32 on CPU, else the checkpoint's.")] = "auto",
     load_in: Annotated[LoadIn | None, how(help="Quantise both models on loading (bitsandbytes).")] = None,
     plausibility: Annotated[
@@ -66,7 +68,7 @@ def run(
             "is for --mode merged and speculative; exact decoding merges nothing", param_hint="--path"
         )
     pair = given.open()
-    places = [choose_device(name) for name in device.split(",")]
+    places = [choose_device(name, spreads=True) for name in device.split(",")]
     if len(places) > 2 or (len(places) == 2 and mode == "merged"):
         raise typer.BadParameter("one device, or two for exact decoding", param_hint="--device")
     from ..texts.generate import decode

@@ -73,6 +73,7 @@ MaxMemory = Annotated[
 ]
 ComputeDtype = Annotated[Dtype, how(help="auto: float32, or bfloat16 where only that fits in free memory.")]
 Device = Annotated[str, where(help="auto, cpu, cuda, cuda:1, mps, …")]
+Devices = Annotated[str, where(help="auto, cpu, cuda, cuda:1, mps, …; spread: layers over all GPUs.")]
 
 
 @dataclass(frozen=True)

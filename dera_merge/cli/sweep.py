@@ -14,7 +14,7 @@ from .help import how, what, where
 from .options import (
     BatchSize,
     ComputeDtype,
-    Device,
+    Devices,
     Given,
     Limit,
     Mode,
@@ -75,7 +75,7 @@ def run(
     limit: Limit = None,
     seed: Seed = 0,
     engine: SampleEngine = None,
-    device: Device = "auto",
+    device: Devices = "auto",
     compute_dtype: ComputeDtype = "auto",
     batch_size: BatchSize = None,
 ) -> None:
@@ -108,7 +108,7 @@ def run(
     rows, rewards = given_prompts(prompts, limit), given_rewards(reward, judge_prompt, output)
     scored = read_scored(from_scored) if from_scored else None
     pair = given.open()
-    place = choose_device(device)
+    place = choose_device(device, spreads=True)
     check_report_folder(output, pair)
     from ..choosing.report import commands
     from ..choosing.sweep import sweep as choose

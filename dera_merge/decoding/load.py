@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..errors import DeraError
+from ..models import spread
 from ..models.adapter import Adapter
 from ..models.architecture import LOADING, Architecture, loading
 from ..models.kinds import config_of, model_class
@@ -137,6 +138,7 @@ def load_model(
     config = kwargs.get("config") or config_of(folder, trust)
     try:
         quantised = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+        kwargs = spread.how() | kwargs
         if quantised and "device_map" not in kwargs:
             kwargs["device_map"] = {"": device}  # quantised weights are made where they stay
         with loading(sum(file.stat().st_size for file in folder.glob("*.safetensors"))):
@@ -152,7 +154,7 @@ def load_model(
             f"{folder} lacks tensor {', '.join(missing[:3])} ({len(missing)} in all, missing or of another shape); "
             "transformers would make it up"
         )
-    return (model if "device_map" in kwargs else model.to(device)).eval()
+    return (spread.checked(model) if "device_map" in kwargs else model.to(device)).eval()
 
 
 def _with_adapters(

@@ -86,7 +86,7 @@ class Strength(threading.local):
         Raises:
             DeraError: the model regroups its tokens (experts do), so that rows cannot be told apart.
         """
-        rows = rows[:, None] if rows.ndim == 1 else rows
+        rows = (rows[:, None] if rows.ndim == 1 else rows).to(values.device)
         if values.ndim > 2 and len(values) == len(rows):
             return rows.view(len(rows), *[1] * (values.ndim - 2), -1)
         if values.ndim == 2 and len(values) == len(rows) * self.tokens:
@@ -132,7 +132,7 @@ class LowRankRows(torch.nn.Module):
             return y
         t = torch.nn.functional.linear(x.to(self.down.dtype), self.down)
         if self.strength.rows is not None:
-            by_rank = self.strength.rows if self.side_of is None else self.strength.shares[:, self.side_of]
+            by_rank = self.strength.rows if self.side_of is None else self.strength.shares.to(t.device)[:, self.side_of]
             s = self.strength.spread(by_rank, t)
             t = (t * s).to(t.dtype)
         elif self.side_of is not None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from ..errors import DeraError
+from ..models import spread
 from ..models.pair import Pair
 from ..texts.batches import free_memory
 
@@ -71,9 +72,13 @@ def in_bytes(size: int | str | None) -> int | None:
 
 
 def available(device: torch.device | str) -> int | None:
-    """Bytes that are free on a CUDA device, or on this machine for the CPU (Linux); None where nothing says."""
+    """Bytes that are free on a CUDA device, or on this machine for the CPU (Linux); None where nothing says.
+
+    Where models are spread, of all devices.
+    """
     if torch.device(device).type != "cpu":
-        return free_memory(device)
+        free = [free_memory(place) for place in spread.devices(device)]
+        return None if None in free else sum(free)
     try:
         with open("/proc/meminfo") as stream:
             return next((1024 * int(line.split()[1]) for line in stream if line.startswith("MemAvailable")), None)

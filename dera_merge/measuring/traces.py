@@ -201,7 +201,7 @@ def decoder_of(model: PreTrainedModel) -> tuple[str, torch.nn.Module]:
     return next(name for name, module in model.named_modules() if module is decoder), decoder
 
 
-_OF_ANY_MODULE = frozenset(vars(torch.nn.Module()))
+_OF_ANY_MODULE = frozenset(dir(torch.nn.Module()))
 
 
 class _Output(BaseModelOutputWithPast):
@@ -245,8 +245,9 @@ def head_of(
     copies = [copy.copy(model)]
     for parent in parents:
         copies.append(copy.copy(copies[-1]._modules[parent]))
-    for own in copies:  # a method that was set on the model would keep it in memory
-        own.__dict__ = {name: value for name, value in vars(own).items() if not isinstance(value, MethodType)}
+    for own in copies:  # a method that was set on the model, by hooks between devices say, would call it and keep it
+        own.__dict__ = {name: value for name, value in vars(own).items() if not isinstance(value, MethodType)
+                        and not (name in _OF_ANY_MODULE and callable(value))}  # fmt: skip
     beside = {
         f"{level} {child}": module
         for level, (owner, way) in enumerate(zip(copies, [*parents, last], strict=True))
@@ -265,7 +266,7 @@ def head_of(
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden.float() if wide_head else hidden
-        return copies[0](inputs_embeds=hidden[:, None], use_cache=False).logits[:, 0].float()
+        return copies[0](inputs_embeds=hidden[:, None], use_cache=False).logits[:, 0].float().to(hidden.device)
 
     return logits
 
@@ -291,7 +292,11 @@ def _tapped(
         tap.remove()
     wide_head = wide_head and model.dtype.itemsize == 2
     kept = _outlasting(torch.nn.ModuleDict({"outputs": outputs}), heads, wide_head)
-    return torch.cat(entered), lambda hidden: kept["outputs"](hidden.float() if wide_head else hidden).float()
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        return kept["outputs"](hidden.float() if wide_head else hidden).float().to(hidden.device)
+
+    return torch.cat(entered), logits
 
 
 def _outlasting(
@@ -313,7 +318,7 @@ def _equal(kept: torch.nn.Module, modules: torch.nn.Module) -> bool:
     """Whether these have the same weights, whatever their dtypes; one that an adapter changes has more of them."""
     ours, theirs = ([*each.parameters(), *each.buffers()] for each in (kept, modules))
     return len(ours) == len(theirs) and all(
-        torch.equal(one, other.to(one.dtype)) for one, other in zip(ours, theirs, strict=True)
+        torch.equal(one, other.to(one)) for one, other in zip(ours, theirs, strict=True)
     )
 
 

@@ -15,6 +15,7 @@ from ..files.buffers import Buffers
 from ..files.checkpoint import slices
 from ..files.ordered import in_order
 from ..lambdas import Lam
+from ..models import spread
 from ..models.architecture import loading
 from ..models.pair import Pair
 from .path import Course, opened
@@ -45,7 +46,7 @@ class _Dial:
         model_class = self.pair.architecture.model_class
         with loading():
             model, report = model_class.from_pretrained(
-                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **spread.how()
             )
         if missing := sorted(report["missing_keys"]):
             raise DeraError(f"{self.pair.ref.base.name} lacks tensor {missing[0]}; transformers would make it up")
@@ -123,7 +124,8 @@ def live(
         onto._dera_dial = dial
         onto.set_lam(lam)
         return onto
-    model = dial.build(lam, compute_dtype or (torch.float32 if dtype is None else dtype)).to(device).eval()
+    model = dial.build(lam, compute_dtype or (torch.float32 if dtype is None else dtype))
+    model = (spread.checked(model) if spread.how() else model.to(device)).eval()
     if config := pair.generation_config():
         model.generation_config = config
     model._dera_dial = dial
