@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALONE = 4  # texts that the reference reads once more, each alone
-HEADS = 1 << 30  # bytes of merged models' heads that are held at a time, or one λ's
 ROOM = 8  # tokens of padding
 Approximations = dict[Lam, tuple[Path, dict[str, Any]]]  # λ → a merged directory, and its recipe
 
@@ -91,7 +90,7 @@ class ComparisonLab(Laboratory):
         ledger: of finished steps.
     """
 
-    most_heads = HEADS
+    most_heads = 1 << 30  # bytes of merged models' heads that are held at a time, or one λ's
 
     def __init__(
         self, pair: Pair, compute: Compute, path: Course | None, seed: int, tell: Progress | None, what: Measured,

@@ -76,7 +76,7 @@ def test_figures_are_bit_for_bit_those_of_models_that_are_all_held(pair, monkeyp
     sides = [trace_of(side, texts) for side in exact.sides]
     traces = [(lam, {name: trace_of(model, texts) for name, model in row.items()}) for lam, row in merged.items()]
     expected = divergences(sides, traces, tokens_of(texts), exact.config.vocab_size)
-    monkeypatch.setattr(steps, "HEADS", 0)  # each λ by itself, as where heads are large
+    monkeypatch.setattr(steps.ComparisonLab, "most_heads", 0)  # each λ by itself, as where heads are large
     alone = compare(pair, LAMS, GIVEN, extras=())
     for lam in LAMS:
         assert expected[lam].keys() == report.per_token[lam].keys()
@@ -108,7 +108,7 @@ def test_one_live_model_becomes_another_kind_of_merge_bit_for_bit(pair):
 
 
 def test_what_is_measured_before_an_interruption_is_kept_by_lambda(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "HEADS", 0)
+    monkeypatch.setattr(steps.ComparisonLab, "most_heads", 0)
     divided = steps.divergences
     monkeypatch.setattr(steps, "divergences", lambda *args: divided(*args) if args[1][0][0] != 2.0 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
