@@ -17,7 +17,7 @@ FIRST = "dera-merge demo --pair demo"  # makes the pair that the examples of all
 WIDE = {"max_content_width": 100}
 TYPES = {"int range": "N", "int": "N", "float": "X", "float range": "X", "path": "PATH", "list[path]": "PATH"}
 FIRST_COLUMN = 28  # characters at most
-_EXTRAS = re.compile(r"  \[(?P<of_click>[^\[\]]*)\]$")  # [default: 1; x>=1; required]
+_EXTRAS = re.compile(r"(?:^|  )\\?\[(?P<of_click>[^\[\]]*)\]$")  # [default: 1; x>=1; required]
 
 # Every option stands in a panel: `how(help=…)` is typer.Option(help=…) in that of how things are computed.
 what: Any = partial(typer.Option, rich_help_panel=WHAT)

@@ -82,8 +82,8 @@ def layers_of(cache: Cache) -> list[Any]:
     return cache.layers
 
 
-def arguments_of(model: torch.nn.Module) -> frozenset[str]:
-    """The names of the arguments of a model's forward."""
+def arguments_of(model: torch.nn.Module | type[torch.nn.Module]) -> frozenset[str]:
+    """The names of the arguments of a model's forward, or of a class's."""
     return frozenset(inspect.signature(model.forward).parameters)
 
 

@@ -130,6 +130,9 @@ class ReferenceHooks(GenerationMixin):
 
 def check_generates(kind: type) -> None:
     """Raise DeraError where a class generates in a way of its own, past the hooks that a mixture can answer."""
+    # Before 5.24 `generate` called a state by another name than these classes do: tokens differed, or it broke off.
+    if caches.CACHE != "cache" and not caches.arguments_of(kind).isdisjoint({"cache", "cache_params", "mems"}):
+        raise DeraError(f"exact decoding of {kind.__name__} needs transformers 5.24 or newer; merge it")
     if kind.generate is not GenerationMixin.generate:
         raise DeraError(
             f"{kind.__name__} has a generate of its own, which runs one model and no mixture; merge it, or "

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from tiny_models import Sizes, tiny_model
 
 from dera_merge import DeraError, DeraForCausalLM, ModelPair, compare
+from dera_merge.decoding.caches import CACHE
 
 pytestmark = pytest.mark.core
 
@@ -232,10 +233,19 @@ def test_at_the_ends_a_class_with_a_way_of_its_own_generates_as_it_does_alone(ki
     models = [moved(OWN_WAY[kind], seed) for seed in (1, 2)]
     exact = DeraForCausalLM(*models)
     options = {**GREEDY, "max_new_tokens": 6, "use_cache": use_cache}
+    if is_too_old_for(kind):
+        with pytest.raises(DeraError, match="transformers 5.24"):
+            exact.generate(**text(), **options)
+        return
     own = [model.generate(**text(), **options) for model in models]
     assert not torch.equal(*own)
     for lam in (0, 1):
         assert torch.equal(exact.generate(**text(), lam=lam, **options), own[lam])
+
+
+def is_too_old_for(kind):
+    """Whether the installed transformers calls what these models keep by another name than they do."""
+    return CACHE != "cache" and kind in ("xlm", "xlnet", "xlstm")
 
 
 @pytest.mark.parametrize("kind", ["openai-gpt", "xlm", "recurrent_gemma"])
@@ -252,5 +262,9 @@ def test_a_dial_of_a_class_without_keys_and_values_generates_at_a_lambda_for_eac
     options = {**GREEDY, "max_new_tokens": 6}
     own = [model.generate(**text(), **options)[row].tolist() for row, model in enumerate((base, tuned))]
     pair = ModelPair.from_pretrained(tmp_path / "base", tmp_path / "lora")
+    if is_too_old_for(kind):
+        with pytest.raises(DeraError, match="transformers 5.24"):
+            pair.dial().generate(**text(), lam=[0.0, 1.0], **options)
+        return
     assert pair.dial().generate(**text(), lam=[0.0, 1.0], **options).tolist() == own
     assert pair.exact().generate(**text(), lam=[0.0, 1.0], **options).tolist() == own
