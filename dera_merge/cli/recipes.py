@@ -82,8 +82,8 @@ def command_line(context: typer.Context) -> str:
         elif getattr(parameter, "is_flag", False):
             behind += parameter.opts[:1] if value else parameter.secondary_opts[:1]
         else:
-            option = max(parameter.opts, key=len)
-            behind += [word for each in (value if isinstance(value, list) else [value]) for word in (option, str(each))]
+            values = value if isinstance(value, list | tuple) else [value]
+            behind += [word for each in values for word in (max(parameter.opts, key=len), str(each))]
     return shlex.join([*words, *behind])
 
 
@@ -139,12 +139,12 @@ def _values(content: dict[Any, Any], context: typer.Context, listed: Sequence[st
             known.setdefault(_key(parameter), []).append(parameter)
     values: dict[str, Any] = {}
     problems: list[str] = []
-    strange = False  # a key that is near none
+    strange = None  # the last problem with a key that is near none
     for name, value in content.items():
         key = str(name).replace("_", "-")
         if key not in known:
             near = ", ".join(difflib.get_close_matches(key, known, 3))
-            strange |= not near
+            strange = strange if near else len(problems)
             problems.append(f"{str(name)!r} is no option of this command" + (f"; near are {near}" if near else ""))
             continue
         first, *others = known[key]
@@ -158,8 +158,8 @@ def _values(content: dict[Any, Any], context: typer.Context, listed: Sequence[st
                         parameter.process_value(context, values[parameter.name])
             except (ValueError, typer.BadParameter) as error:
                 problems.append(error.format_message() if isinstance(error, typer.BadParameter) else str(error))
-    if strange:
-        problems[-1] += f"; it has {', '.join(sorted(known))}"
+    if strange is not None:
+        problems[strange] += f"; it has {', '.join(sorted(known))}"
     return values, [problem.replace("Value error, ", "") for problem in problems]
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dera_merge import cli, demo
-from dera_merge.cli import mergekit
+from dera_merge.cli import mergekit, recipes
 
 REF, DENSE, LORA, BRIEF = map(str, (demo.REF, demo.ALIGNED_DENSE, demo.ALIGNED_LORA, demo.ALIGNED_BRIEF))
 
@@ -77,6 +77,17 @@ def test_a_typed_value_is_not_laid_at_the_door_of_the_file(recipe):
     done = run("merge", "a", "b", "-o", "c", "-l", "x", "--config", recipe({"lambda": 1}))
     assert done.returncode == 2
     assert "recipe.yaml" not in done.stderr
+
+
+def test_a_report_records_the_options_that_held(recipe):
+    from typer.main import get_command
+
+    file = recipe({"ref": "a b", "aligned": ["c", "d"], "lambda": ["0.5+1", "1+1"], "output": "r", "overwrite": True, "seed": 5})
+    words = ["--config", file, "--seed", "3", "--no-stack"]
+    context = get_command(cli.app).commands["compare"].make_context("compare", words)
+    assert recipes.command_line(context) == (
+        "dera-merge compare 'a b' c --lambda 0.5+1 --lambda 1+1 --output r --overwrite --seed 3 --aligned d --no-stack"
+    )
 
 
 def test_every_command_takes_a_config():
