@@ -38,7 +38,7 @@ from . import (
     sweep,
 )
 from .recipes import with_config
-from .show import Notes, note, one_line
+from .show import Notes, note, one_line, take_any_encoding
 
 INTERRUPTED = 130
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer carry
@@ -81,6 +81,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *args: Any, *
 
 def main() -> None:
     """Run the command line and exit."""
+    take_any_encoding()
     warnings.showwarning = _show_warning
     warnings.simplefilter("always", DeraWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -11,7 +11,7 @@ from rich.table import Table
 from .checks import check_report_folder, choose_device
 from .help import how, what, where
 from .options import ComputeDtype, Device, Given, Overwrite, PathFile, Resume, Seed, with_models
-from .show import PLAIN, out, print_json, progress, say
+from .show import PLAIN, print_json, progress, say, say_figures
 
 EXAMPLES = (
     "dera-merge bench demo/reference demo/aligned-lora --tasks praise,sense --include-path demo/tasks -o bench",
@@ -75,7 +75,7 @@ def run(
         table.add_column(COLUMNS[index], justify="left" if index < 2 else "right", overflow="fold")
     for row in summary(content):
         table.add_row(*(row[index] for index in wanted))
-    out.print(table)
+    say_figures(table)
     say(LEGEND)
     for sentence in sentences(content):
         say(f"- {sentence}")

@@ -145,7 +145,10 @@ def _save(talk: Conversation, name: str) -> None:
     file = Path(name).expanduser()
     if file.exists():
         raise ValueError(f"{name} is there already; take another name")
-    write_atomically(file, json_bytes(talk.saved()))
+    try:
+        write_atomically(file, json_bytes(talk.saved()))
+    except OSError as error:
+        raise ValueError(f"{name} cannot be written: {error.strerror or error}") from error
     note(f"saved {name}")
 
 

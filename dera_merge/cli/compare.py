@@ -31,7 +31,7 @@ from .options import (
     with_models,
 )
 from .recipes import command_line
-from .show import fidelity_table, out, print_json, progress, say
+from .show import fidelity_table, print_json, progress, say, say_figures
 
 Texts = Literal["exact", "merged"]
 EXTRAS = ("floor", "ladder", "predict", "layers", "coupled")
@@ -106,7 +106,7 @@ def run(
     if given.as_json:
         print_json(report.to_dict())
     else:
-        out.print(fidelity_table(report.results))
+        say_figures(fidelity_table(report.results))
         from ..pages.fidelity import LEGEND, sentences
 
         say(LEGEND)

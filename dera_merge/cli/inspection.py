@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .help import how, what
 from .options import Dtype, Given, MaybeAligned, with_models
-from .show import PLAIN, note, out, print_json, progress, say
+from .show import PLAIN, note, print_json, progress, say, say_figures
 
 EXAMPLES = (
     "dera-merge inspect demo/reference",
@@ -49,7 +49,7 @@ def run(
     if given.aligned:
         delta = result["delta"]
         if delta["layers"]:
-            out.print(_delta_table(delta))
+            say_figures(_delta_table(delta))
         ending = f"A merge is not possible: {delta['problem']}" if delta["problem"] else "Nothing stops a merge."
         say(ending)
         if delta["tensors"]:

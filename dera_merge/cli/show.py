@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any, Protocol, TextIO
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -41,11 +43,25 @@ def note(text: object) -> None:
     err.print(text, markup=False, highlight=False)
 
 
+def say_figures(table: Table) -> None:
+    """A table of figures on stdout, as for 80 columns in a terminal that is narrower: no figure is cut then."""
+    wide = Console(width=80)
+    whole = Measurement.get(wide, wide.options, table).maximum
+    Console(width=max(out.width, whole), soft_wrap=True).print(table)
+
+
 class Notes(logging.Handler):
     """Shows what the package logs as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         note(one_line(record.getMessage()))
+
+
+def take_any_encoding() -> None:
+    """What a terminal or a file has no letter for, λ in ASCII, is written as its number: `\\u03bb`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def json_alone(wanted: bool) -> bool:
@@ -64,7 +80,8 @@ def json_alone(wanted: bool) -> bool:
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     stream = _for_json or sys.stdout
-    stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    in_letters = (stream.encoding or "").lower().replace("-", "") == "utf8"
+    stream.write(json.dumps(value, ensure_ascii=not in_letters, allow_nan=False) + "\n")
     stream.flush()
 
 

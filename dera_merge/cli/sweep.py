@@ -27,7 +27,7 @@ from .options import (
     with_models,
 )
 from .recipes import command_line
-from .show import PLAIN, out, print_json, progress, say
+from .show import PLAIN, print_json, progress, say, say_figures
 
 if TYPE_CHECKING:
     from ..choosing.report import Sweep
@@ -151,7 +151,7 @@ def _show(result: Sweep, output: Path) -> None:
         table.add_column(head, justify="right", overflow="fold")
     for row in shown(content):
         table.add_row(*cells(row, wanted), style="bold" if row["lambda"] == result.best["lambda"] else None)
-    out.print(table)
+    say_figures(table)
     say(legend(wanted))
     for sentence in sentences(content):
         say(f"- {sentence}")

@@ -41,7 +41,7 @@ def alone(folder: Path | None, shared: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder, shared) if fcntl else None
     except OSError as error:
-        raise DeraError(f"{folder} cannot be written to: {error}; give another --output") from error
+        raise DeraError(f"{folder} cannot be written to: {error.strerror or error}; give another --output") from error
     try:
         yield
     finally:
@@ -99,7 +99,7 @@ def check_space(root: Path, needed: int) -> None:
     if (free := shutil.disk_usage(place).free) < needed:
         unit, name = (1e9, "GB") if needed >= 1e9 else (1e6, "MB")
         raise DeraError(f"{root} needs {needed / unit:.2f} {name}, but {free / unit:.2f} {name} are free there; make "
-                        "room, or give another --output")  # fmt: skip
+                        "room, or write to another place")  # fmt: skip
 
 
 def is_full(error: OSError) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from builders import weights
 from commands import run
+from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, ModelPair, cli, demo
@@ -48,6 +49,14 @@ def test_long_work_says_in_a_log_file_how_far_it_is_and_short_work_says_nothing(
     assert log() == []
     monkeypatch.setattr(show, "LOG_SECONDS", 0)
     assert log() == ["learning: 1 of 3", "merging: 2 of 3"]
+
+
+def test_a_narrow_terminal_cuts_no_figure(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    table = Table("layer", "weights", title="What is in it", **show.PLAIN)
+    table.add_row("post_attention_layernorm", "131,072")
+    show.say_figures(table)
+    assert "post_attention_layernorm" in capsys.readouterr().out.splitlines()[-2]
 
 
 @pytest.mark.core
@@ -316,6 +325,17 @@ def test_a_choice_that_there_is_not_is_named_plainly():
     done = run("merge", "a", "b", "-l", "1", "-o", "c", "--new-tokens", "x")
     assert done.returncode == 2
     assert "Invalid value for '--new-tokens': 'x' is not one of" in done.stderr
+
+
+def test_a_locale_without_our_letters_gets_their_numbers_and_json_stays_json():
+    plain = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    western = {**plain, "PYTHONIOENCODING": "latin-1"}
+    said = subprocess.run([sys.executable, "-m", "dera_merge", "merge", "--help"], env=western, capture_output=True, timeout=60)
+    assert said.returncode == 0, said.stderr
+    assert b"-l \\u03bb" in said.stdout
+    code = "from dera_merge.cli import show; show.take_any_encoding(); show.print_json({'text': 'λ é 😀'})"
+    told = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, timeout=60)
+    assert json.loads(told.stdout) == {"text": "λ é 😀"}, told.stderr
 
 
 def test_control_characters_in_names_are_escaped():

@@ -135,13 +135,14 @@ def test_lines_are_said_or_obeyed_and_a_wrong_one_costs_one_line(both, capsys, t
     file = tmp_path / "talk.json"
     talk = Conversation(both, 0.5, max_new_tokens=8)
     lines = ["", FIRST, "/lambda 1.5", "/mode merged", "/again", "/lambda x", "/lambda 0,1", "/nothing", "/mode best",
-             f"/save {file}", f"/save {file}", "/save", "/help", "/quit", SECOND]  # fmt: skip
+             f"/save {file}", f"/save {file}", f"/save {file}/in/it", "/save", "/help", "/quit", SECOND]  # fmt: skip
     converse(talk, iter(lines))
     said = capsys.readouterr()
     assert len(talk.turns) == 2, "after /quit nobody listens"
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 6
+    assert len(errors) == 7
     assert "there is no /nothing" in errors[2]
+    assert "in/it cannot be written: Not a directory" in errors[5]
     assert said.out.splitlines()[1].strip() == talk.turns[1]["content"].strip()
     saved = json.loads(file.read_text())
     assert saved["replies"] == [{"lambda": 1.5, "mode": "merged"}]
