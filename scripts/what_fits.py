@@ -12,10 +12,18 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+import torch
+
+from dera_merge.calibrating.layers import AXES
+from dera_merge.calibrating.lessons import MEASURED_TOKENS
+from dera_merge.calibrating.training import LOOKED_AT, step_tokens
+from dera_merge.calibrating.ways import FEWEST, HELD_OUT, Size
+
 GB = 1e9
 CARDS = {"24 GB": 24, "48 GB": 48, "80 GB": 80}
 OTHER = 1 * GB  # activations of a batch without gradients, and the libraries' own
 HEADS = 1 << 30  # see measuring/steps.py
+WAYS = {"": (), ", checkpointed": (True,), ", base in 4 bits": (True, "4bit")}  # arguments of `Size.takes`
 
 
 @dataclass(frozen=True)
@@ -45,14 +53,18 @@ class Shape:
         """Bytes of caches and logits while texts are sampled."""
         return models * texts * (tokens * 2 * self.layers * self.kv * width + 8 * 4 * self.vocabulary)
 
-    def bent(self, rank: int) -> float:
-        """Bytes of a path in training: its numbers, their gradients, two moments and the best so far, float32."""
-        sides = 4 * self.hidden + 2 * (self.hidden + self.kv) + 3 * (self.hidden + self.inner)
-        return 5 * 4 * self.layers * rank * sides
-
-    def activations(self, tokens: int, width: int) -> float:
-        """Bytes that a step of training keeps of its tokens: 17 vectors of the hidden size a layer, 5 inner ones."""
-        return tokens * self.layers * (17 * self.hidden + 5 * self.inner) * width
+    def calibrated(self, rank: int, texts: int, new: int = 48, prompt: int = 32) -> Size:
+        """What learning a path of an adapter of the same rank takes on an accelerator, as calibrate counts it."""
+        ends = self.layers * (9 * self.hidden + 2 * self.kv + 3 * self.inner)
+        axes = AXES * self.layers * (6 * self.hidden + self.inner)
+        linear = self.layers * self.layer
+        return Size(
+            linear=linear, other=self.weights - linear + 2 * rank * ends, heads=self.head, ends=ends,
+            layers=self.layers, hidden=self.hidden, vocabulary=self.vocabulary, cache=2 * self.layers * self.kv,
+            learned=rank * ends, axes=axes, sampled=FEWEST, text=new + prompt,
+            step=step_tokens(texts * (new + prompt), 3, False),
+            looked=min(LOOKED_AT, round(HELD_OUT * texts) * new), kept=0, measured=MEASURED_TOKENS, one_base=True,
+        )  # fmt: skip
 
 
 MODELS = {
@@ -65,7 +77,7 @@ MODELS = {
 
 def needs(shape: Shape, texts: int, tokens: int, width: int) -> dict[str, float]:
     """Bytes that each kind of work takes with weights of `width` bytes."""
-    weights, head = width * shape.weights, 4 * shape.head
+    weights, head, dtype = width * shape.weights, 4 * shape.head, {2: torch.bfloat16, 4: torch.float32}[width]
     states = 4 * 3 * texts * tokens * shape.hidden
     sampled = shape.sampling(2, texts, tokens, width)
     held = {"dense": 2 * head + max(2 * head, HEADS), "LoRA": head}  # sides, and merges as stored and unrounded
@@ -76,9 +88,9 @@ def needs(shape: Shape, texts: int, tokens: int, width: int) -> dict[str, float]
         "compare or sweep, sampled, LoRA": max(weights + sampled, weights + held["LoRA"]) + states + OTHER,
         "generate, exact, dense": 2 * weights + shape.sampling(2, 1, 4096, width) + OTHER,
         "generate, exact, LoRA": weights + shape.sampling(2, 1, 4096, width) + OTHER,
-        "calibrate, LoRA, rank 16": weights + 3 * head + shape.bent(16) + sampled + OTHER
-        + shape.activations(128, width),
-    }
+        **{f"calibrate, LoRA, {texts} texts{how}": shape.calibrated(16, texts).takes(dtype, *way)
+           for texts in (256, 4096) for how, way in WAYS.items()},
+    }  # fmt: skip
 
 
 def widest(sizes: dict[str, float], card: float) -> str:

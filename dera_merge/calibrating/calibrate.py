@@ -32,20 +32,22 @@ from ..decoding.rows import in_rows
 from ..errors import DeraError
 from ..files.room import check_space
 from ..measuring.ledger import Ledger
-from ..measuring.precision import chosen, full_float32
+from ..measuring.precision import full_float32, in_bytes
+from ..measuring.traces import Heads
 from ..merging.path import Curve
 from ..models.fingerprint import fingerprint
 from ..models.pair import Pair
 from ..progress import Progress, unheard
 from ..texts import prompts as prompt_files
 from ..texts.batches import Batches
+from ..texts.generate import quantised
 from .layers import bend, bendable, learned, measure
 from .lessons import PROMPT_TOKENS, as_array, kept, own_prompts, sampled_lessons, some_of
 from .training import Teacher, Trainer
+from .ways import HELD_OUT, LoadIn, Size, keep_gradients, recompute, way
 
 Kind = Literal["curve", "gains"]
 MARGIN = 0.1  # no texts are sampled at λ nearer than this to 0 or 1, where every path is exact
-HELD_OUT = 0.1  # share of the prompts
 
 
 @full_float32()
@@ -64,6 +66,8 @@ def calibrate(
     seed: int = 0,
     device: str | torch.device = "cpu",
     compute_dtype: torch.dtype | str = torch.float32,
+    load_in: LoadIn = None,
+    max_memory: int | str | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -85,8 +89,11 @@ def calibrate(
         batch_size: texts to sample at a time, and in a step of training; the learning rate grows with the root of it.
             Default: 48 and about 128 tokens on a CPU; elsewhere what fits, and 800 steps where there are many texts.
         seed: of everything random.
-        device, compute_dtype: where and in what the models run; `"auto"` is float32, or bfloat16 where only that fits
-            in free memory.
+        device, compute_dtype: where and in what the models run; `"auto"` is float32, or bfloat16 where only that fits.
+        load_in: hold the base of an adapter pair in 4 bits (bitsandbytes); what is learned is then to follow exact
+            DeRa of the quantised base, and is for the pair as it is.
+        max_memory: bytes that may be taken, or a text such as `"8GB"`; default: what is free. Where keeping all
+            activations would take more, they are checkpointed: the same gradients, in about 1.3 times the time.
         out: a file to write the path to; what is worked out on the way is kept in `<out>.unfinished` until then.
         resume: go on with what an interrupted call with the same arguments left there.
         overwrite: throw away what an earlier call left there.
@@ -98,7 +105,7 @@ def calibrate(
 
     Raises:
         DeraError: the pair has no weight-space form, there is nothing to learn, prompts are unusable, another run is at
-            work on `out`, or an earlier one left something there.
+            work on `out`, or an earlier one left something there; or it takes more memory than there is.
     """
     pair.only_pair("a path is learned")
     lams = pair.known(lams)
@@ -116,7 +123,10 @@ def calibrate(
     tell = progress or unheard
     set_seed(seed)
 
-    names, compute_dtype = bendable(pair), chosen(pair, compute_dtype, device)
+    names, limit = bendable(pair), in_bytes(max_memory)
+    if load_in and not pair.shared_base:
+        raise DeraError("--load-in is for an adapter and its base: two checkpoints that are quantised differ by their "
+                        "rounding more than by what is to be learned")  # fmt: skip
     if len({side.vocabulary_rows for side in pair.sides}) > 1:
         raise DeraError("the two vocabularies are padded differently; paths are learned for pairs of one size only")
     length, tokenizer = pair.context_length, pair.tokenizer
@@ -124,11 +134,7 @@ def calibrate(
     how = {
         "kind": kind, "rank": rank if kind == "curve" else None, "texts": texts, "max_new_tokens": max_new_tokens,
         "passes": passes, "learning_rate": learning_rate, "seed": seed,
-        "batch_size": batch_size,
-    }  # fmt: skip
-    mark = how | {
-        "pair": fingerprint(pair), "lams": [low, high], "compute": str(compute_dtype).removeprefix("torch."),
-        "prompts": None if given is None else [prompt.ids for prompt in given],
+        "batch_size": batch_size, "load_in": load_in,
     }  # fmt: skip
     place = None if out is None else Path(f"{os.fspath(out)}.unfinished")
     if resume and place is not None and Path(out).is_file() and not place.is_dir():
@@ -137,18 +143,26 @@ def calibrate(
         if not same or (done.fingerprint, done.span) != (fingerprint(pair), (low, high)):
             raise DeraError(f"{out} is the path of another call; --overwrite replaces it, or give another --output")
         return done
-    exact = DeraForCausalLM.from_pair(pair, dtype=compute_dtype, device=device)
+    longest = max_new_tokens + max((len(prompt.ids) for prompt in given or ()), default=PROMPT_TOKENS)
+    bent = rank if kind == "curve" else 0
+    size = Size.of(pair, names, bent, texts, longest, max_new_tokens, passes, batch_size, device)
+    taken = way(size, compute_dtype, device, limit, load_in)
+    compute = str(taken.dtype).removeprefix("torch.")
+    mark = how | {
+        "pair": fingerprint(pair), "lams": [low, high], "compute": compute,
+        "prompts": None if given is None else [prompt.ids for prompt in given],
+    }  # fmt: skip
+    loading = {"quantization_config": quantised(load_in)} if load_in else {}
+    exact = DeraForCausalLM.from_pair(pair, dtype=taken.dtype, device=device, **loading)
+    keep_gradients(exact)
     student = exact.rows or in_rows(exact.ref, exact.ref, exact.aligned)
     if student is None:
         raise DeraError("this pair cannot have a λ for each row of a batch (experts, say), so that no path is learned")
 
     if place is not None:
         # Of a text, both models' states; of the layers, what is learned with its two moments and the best so far.
-        tokens = texts * (max_new_tokens + max((len(prompt.ids) for prompt in given or ()), default=PROMPT_TOKENS))
-        shapes = [pair.tensors[name].shape for name in names.values()]
-        numbers = sum(rank * sum(shape) for shape in shapes) if kind == "curve" else 0
-        check_space(place, 4 * (2 * tokens * exact.config.get_text_config().hidden_size + 6 * numbers))
-    batches = Batches(batch_size)
+        check_space(place, 4 * (2 * texts * longest * size.hidden + 6 * size.learned))
+    batches = Batches(batch_size, taken.room)
     with Ledger(place, mark, resume=resume, overwrite=overwrite) as ledger:
         entries = given
         if entries is None:
@@ -174,19 +188,23 @@ def calibrate(
         order = [lesson for lesson in lessons if lesson.text.prompt not in unseen]
         dice.shuffle(order)
         held_out = [lesson for lesson in lessons if lesson.text.prompt in unseen]
-        teacher = Teacher.of(exact, [*order, *held_out])
-        student.requires_grad_(False)
-        layers = bend(student, names, rank if kind == "curve" else 0, device)
+        for model in (exact, student):
+            model.requires_grad_(False)
+        heads: Heads = [] if exact.ref.dtype.itemsize == 2 else None  # of 16 bits, float32 copies; mostly all have one
+        teacher = Teacher.of(exact, [*order, *held_out], heads)
+        layers = bend(student, names, bent, device)
         if kind == "curve":
             tell("measuring the layers", 0, 1)
             measure(student, layers, some_of(order, dice))
             tell("measuring the layers", 1, 1)
-        trainer = Trainer(student, layers, teacher, len(order), learning_rate, batches)
+        if taken.recomputed:
+            recompute(student)
+        trainer = Trainer(student, layers, teacher, len(order), learning_rate, batches, heads, taken.together)
         trainer.run(passes, dice, tell, ledger)
         figures = trainer.keep_best()
         recipe = {
             "ref": pair.ref.source.name, "aligned": pair.aligned.source.name, **how,
-            "prompts": "written by the reference" if prompts is None else len(ids), **figures,
+            "prompts": "written by the reference" if prompts is None else len(ids), "compute_dtype": compute, **figures,
         }  # fmt: skip
         curve = Curve((low, high), fingerprint(pair), learned(pair, layers), recipe)
         if out is not None:

@@ -34,7 +34,10 @@ PROMPT_TOKENS = 32  # of a prompt that the pair writes itself
 
 @dataclass(frozen=True)
 class Lesson:
-    """A text to learn from, the λ of its sampling, and both models' states that predict it, (tokens, hidden size)."""
+    """A text to learn from, the λ of its sampling, and both models' states that predict it, (tokens, hidden size).
+
+    The states are on the host, in the dtype in which the models compute.
+    """
 
     text: Text
     lam: float
@@ -181,7 +184,7 @@ def sampled_lessons(
             for i, ids, new, first in zip(batch, rows, drawn, firsts, strict=True)
         ]
         sizes = [len(text.completion) for text in texts]
-        states = (torch.from_numpy(arrays[side]).to(exact.ref.device, exact.ref.dtype) for side in ("ref", "aligned"))
+        states = (torch.from_numpy(arrays[side]).to(exact.ref.dtype) for side in ("ref", "aligned"))
         ref, aligned = (side.split(sizes) for side in states)
         lessons += [Lesson(*row) for row in zip(texts, (lams[i] for i in batch), ref, aligned, strict=True)]
         tell("sampling from exact DeRa", len(lessons), len(order))

@@ -8,16 +8,17 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ..decoding.mix import mix, shares_of
 from ..decoding.rows import Strength
 from ..measuring.ledger import Ledger
-from ..measuring.traces import Head, Trace, batches, head_of, longest_first, padded, scored, trace_of
+from ..measuring.traces import Head, Heads, batches, head_of, longest_first, padded, scored, trace_of
 from ..progress import Progress
 from ..texts.batches import Batches
 from .layers import Bent, read_states
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ..decoding.exact import DeraForCausalLM
 
 STEP_TOKENS = 128  # tokens of texts in one step of the optimiser: one or two texts
+LOOKED_AT = 2048  # tokens held out of which there are distributions at a time
 STEPS = 800  # of the optimiser, on an accelerator: of more texts, it takes more in one step
 LEARNING = "learning"  # the step of the ledger
 KEEP_SECONDS, KEEP_SHARE = 20, 0.02  # between two times that the state is kept, or more: what share of time it may take
@@ -36,37 +38,37 @@ GAIN, PROFILE = 0.1, 0.5  # how large the numbers of gains and of profiles are e
 _POWER = 1.5  # kl is weighted with |λ(1-λ)| to minus this, so that no part of the range drowns the others
 
 
-@dataclass
+@dataclass(frozen=True)
 class Teacher:
-    """What both models make of the lessons: exact DeRa at any λ."""
+    """What both models make of the lessons: exact DeRa at any λ. Held are the heads alone; the lessons have the states.
+
+    Attributes:
+        ref, aligned: heads, hidden states (tokens, hidden size) → logits.
+        rows: of the vocabulary.
+    """
 
     lessons: list[Lesson]
-    ref: Trace
-    aligned: Trace
-    rows: int  # of the vocabulary
-    starts: list[int] = field(init=False)  # where each lesson's scored tokens begin
-
-    def __post_init__(self) -> None:
-        self.starts = [0]
-        for lesson in self.lessons:
-            self.starts.append(self.starts[-1] + len(lesson.text.completion))
+    ref: Head
+    aligned: Head
+    rows: int
 
     @classmethod
-    def of(cls, exact: DeraForCausalLM, lessons: list[Lesson]) -> Teacher:
-        """From the states that the lessons keep. Raises DeraError where `compare` could not measure these models."""
-        trace_of(exact.ref, [lessons[0].text])  # refuses a model that is no decoder followed by a head
-        sides = (
-            Trace(torch.cat([getattr(lesson, side) for lesson in lessons]), head_of(getattr(exact, side)))
-            for side in ("ref", "aligned")
-        )
-        return cls(lessons, *sides, exact.config.vocab_size)
+    def of(cls, exact: DeraForCausalLM, lessons: list[Lesson], heads: Heads = None) -> Teacher:
+        """Raises DeraError where `compare` could not measure these models. `heads`: as for `head_of`."""
+        trace_of(exact.ref, [lessons[0].text], heads)  # refuses a model that is no decoder followed by a head
+        return cls(lessons, head_of(exact.ref, heads), head_of(exact.aligned, heads), exact.config.vocab_size)
+
+    def states(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both models' states of these lessons' scored tokens, (tokens, hidden size), on the host."""
+        lessons = [self.lessons[i] for i in chosen]
+        return torch.cat([lesson.ref for lesson in lessons]), torch.cat([lesson.aligned for lesson in lessons])
 
     @torch.no_grad()
-    def logits(self, chosen: Sequence[int], lams: torch.Tensor) -> torch.Tensor:
-        """h_λ of these lessons' scored tokens, (tokens, vocabulary), with λ for each token."""
-        where = torch.cat([torch.arange(self.starts[i], self.starts[i + 1]) for i in chosen]).to(self.ref.hidden.device)
-        ref, aligned = (side.head(side.hidden[where])[:, : self.rows] for side in (self.ref, self.aligned))
-        return mix([ref[:, None], aligned[:, None]], shares_of(lams))[:, 0]
+    def logits(self, ref: torch.Tensor, aligned: torch.Tensor, lams: torch.Tensor) -> torch.Tensor:
+        """h_λ of these states, (tokens, vocabulary), with λ for each token."""
+        sides = ((self.ref, ref), (self.aligned, aligned))
+        logits = [head(hidden.to(lams.device))[:, None, : self.rows] for head, hidden in sides]
+        return mix(logits, shares_of(lams))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,25 @@ class _Seen:
 
 
 class Trainer:
-    """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5 over scored tokens; it learns from the first `trained` lessons."""
+    """Adam on the mean of kl(λ)/|λ(1-λ)|^1.5 over scored tokens; it learns from the first `trained` lessons.
+
+    Args:
+        heads: as for `head_of`.
+        together: of how many tokens there are distributions over the vocabulary at a time; they are made again for the
+            gradient. None: of all of a step, which are kept.
+    """
 
     def __init__(
         self, student: PreTrainedModel, layers: dict[str, Bent], teacher: Teacher, trained: int, learning_rate: float,
-        room: Batches | None = None,
+        room: Batches | None = None, heads: Heads = None, together: int | None = None,
     ) -> None:  # fmt: skip
         self.student, self.teacher = student, teacher
         self.trained = range(trained)  # which of the teacher's lessons to learn from; the others are held out
         self.held_out = range(trained, len(teacher.lessons))
         self.seen: list[_Seen] = []
         self.best: list[torch.Tensor] = []
-        self.head: Head = head_of(student)
+        self.head: Head = head_of(student, heads)
+        self.together = together
         self.strength: Strength = student.dera_strength
         self.room = room or Batches()
         self.learning_rate = learning_rate
@@ -110,11 +119,25 @@ class Trainer:
         device = self.student.device
         lams = torch.tensor([lesson.lam for lesson in lessons], dtype=torch.float32, device=device)
         token_lams = lams.repeat_interleave(torch.tensor([len(text.completion) for text in texts], device=device))
-        log_p = torch.log_softmax(self.teacher.logits(chosen, token_lams), -1)
-        states = read_states(self.student, *padded(texts, device), lams)
-        with self.strength.of(token_lams, 1):
-            log_q = torch.log_softmax(self.head(scored(states, texts))[:, : self.teacher.rows], -1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1), token_lams
+        states = scored(read_states(self.student, *padded(texts, device), lams), texts)
+        rows = [states, *self.teacher.states(chosen), token_lams]
+        learns = torch.is_grad_enabled()
+        together = self.together or (len(states) if learns else LOOKED_AT)
+        parts = zip(*(values.split(together) for values in rows), strict=True)
+        if self.together and learns:
+            kl = [checkpoint(self._kl, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        else:
+            kl = [self._kl(*part) for part in parts]
+        return torch.cat(kl), token_lams
+
+    def _kl(
+        self, states: torch.Tensor, ref: torch.Tensor, aligned: torch.Tensor, lams: torch.Tensor
+    ) -> torch.Tensor:  # fmt: skip
+        """KL(exact‖path) of some tokens, of last hidden states of the student and of both models, at λ of each."""
+        log_p = torch.log_softmax(self.teacher.logits(ref, aligned, lams), -1)
+        with self.strength.of(lams, 1):
+            log_q = torch.log_softmax(self.head(states)[:, : self.teacher.rows], -1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
 
     @torch.no_grad()
     def look(self, what: str) -> None:
@@ -152,10 +175,8 @@ class Trainer:
         if (size := self.room.size) is not None:
             order = longest_first(texts)
             return [order[start : start + size] for start in range(0, len(order), size)]
-        tokens = STEP_TOKENS
-        if self.student.device.type != "cpu":
-            tokens = max(tokens, passes * sum(len(text.ids) for text in texts) // STEPS)
-        return list(batches(texts, tokens))
+        tokens = sum(len(text.ids) for text in texts)
+        return list(batches(texts, step_tokens(tokens, passes, self.student.device.type == "cpu")))
 
     def run(self, passes: int, dice: random.Random, tell: Progress, ledger: Ledger) -> None:
         """Train, and look at the line and at a few states on the way; the ledger keeps how far it is."""
@@ -242,6 +263,11 @@ class Trainer:
         optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
         self.best, self.seen = tensors("best"), [_Seen(**seen) for seen in json.loads(arrays["seen"].tobytes())]
         return number
+
+
+def step_tokens(tokens: int, passes: int, on_cpu: bool) -> int:
+    """Tokens of a step, of so many that are gone over so often."""
+    return STEP_TOKENS if on_cpu else max(STEP_TOKENS, passes * tokens // STEPS)
 
 
 def _weight(lams: torch.Tensor) -> torch.Tensor:

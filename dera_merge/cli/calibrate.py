@@ -10,7 +10,19 @@ import typer
 from ..errors import DeraError
 from .checks import choose_device, given_prompts
 from .help import how, where
-from .options import BatchSize, ComputeDtype, Device, Given, Lambdas, Limit, OwnPrompts, Resume, Seed, with_models
+from .options import (
+    BatchSize,
+    ComputeDtype,
+    Device,
+    Given,
+    Lambdas,
+    Limit,
+    MaxMemory,
+    OwnPrompts,
+    Resume,
+    Seed,
+    with_models,
+)
 from .show import print_json, progress, say
 
 PathKind = Literal["curve", "gains"]
@@ -40,6 +52,10 @@ def run(
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
     batch_size: BatchSize = None,
+    max_memory: MaxMemory = None,
+    load_in: Annotated[
+        Literal["4bit"] | None, where(metavar="4bit", help="Hold an adapter's base in 4 bits (bitsandbytes).")
+    ] = None,
 ) -> None:
     """Learn a path that follows exact DeRa. merge, compare, sweep and generate take it with --path."""
     lams = given.lams(lam)
@@ -55,7 +71,7 @@ def run(
         curve = learn(
             pair, lams, rows, kind=kind, rank=rank, texts=texts,
             max_new_tokens=max_new_tokens, passes=passes, learning_rate=learning_rate, seed=seed, device=place,
-            batch_size=batch_size,
+            batch_size=batch_size, max_memory=max_memory, load_in=load_in,
             compute_dtype=compute_dtype, progress=tell, out=output,
             resume=resume, overwrite=overwrite,
         )  # fmt: skip

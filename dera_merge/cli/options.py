@@ -69,7 +69,7 @@ SampleEngine = Annotated[
 ]
 BatchSize = Annotated[int | None, where(min=1, help="Texts that a model takes at a time. Default: as many as fit.")]
 MaxMemory = Annotated[
-    str | None, where(metavar="SIZE", help="What models may take: 8GB. Default: what is free. Larger: layer by layer.")
+    str | None, where(metavar="SIZE", help="What models may take: 8GB. Default: what is free. Above: in ways that fit.")
 ]
 ComputeDtype = Annotated[Dtype, how(help="auto: float32, or bfloat16 where only that fits in free memory.")]
 Device = Annotated[str, where(help="auto, cpu, cuda, cuda:1, mps, …")]

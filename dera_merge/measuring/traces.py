@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..texts.prompts import Prompt
 
 Head = Callable[[torch.Tensor], torch.Tensor]
+Heads = list[torch.nn.ModuleDict] | None  # copies of heads that may be used again
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,9 @@ def _outlasting(
     known = [] if heads is None else heads
     kept = next((kept for kept in known if kept.keys() == modules.keys() and _equal(kept, modules)), None)
     if kept is None:
-        kept = copy.deepcopy(modules)
+        # A head of rows goes on taking its strengths from the pass that the model is in.
+        strengths = [module.strength for module in modules.modules() if hasattr(module, "strength")]
+        kept = copy.deepcopy(modules, {id(strength): strength for strength in strengths})
         kept = kept.float() if wide_head else kept
         known.append(kept)
     return kept

@@ -25,10 +25,11 @@ class Batches:
 
     Args:
         size: texts at a time; None: as many as fit.
+        room: bytes that a batch may take on an accelerator, where less than what is free.
     """
 
-    def __init__(self, size: int | None = None) -> None:
-        self.size = size
+    def __init__(self, size: int | None = None, room: int | None = None) -> None:
+        self.size, self.room = size, room
         self._most: dict[str, int] = {}  # what is done → the most that fitted when more did not
 
     def sampled(self, model: PreTrainedModel, tokens: int, models: int = 1, free: int | None = None) -> int:
@@ -38,12 +39,12 @@ class Batches:
             models: how many have a cache and logits for each text.
             free: bytes of memory to reckon with; default: what is free on the model's device, if that is CUDA.
         """
-        free = free_memory(model.device) if free is None else free
+        free = self._free(model.device) if free is None else free
         if self.size or free is None:
             return self.size or SAMPLED
         config = model.config.get_text_config(decoder=True)
-        cache = 2 * config.num_hidden_layers * _width(config) * model.dtype.itemsize
-        text = models * (tokens * cache + 8 * 4 * config.vocab_size)  # logits in several forms, float32
+        cache = tokens * cached(config) * model.dtype.itemsize
+        text = models * (cache + 8 * 4 * config.vocab_size)  # logits in several forms, float32
         return min(MOST_SAMPLED, max(1, int(SHARE * free / text)))
 
     def read(self, model: PreTrainedModel, tokens: int) -> int:
@@ -51,12 +52,17 @@ class Batches:
         if self.size:
             return self.size
         budget = READ_TOKENS
-        if (free := free_memory(model.device)) is not None:
+        if (free := self._free(model.device)) is not None:
             config = model.config.get_text_config(decoder=True)
             inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
             token = (16 * config.hidden_size + 6 * inner) * model.dtype.itemsize
             budget = min(MOST_READ, max(READ_TOKENS, int(SHARE * free / token)))
         return max(1, budget // tokens)
+
+    def _free(self, device: torch.device) -> int | None:
+        """Bytes that a batch may take; None where nothing says."""
+        free = free_memory(device)
+        return free if free is None or self.room is None else min(free, self.room)
 
     def portions(
         self, what: str, order: Sequence[int], count: Callable[[int], int], work: Callable[[list[int]], T]
@@ -126,8 +132,8 @@ def free_memory(device: torch.device | str) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _width(config: Any) -> int:
-    """Numbers that one layer keeps of a token as keys, by what the config says."""
+def cached(config: Any) -> int:
+    """Numbers that all layers keep of a token as keys and values, by what a text decoder's config says."""
     heads = getattr(config, "num_attention_heads", None) or 1
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return (getattr(config, "num_key_value_heads", None) or heads) * size
+    return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * size
