@@ -200,7 +200,7 @@ def way(
         smaller = {name: size.takes(torch.bfloat16, True, kind) for name, kind in others.items()}
         out = next((f"{name} would take {need / 1e9:.1f} GB" for name, need in smaller.items() if need <= room),
                    "shorter texts, a smaller --rank and --batch-size take less")  # fmt: skip
-        insist = "" if limit else ", --max-memory SIZE insists"
+        insist = ", --max-memory SIZE insists" if limit is None else ""
         raise DeraError(f"{ways[least]} a path takes about {needs[least] / 1e9:.1f} GB, {there}; {out}{insist}")
     if fits or limit is not None or load_in:
         why = f" (it would be {needs[fits - 1] / 1e9:.1f} GB {ways[fits - 1]})" if fits else ""
