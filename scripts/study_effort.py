@@ -9,7 +9,8 @@
 `deepscaler` asks whether a decoding-time mixture of DeepSeek-R1-Distill-Qwen-1.5B and DeepScaleR-1.5B-Preview answers
 in fewer tokens at the accuracy of the latter, beside models that were trained to be that mixture at λ = 0.5, 1.5, 2, 5
 and 10 (Zhu et al., Flexible Realignment of Language Models, arXiv 2506.12704). `qwen3` goes from Qwen3-4B-Instruct-2507
-to Qwen3-4B-Thinking-2507. Of a pair of one's own without --prompts it asks sums in words, made up here.
+to Qwen3-4B-Thinking-2507. A pair of one's own is asked, without --prompts, how many of what everyone knows (legs of a
+spider), with an explanation.
 
 Every λ is sampled by itself (texts of thousands of tokens say nothing of other λ), under common noise, at temperature 1
 without any warper. DIR keeps all texts; the same command goes on with what is there. It ends with DIR/effort.md,
@@ -85,19 +86,25 @@ STUDIES = {
 }  # fmt: skip
 
 
-def arithmetic(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Sums in words, small enough for small models, with their answers."""
-    dice, rows = random.Random(seed), []
-    for _ in range(count):
-        who, what = dice.choice(["Mia", "Omar", "Lena", "Ravi"]), dice.choice(["apples", "marbles", "stamps", "coins"])
-        first, more = dice.randint(3, 12), dice.randint(2, 9)
-        gone = dice.randint(1, first)
-        rows.append({
-            "question": f"{who} has {first} {what} and gets {more} more. Then {who} gives {gone} {what} away. How many "
-            f"{what} are left? Work it out step by step, and end with the number.",
-            "answer": first + more - gone,
-        })  # fmt: skip
-    return rows
+FACTS = {
+    "days are in a week": 7, "months are in a year": 12, "hours are in a day": 24, "minutes are in an hour": 60,
+    "seconds are in a minute": 60, "legs does a dog have": 4, "legs does a spider have": 8, "legs does a bird have": 2,
+    "wheels does a bicycle have": 2, "wheels does a car have": 4, "sides does a triangle have": 3,
+    "sides does a square have": 4, "letters are in the English alphabet": 26, "eyes does a person have": 2,
+    "fingers are on one hand": 5, "seasons are in a year": 4, "planets go around the Sun": 8, "weeks are in a year": 52,
+    "colours are in a rainbow": 7, "strings does a violin have": 4, "cents are in a dollar": 100,
+    "continents are there": 7, "eggs are in a dozen": 12, "degrees are in a right angle": 90,
+}  # fmt: skip
+ASKED = ("How many {}? Explain your answer in a few sentences, and end with the number.",
+         "A child asks: how many {}? Answer in a few sentences, and end with the number.")  # fmt: skip
+LEARNED = "How many {}? Give reasons."  # what a path is learned from is asked otherwise
+
+
+def quantities(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """What everyone knows, so that small models do too at times, with the answers; another seed, another order."""
+    rows = [{"question": ask.format(what), "answer": answer} for ask in ASKED for what, answer in FACTS.items()]
+    random.Random(seed).shuffle(rows)
+    return rows[:count]
 
 
 def takes(shape: Shape, texts: int, lams: int, tokens: int, trained: int, bent: int, bandwidth: float) -> str:
@@ -125,7 +132,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", nargs="+", help=f"{' or '.join(STUDIES)}; or REF ALIGNED")
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--prompts", help="file or data set; default: MATH-500, or sums in words for your own pair")
+    parser.add_argument("--prompts", help="file or data set; default: MATH-500, or how many of what, for your own pair")
     parser.add_argument("--reward", help="default: answer:boxed, or answer:number for your own pair")
     parser.add_argument("--lambdas")
     parser.add_argument("--tokens", type=int, help="length of a text at most")
@@ -186,7 +193,9 @@ def study(args: argparse.Namespace) -> None:
         path = out / "path.safetensors"
         if not path.is_file():
             print("bent: learning a path", file=sys.stderr)
-            others = None if known or args.prompts else arithmetic(96, seed=1)  # None: the reference writes some
+            others = None  # the reference writes some
+            if not (known or args.prompts):
+                others = [{"question": LEARNED.format(what)} for what in FACTS]
             calibrate(ModelPair.from_pretrained(ref, aligned), [0.0, max(near)], others, texts=args.path_texts,
                       max_new_tokens=min(tokens, 256), device=args.device, out=path, resume=True)  # fmt: skip
         found["bent"] = measured("bent", (ref, aligned), near, mode="merged", path=path)
@@ -198,7 +207,7 @@ def study(args: argparse.Namespace) -> None:
 def asked(args: argparse.Namespace, known: Study | None) -> list[dict[str, Any]]:
     """The prompts with their answers."""
     if known is None and args.prompts is None:
-        return arithmetic(args.limit)
+        return quantities(args.limit)
     rows = read_prompts(args.prompts or known.prompts, args.limit)
     if args.prompts:
         return rows

@@ -1,7 +1,6 @@
-"""The study of effort, on pairs that are at hand: accuracy and tokens against λ of sums in words."""
+"""The study of effort, on pairs that are at hand: accuracy and tokens against λ of what everyone knows."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -13,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import study_effort
 
 
-def test_the_sums_have_the_answers_that_they_ask_for():
-    for row in study_effort.arithmetic(50):
-        first, more, gone = map(int, re.findall(r"\d+", row["question"]))
-        assert row["answer"] == first + more - gone > 0
-    assert study_effort.arithmetic(5) == study_effort.arithmetic(5) != study_effort.arithmetic(5, seed=1)
+def test_what_everyone_knows_is_asked_once_each_way():
+    rows = study_effort.quantities(100)
+    assert len({row["question"] for row in rows}) == len(rows) == 2 * len(study_effort.FACTS)
+    assert {"question": "A child asks: how many legs does a spider have? Answer in a few sentences, and end with the number.", "answer": 8} in rows
+    assert study_effort.quantities(5) == study_effort.quantities(5) != study_effort.quantities(5, seed=1)
 
 
 def test_what_it_takes_is_worked_out_from_shapes_alone(capsys):
