@@ -22,10 +22,10 @@ import torch
 from ..errors import DeraError
 from ..files.room import check_space
 from ..lambdas import is_end
+from ..measuring.contexts import trace_at_once
 from ..measuring.continuations import Continuations, own_scores, scores
 from ..measuring.laboratory import Compute, Laboratory
 from ..measuring.ledger import FOLDER, Ledger
-from ..measuring.traces import trace_of
 from ..merging.path import Course, opened
 from ..models.fingerprint import fingerprint
 from ..models.pair import Pair
@@ -72,7 +72,11 @@ class BenchLab(Laboratory):
 
     def read(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability of each continuation under each setting, and whether it is greedy's; (pairs, settings)."""
-        order = sorted(set(pairs), key=lambda pair: (-len(pair[0]) - len(pair[1]), len(pair[0]), pair))
+        longest: dict[tuple[int, ...], int] = {}
+        for context, continuation in pairs:
+            longest[context] = max(longest.get(context, 0), len(context) + len(continuation))
+        # The longest first, all continuations of a context together.
+        order = sorted(set(pairs), key=lambda pair: (-longest[pair[0]], pair[0], -len(pair[1]), pair[1]))
         place = {pair: number for number, pair in enumerate(order)}
         blocks = list(_blocks(order))
         columns = [self._step(blocks, "exact", self._read_exact)]
@@ -99,7 +103,7 @@ class BenchLab(Laboratory):
     def _read_exact(self, block: Pairs) -> dict[str, np.ndarray]:
         """Both models' one reading, at all λ."""
         continuations = Continuations.of(block)
-        sides = [trace_of(model, continuations.texts) for model in self.exact.sides]
+        sides = [trace_at_once(model, continuations.texts) for model in self.exact.sides]
         logp, greedy = scores(sides, continuations, self.lams, self.exact.config.vocab_size)
         return {"logp": logp, "greedy": greedy}
 
@@ -107,7 +111,7 @@ class BenchLab(Laboratory):
         """A merge's own reading."""
         continuations, model = Continuations.of(block), self.merged(lam)
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
-        logp, greedy = own_scores(trace_of(model, continuations.texts), continuations, vocab_size)
+        logp, greedy = own_scores(trace_at_once(model, continuations.texts), continuations, vocab_size)
         return {"logp": logp[:, None], "greedy": greedy[:, None]}
 
     def generate(self, requests: Sequence[Any], settings: Sequence[Setting]) -> dict[Setting, list[str]]:

@@ -125,8 +125,8 @@ def test_what_was_read_is_not_read_again(pair, tasks, tmp_path, monkeypatch):
     from dera_merge.choosing import bench as module
 
     monkeypatch.setattr(module, "BLOCK_TOKENS", 60)
-    read, reading = [], module.trace_of
-    monkeypatch.setattr(module, "trace_of", lambda model, texts: read.append(len(texts)) or reading(model, texts))
+    read, reading = [], module.trace_at_once
+    monkeypatch.setattr(module, "trace_at_once", lambda model, texts: read.append(len(texts)) or reading(model, texts))
     how = dict(lams=[0.5, 2.0], merged=[2.0], include_path=tasks, out=tmp_path)
 
     def stop(what: str, done: int, total: int) -> None:

@@ -11,6 +11,7 @@ import transformers as tf
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dera_merge.measuring.contexts import trace_at_once
 from dera_merge.measuring.traces import Text, decoder_of, trace_of
 
 SMALL = {
@@ -108,3 +109,30 @@ def test_what_enters_the_output_embeddings_can_be_read_in_a_batch_of_another_sha
     again = trace_of(model, TEXTS, room=8)
     assert rows == [2, 1, 2, 2, 1]  # both texts, and a first token; each beside itself, and a first token
     torch.testing.assert_close(again.hidden, trace.hidden, rtol=1e-5, atol=1e-5)
+
+
+# Contexts that several texts have
+
+CONTEXTS = [[(7 * n + k) % 60 + 2 for n in range(20)] for k in (0, 5)]
+ENDINGS = [[5, 9, 12], [33, 7, 8, 5, 9], [40]], [[11, 4], [11, 6]]
+ITEMS = [Text(k, [*context, *ending], 20) for k, context in enumerate(CONTEXTS) for ending in ENDINGS[k]]
+ITEMS = [ITEMS[3], Text(2, [4, 9, 3, 3], 1), *ITEMS[:3], ITEMS[4], Text(3, [9] * 30, 24)]  # beside some that are alone
+SLIDING = {"a window": (lambda: tf.MistralConfig(**SMALL, sliding_window=8), "model")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*FAMILIES, *SLIDING])
+def test_a_context_that_several_texts_have_is_read_once_and_their_states_are_the_same(family, monkeypatch):
+    monkeypatch.setitem(FAMILIES, *next(iter(SLIDING.items())))
+    model = build(family)
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    expected = trace_of(model, ITEMS)
+    one_by_one, seen[:] = sum(seen), []
+    found = trace_at_once(model, ITEMS)
+    torch.testing.assert_close(found.hidden, expected.hidden, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.head(found.hidden), expected.head(expected.hidden), rtol=1e-4, atol=1e-4)
+    keeps_all = family != "a multiplier that the decoder keeps"  # which has recurrent layers
+    assert (sum(seen) < one_by_one) == keeps_all
+    monkeypatch.setattr("dera_merge.measuring.contexts._reads_so", lambda *args: False)
+    assert torch.equal(trace_at_once(model, ITEMS).hidden, expected.hidden), "what does not fit is read one by one"
