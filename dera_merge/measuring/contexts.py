@@ -48,7 +48,7 @@ def trace_at_once(model: PreTrainedModel, texts: list[Text], batches: Batches | 
     alone = [index for index in range(len(texts)) if index not in together or index == witness]
     trace = trace_of(model, [texts[index] for index in alone], batches=batches)
     found = dict(zip(alone, trace.hidden.split([len(texts[index].completion) for index in alone]), strict=True))
-    if not _reads_so(model, name, [texts[index] for index in groups[0][:2]], found[witness]):
+    if trace.one_by_one or not _reads_so(model, name, [texts[index] for index in groups[0][:2]], found[witness]):
         return trace_of(model, texts, batches=batches)
 
     def read(numbers: list[int]) -> list[torch.Tensor]:
@@ -108,11 +108,12 @@ def _read(model: PreTrainedModel, name: str, groups: Sequence[Sequence[Text]]) -
     last = last[place]
     width = max(map(len, endings))
     if not width:
-        return list(last)
+        return list(last.to(model.device))
     cache.batch_select_indices(torch.tensor(place, device=model.device))
     ids = torch.tensor([ending + [0] * (width - len(ending)) for ending in endings], device=model.device)
     behind = decoder(input_ids=ids, use_cache=True, **{name: cache})[0]
-    return [torch.cat([first, row[: len(ending)]]) for first, row, ending in zip(last, behind, endings, strict=True)]
+    states = torch.cat([last, behind], 1).to(model.device)
+    return [row[: 1 + len(ending)] for row, ending in zip(states, endings, strict=True)]
 
 
 def _reads_so(model: PreTrainedModel, name: str, texts: Sequence[Text], expected: torch.Tensor) -> bool:
