@@ -20,8 +20,8 @@ BEFORE = (
     "Exact and merged texts are drawn with the same noise: they part only where the two distributions do."
 )
 BETWEEN = (
-    "Beyond λ = 1 what was trained is exaggerated: at 2 there is more praise, and models as small as these begin to "
-    "lose their grammar."
+    "Beyond λ = 1 what was trained is exaggerated: models as small as these begin to lose their grammar, and exact "
+    "DeRa's reward falls."
 )
 BEHIND = (
     "kl: how far the merged model is from exact DeRa, nats a token. kl_ref: how far the reference is. captured: how "
