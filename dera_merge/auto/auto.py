@@ -245,16 +245,17 @@ class _Run:
         takes = self.learning_takes()
         about = f"about {_spell(takes)} on this machine"
         decided: dict[str, Any] = {"learned": False, "takes": takes}
+        none = "no path was learned: "
         if is_end(lam):
-            return None, decided | {"why": f"λ = {lam:g} is one of the two models itself: nothing to learn"}
+            return None, decided | {"why": f"{none}λ = {lam:g} is one of the two models itself"}
         if lam < 0:
-            return None, decided | {"why": "paths are learned for λ from 0 on"}
+            return None, decided | {"why": f"{none}they are for λ from 0 on"}
         if self.wanted.learn is False:
-            return None, decided | {"why": "it was not wanted (--no-calibrate)"}
+            return None, decided | {"why": f"{none}--no-calibrate"}
         if self.wanted.learn is None and line["verdict"] == "safe":
-            return None, decided | {"why": f"the straight line is safe at λ = {lam:g}; a path would take {about}"}
+            return None, decided | {"why": f"{none}the straight line is safe at λ = {lam:g}; it would take {about}"}
         if self.wanted.learn is None and takes > PATIENCE:
-            return None, decided | {"why": f"it would take {about}; --calibrate learns one all the same ({GAIN})"}
+            return None, decided | {"why": f"{none}it would take {about}; --calibrate learns one all the same ({GAIN})"}
         settings = {**self.mark, "lam": lam, "texts": LESSONS}
         settings["prompts"] = None if self.wanted.prompts is None else _digest(self.prompts)
 
@@ -270,7 +271,7 @@ class _Run:
         except DeraError as error:
             if self.wanted.learn:
                 raise
-            return None, decided | {"why": f"no path can be learned: {error}"}
+            return None, decided | {"why": f"{none}{error}"}
         side = curve.recipe["held_out"]["inner" if lam <= 1 else "outer"]
         decided |= {"held_out": side, "seconds": self.journal.steps["calibrate"]["seconds"]}
         if side["path"] >= side["line"]:
