@@ -97,9 +97,22 @@ class ModelPair(Pair):
         """θ_ref + λΔ as a live transformers model; `model.set_lam(λ)` turns it in place. See `merging.live.live`.
 
         Args:
+            lam: λ to begin with; with several aligned models, a number for each.
+            dtype: what the weights are rounded to, as `merge` rounds them: a dtype, or `"auto"`; None leaves float32.
+            rounding: `"stochastic"` or `"nearest"`; default as for `merge`.
+            seed: of stochastic rounding.
+            device: where the model goes.
+            compute_dtype: dtype of the parameters; default `dtype`, or float32 where that is None.
+            path: a path that `calibrate` learned, or its file, in the place of the straight line.
             lambda_for: λ of parts of the model, by patterns of tensors' names (`{"mlp": 0.8, "layers.0-7": 0.2}`, see
                 `merging.parts`); the last that matches says a tensor's, and what none matches is at `lam`.
             offload: hold no more than a layer of it: see `merging.hollow.offloaded`.
+
+        Returns:
+            The model, in evaluation mode; its weights are those that `merge` writes, where `dtype` is given.
+
+        Raises:
+            DeraError: the pair cannot be merged or loaded; the path is another pair's, or not for this λ.
         """
         from .merging.hollow import offloaded
         from .merging.live import live
@@ -150,7 +163,13 @@ class ModelPair(Pair):
         return (merge_adapters if format == "adapter" else merge)(self, out, lams, path=course, **kwargs)
 
     def export_exact(self, out: str | os.PathLike[str], lam: float = 1.0, **kwargs: Any) -> dict[str, Any]:
-        """Both models in one directory, for serving exact DeRa with vLLM. See `serving.export.export_exact`."""
+        """Both models in one directory, for serving exact DeRa with vLLM.
+
+        Args:
+            out: the directory, new.
+            lam: the λ of requests that name none.
+            kwargs: as for `serving.export.export_exact`.
+        """
         from .serving.export import export_exact
 
         return export_exact(self, out, lam, **kwargs)

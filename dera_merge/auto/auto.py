@@ -62,11 +62,15 @@ class Wanted:
         prompts: rows or texts; None: 32 general ones.
         rewards: what λ is chosen by: functions, `Reward`s or specs as for `load_reward`, each after its name.
         target_kl: or the KL from the reference that λ is to have, nats a token.
-        tasks: or tasks of lm-evaluation-harness; `include_path` has those of one's own, `items` limits each.
+        tasks: or tasks of lm-evaluation-harness.
+        include_path: a directory with task files of one's own.
+        limit: items of each task, at most.
         lam: or λ itself.
-        learn: whether to learn a path; None: where the line is not safe and it takes no longer than `PATIENCE`.
+        calibrate: whether to learn a path; None: where the line is not safe and it takes no longer than ten minutes.
         max_new_tokens: length of sampled texts.
-        seed, device, compute_dtype: as for `compare`.
+        seed: of everything random.
+        device: where the models run.
+        compute_dtype: in what they run, as for `compare`.
     """
 
     prompts: Sequence[str | dict[str, Any]] | None = None
@@ -74,9 +78,9 @@ class Wanted:
     target_kl: float | None = None
     tasks: Sequence[str] = ()
     include_path: str | os.PathLike[str] | None = None
-    items: int | None = None
+    limit: int | None = None
     lam: float | None = None
-    learn: bool | None = None
+    calibrate: bool | None = None
     max_new_tokens: int = 48
     seed: int = 0
     device: str | torch.device = "cpu"
@@ -197,12 +201,12 @@ class _Run:
         """What bench found, and under `best` the λ of the largest mean gain. Raises DeraError where none is apart."""
         out, wanted = self.folder / "bench", self.wanted
         names = list(wanted.tasks)
-        settings = {**self.mark, "tasks": names, "items": wanted.items, "include_path": str(wanted.include_path)}
+        settings = {**self.mark, "tasks": names, "limit": wanted.limit, "include_path": str(wanted.include_path)}
 
         def work(resume: bool) -> dict[str, Any]:
             how = {key: value for key, value in self.how.items() if key != "max_new_tokens"}
             bench(
-                self.pair, names, limit=wanted.items, include_path=wanted.include_path, out=out, resume=resume,
+                self.pair, names, limit=wanted.limit, include_path=wanted.include_path, out=out, resume=resume,
                 overwrite=not resume, **how,
             ).save(out)  # fmt: skip
             return _json(out / "bench.json")
@@ -250,11 +254,11 @@ class _Run:
             return None, decided | {"why": f"{none}λ = {lam:g} is one of the two models itself"}
         if lam < 0:
             return None, decided | {"why": f"{none}they are for λ from 0 on"}
-        if self.wanted.learn is False:
+        if self.wanted.calibrate is False:
             return None, decided | {"why": f"{none}--no-calibrate"}
-        if self.wanted.learn is None and line["verdict"] == "safe":
+        if self.wanted.calibrate is None and line["verdict"] == "safe":
             return None, decided | {"why": f"{none}the straight line is safe at λ = {lam:g}; it would take {about}"}
-        if self.wanted.learn is None and takes > PATIENCE:
+        if self.wanted.calibrate is None and takes > PATIENCE:
             return None, decided | {"why": f"{none}it would take {about}; --calibrate learns one all the same ({GAIN})"}
         settings = {**self.mark, "lam": lam, "texts": LESSONS}
         settings["prompts"] = None if self.wanted.prompts is None else _digest(self.prompts)
@@ -269,7 +273,7 @@ class _Run:
         try:
             curve = self.journal.step("calibrate", settings, work, lambda: Curve.load(file))
         except DeraError as error:
-            if self.wanted.learn:
+            if self.wanted.calibrate:
                 raise
             return None, decided | {"why": f"{none}{error}"}
         side = curve.recipe["held_out"]["inner" if lam <= 1 else "outer"]

@@ -89,7 +89,8 @@ def calibrate(
         batch_size: texts to sample at a time, and in a step of training; the learning rate grows with the root of it.
             Default: 48 and about 128 tokens on a CPU; elsewhere what fits, and 800 steps where there are many texts.
         seed: of everything random.
-        device, compute_dtype: where and in what the models run; `"auto"` is float32, or bfloat16 where only that fits.
+        device: where the models run.
+        compute_dtype: in what they run; `"auto"` is float32, or bfloat16 where only that fits in free memory.
         load_in: hold the base of an adapter pair in 4 bits (bitsandbytes); what is learned is then to follow exact
             DeRa of the quantised base, and is for the pair as it is.
         max_memory: bytes that may be taken, or a text such as `"8GB"`; default: what is free. Where keeping all

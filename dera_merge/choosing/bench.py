@@ -193,7 +193,8 @@ def bench(
         chat: put questions through the chat template.
         path: a path that `calibrate` learned, for merges.
         seed: of the bootstrap.
-        device, compute_dtype: where and in what the models run.
+        device: where the models run.
+        compute_dtype: in what they run.
         out: a directory in which to keep what is read until the result is saved.
         resume: go on with what an interrupted call with the same arguments left there.
         overwrite: throw away what an earlier call left there.

@@ -115,8 +115,8 @@ def sweep(
         engine: sample exact DeRa's texts by vLLM: the address of a server of the pair's exact directory, or `"vllm"` to
             start one. Its noise is its own, so texts of several λ and of both modes are not coupled.
         batch_size: how many texts models sample and read at a time; default: as many as fit, fewer once memory ran out.
-        device, compute_dtype: where and in what the models run; `"auto"` is float32, or bfloat16 where only that fits
-            in free memory.
+        device: where the models run.
+        compute_dtype: in what they run; `"auto"` is float32, or bfloat16 where only that fits in free memory.
         out: a directory in which texts are kept as they come.
         resume: go on with what an interrupted call with the same arguments left there.
         overwrite: throw away the texts that an earlier call left there.

@@ -35,7 +35,7 @@ def run(
         str | None,
         what("-l", "--lambda", metavar="λ", help="Where it is known. Default without anything to choose by: 0.5."),
     ] = None,
-    learn: Annotated[
+    calibrate: Annotated[
         bool | None,
         how("--calibrate/--no-calibrate", help="Learn a path; default: where the line is not safe, in ten minutes."),
     ] = None,
@@ -57,12 +57,12 @@ def run(
     rewards = given_rewards(reward, folder=output / "sweep")
     pair = given.open()
     place = choose_device(device)
-    from ..auto.auto import Wanted
-    from ..auto.auto import auto as follow
+    from ..auto import Wanted
+    from ..auto import auto as follow
 
     wanted = Wanted(
         prompts=rows, rewards=rewards(place),
-        target_kl=target_kl, tasks=names, include_path=include_path, items=limit, lam=value, learn=learn,
+        target_kl=target_kl, tasks=names, include_path=include_path, limit=limit, lam=value, calibrate=calibrate,
         max_new_tokens=max_new_tokens, seed=seed, device=place,
         compute_dtype="float32" if compute_dtype == "auto" else compute_dtype,
     )  # fmt: skip

@@ -101,8 +101,9 @@ def compare(
             whose parts have λ of their own is measured against exact DeRa at any λ.
         path: a path that `calibrate` learned, or its file, to measure in the place of the straight line.
         lambda_for: λ of parts of the merged model, as for `ModelPair.merged`; exact DeRa has one of `lams`.
-        dtype, rounding, seed: how the merged model is stored, as for `merge`. `seed` also drives sampling and
-            bootstrap.
+        dtype: of the merged model's stored weights, as for `merge`.
+        rounding: how they are rounded to it, as for `merge`.
+        seed: of stochastic rounding, sampling and bootstrap.
         texts: whose texts to sample: exact DeRa's, or the merged model's, which users will see.
         samples: how many for each prompt.
         max_new_tokens: length of sampled texts, in tokens.
@@ -119,8 +120,8 @@ def compare(
         max_memory: bytes that models may take, or a text such as `"8GB"`; default: what is free. Where one model is
             more, texts are scored layer by layer: no model is held whole, and all λ pass a layer together. Texts of
             exact DeRa are sampled likewise, those of all λ together, where not even bfloat16 fits.
-        device, compute_dtype: where and in what the models run; `"auto"` is float32, or bfloat16 where only that fits
-            in free memory.
+        device: where the models run.
+        compute_dtype: in what they run; `"auto"` is float32, or bfloat16 where only that fits in free memory.
         unfinished: a directory in which to keep finished steps until the report is saved; with several processes
             nothing is kept.
         resume: go on with what an interrupted call with the same arguments left there.

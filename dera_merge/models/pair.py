@@ -82,7 +82,8 @@ class Pair:
             new_tokens: what becomes of tokens that ALIGNED's tokenizer has and REF has no rows for. `"refuse"`: only
                 λ=1 is merged. `"aligned"`: ALIGNED's rows stand at every λ; exact decoding mixes log-probabilities
                 then, as `mix.on_new_rows` defines.
-            ref_revision, aligned_revision: Hub revisions; several aligned models name theirs as `id@revision`.
+            ref_revision: the reference's revision on the Hub.
+            aligned_revision: the aligned model's; several name theirs as `id@revision`.
             allow_pickle: read `.bin` files where there is no safetensors file (never without `weights_only=True`).
             trust_remote_code: let transformers run code that comes with the checkpoints.
 

@@ -13,7 +13,7 @@ from .forms import Turns
 class Exchange(tuple[str, str]):
     """A prompt and a completion of it; as a tuple, both as texts.
 
-    Args:
+    Attributes:
         asked: the prompt: raw text, or the turns of a conversation.
         completion: what was answered.
         columns: the other columns of the prompt's row, by name.

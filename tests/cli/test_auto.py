@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -14,14 +15,14 @@ from test_cli import assert_one_line
 from transformers import AutoModelForCausalLM
 
 from dera_merge import demo
-from dera_merge.auto import auto as room
-from dera_merge.auto.auto import Wanted, auto
+from dera_merge.auto import Wanted, auto
 from dera_merge.auto.journal import Journal
 from dera_merge.errors import DeraError
 from dera_merge.models.pair import Pair
 
+ROOM = importlib.import_module("dera_merge.auto.auto")  # the room gives the name to the function
 PAIR = demo.REF, demo.ALIGNED_LORA
-WANTED = Wanted(demo.prompts("validation")[:4], lam=0.75, learn=False, max_new_tokens=8)
+WANTED = Wanted(demo.prompts("validation")[:4], lam=0.75, calibrate=False, max_new_tokens=8)
 QUICK = ("--limit", 4, "--prompts", demo.FOLDER / "validation.jsonl", "--max-new-tokens", 8)
 
 
@@ -34,9 +35,9 @@ def pair():
 def quick():
     """Look at one λ beside the one that is wanted, and learn from few texts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "LOOKED_AT", (0.5,))
-        patch.setattr(room, "LESSONS", 16)
-        patch.setattr(room, "LESSON_TOKENS", 8)
+        patch.setattr(ROOM, "LOOKED_AT", (0.5,))
+        patch.setattr(ROOM, "LESSONS", 16)
+        patch.setattr(ROOM, "LESSON_TOKENS", 8)
         yield
 
 
@@ -136,7 +137,7 @@ def test_of_several_tasks_the_mean_gain_over_the_reference_counts_and_parts_of_a
         return {"task": name, "part_of": part_of, "metric": "m", "metrics": [metric]}
 
     accuracy, perplexity = {0.0: 0.5, 0.5: 0.6, 1.0: 0.4}, {0.0: 10.0, 0.5: 9.0, 1.0: 5.0, 2.0: 1.0}
-    gains = room.mean_gains([task("a", accuracy), task("p", perplexity, False), task("x", {0.0: 1.0, 0.5: 9.0}, True, "g")])
+    gains = ROOM.mean_gains([task("a", accuracy), task("p", perplexity, False), task("x", {0.0: 1.0, 0.5: 9.0}, True, "g")])
     assert gains == pytest.approx({0.0: 0.0, 0.5: (0.2 + 0.1) / 2, 1.0: (-0.2 + 0.5) / 2})
 
 
@@ -154,13 +155,13 @@ def test_a_target_chooses_lambda_and_one_that_no_lambda_meets_stops(pair, tmp_pa
 @pytest.mark.slow
 def test_a_path_is_learned_where_the_line_is_not_safe_and_the_time_is_said_before(pair, monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO", "dera_merge")
-    wanted = replace(WANTED, prompts=demo.prompts("validation")[:6], lam=2.0, learn=None)
+    wanted = replace(WANTED, prompts=demo.prompts("validation")[:6], lam=2.0, calibrate=None)
     outcome = auto(pair, tmp_path / "out", wanted)
     assert outcome.line["verdict"] != "safe"
     assert "Learning a path takes about" in caplog.text
     recipe = json.loads((outcome.model / "dera_merge.json").read_text())
     assert (recipe["path"] != "line") == outcome.learning["learned"]
-    monkeypatch.setattr(room, "PATIENCE", 0)
+    monkeypatch.setattr(ROOM, "PATIENCE", 0)
     outcome = auto(pair, tmp_path / "other", wanted)
     assert "--calibrate learns one all the same" in outcome.learning["why"]
 

@@ -1,7 +1,9 @@
 """The documentation: every command in it exists, every block runs as it stands, every page can be found."""
 
 import html
+import inspect
 import os
+import pydoc
 import re
 import shlex
 import subprocess
@@ -14,6 +16,7 @@ import typer
 import yaml
 from blocks import PAGES, ROOT, blocks
 
+import dera_merge
 from dera_merge import cli
 
 PROGRAM = typer.main.get_command(cli.app)
@@ -98,6 +101,35 @@ def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def documented() -> list[object]:
+    """What docs/api.md shows: modules, classes and functions."""
+    return [pydoc.locate(name) for name in re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.M)]
+
+
+def test_the_api_page_shows_all_that_the_package_gives():
+    shown = documented()
+    assert [name for name in dera_merge.__all__ if not any(getattr(dera_merge, name) is each for each in shown)] == []
+    assert [name for name in dera_merge.__all__ if name not in dir(dera_merge)] == []
+
+
+def test_docstrings_name_arguments_one_by_one_and_only_such_as_there_are():
+    """The site's builder takes a line of several for one of a strange name, and stops."""
+    functions = [
+        each
+        for shown in documented()
+        for each in ([shown, *(member for name, member in inspect.getmembers(shown, callable) if name[0] != "_")]
+                     if inspect.isclass(shown) else [shown])
+        if getattr(each, "__module__", "").startswith("dera_merge")
+    ]  # fmt: skip
+    wrong = []
+    for function in functions:
+        _, _, section = (inspect.getdoc(function) or "").partition("Args:\n")
+        named = re.findall(r"^    ([^\s:][^:\n]*):", section.partition("\n\n")[0], re.M)
+        wrong += [(function, name) for name in named if name not in inspect.signature(function).parameters]
+    assert len(functions) > 30
+    assert wrong == []
 
 
 @pytest.mark.slow
