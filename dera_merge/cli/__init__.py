@@ -38,7 +38,7 @@ from . import (
     sweep,
 )
 from .recipes import with_config
-from .show import Notes, note, one_line, take_any_encoding
+from .show import Notes, in_plain_words, note, one_line, take_any_encoding
 
 INTERRUPTED = 130
 UsageError: Any = typer.BadParameter.__base__  # of click, or of the copy of it that newer versions of typer carry
@@ -108,7 +108,7 @@ def _run() -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except UsageError as error:
-        error.message = error.message.removeprefix("Value error, ")  # of the library that checks choices
+        error.message = in_plain_words(error.message)
         error.show(sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):  # typer makes an exit status of Ctrl-C

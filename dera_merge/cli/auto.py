@@ -49,9 +49,11 @@ def run(
     if target_kl is not None and not 0 < target_kl < math.inf:
         raise typer.BadParameter("must be above 0", param_hint="--target-kl")
     if lam and (reward or tasks or target_kl is not None):
-        raise typer.BadParameter("is given, so there is nothing to choose by anything else", param_hint="--lambda")
+        other = "--reward" if reward else "--tasks" if tasks else "--target-kl"
+        raise typer.BadParameter(f"says what λ is, and {other} would choose it; leave one out", param_hint="--lambda")
     if tasks and (reward or target_kl is not None):
-        raise typer.BadParameter("or --reward and --target-kl; one chooses λ", param_hint="--tasks")
+        other = "--reward" if reward else "--target-kl"
+        raise typer.BadParameter(f"chooses λ, and so does {other}; leave one out", param_hint="--tasks")
     names = [name.strip() for text in tasks or () for name in text.split(",") if name.strip()]
     rows = given_prompts(prompts, None if names and prompts is None else limit)
     rewards = given_rewards(reward, folder=output / "sweep")

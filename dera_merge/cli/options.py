@@ -22,10 +22,12 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Mode = Literal["exact", "merged", "speculative"]
 BaseQuantisation = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double"]
 
-Ref = Annotated[str, typer.Argument(metavar="REF", help="Reference model: a directory or a Hub id (id@revision).")]
-Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help="Aligned model: a full checkpoint or a PEFT adapter.")]
-MaybeRef = Annotated[str | None, typer.Argument(metavar="REF", help="Reference model.")]
-MaybeAligned = Annotated[str | None, typer.Argument(metavar="ALIGNED", help="Aligned model.")]
+_REF = "Reference model: a directory or a Hub id (id@revision)."
+_ALIGNED = "Aligned model: a full checkpoint or a PEFT adapter."
+Ref = Annotated[str, typer.Argument(metavar="REF", help=_REF)]
+Aligned = Annotated[str, typer.Argument(metavar="ALIGNED", help=_ALIGNED)]
+MaybeRef = Annotated[str | None, typer.Argument(metavar="REF", help=_REF)]
+MaybeAligned = Annotated[str | None, typer.Argument(metavar="ALIGNED", help=_ALIGNED)]
 Lambdas = Annotated[
     list[str],
     what("-l", "--lambda", metavar="λ", help="A number, a list 0.25,0.5 or a range 0:2:0.25; repeatable."),

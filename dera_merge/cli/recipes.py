@@ -22,6 +22,7 @@ import yaml
 from ..files.atomic import write_atomically
 from . import mergekit
 from .help import where
+from .show import in_plain_words
 
 OWN = ("config", "help")  # options that no file sets
 
@@ -160,7 +161,7 @@ def _values(content: dict[Any, Any], context: typer.Context, listed: Sequence[st
                 problems.append(error.format_message() if isinstance(error, typer.BadParameter) else str(error))
     if strange is not None:
         problems[strange] += f"; it has {', '.join(sorted(known))}"
-    return values, [problem.replace("Value error, ", "") for problem in problems]
+    return values, [in_plain_words(problem) for problem in problems]
 
 
 def _key(parameter: Any) -> str:
@@ -186,6 +187,9 @@ def _taken(parameter: Any, key: str, value: Any, listed: Sequence[str]) -> Any:
 
 def _text(value: Any, key: str) -> str:
     """A value as it would be typed. Raises ValueError where it is no text or number."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{key} takes a text or a number; put it in quotes if it is one")
-    return str(value)
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    takes = f"{key} takes a text or a number"
+    if isinstance(value, bool):
+        raise ValueError(f"{takes}, not true or false (so YAML reads yes, no, on, off); put a text in quotes")
+    raise ValueError(f"{takes}, not NAME: VALUE" if isinstance(value, dict) else f"{takes}; put a text in quotes")

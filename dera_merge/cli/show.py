@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,13 @@ from . import endings
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
+_OF_PYDANTIC = {
+    r"Input should be greater than or equal to (\S+)": r"must be \1 or more",
+    r"Input should be less than or equal to (\S+)": r"must be \1 or less",
+    r"Input should be a valid integer\b.*": "must be a whole number",
+    r"Input should be a valid number\b.*": "must be a number",
+    r"Value error, ": "",
+}  # what typer has checks say
 _for_json: TextIO | None = None  # stdout, once nothing else may write there
 LOG_SECONDS = 60  # between two lines of progress where there is no terminal for a bar
 PLAIN: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 0, 0, 1), "pad_edge": False}  # fits 80 columns
@@ -120,6 +128,13 @@ def fidelity_table(
         row = dict(zip(COLUMNS, cells(result), strict=True))
         table.add_row(*(row[column] for column in wanted), *extra_cells)
     return table
+
+
+def in_plain_words(message: str) -> str:
+    """What is wrong with an option, without the words of the library that checks them."""
+    for theirs, ours in _OF_PYDANTIC.items():
+        message = re.sub(theirs, ours, message)
+    return message
 
 
 def one_line(error: BaseException | str) -> str:

@@ -87,6 +87,8 @@ def run(
             raise typer.BadParameter("must be above 0", param_hint=option)
     if minimise and keep is None:
         raise typer.BadParameter("says what is cheap for --keep", param_hint="--minimise")
+    if keep is not None and not reward:
+        raise typer.BadParameter("is a share of a reward; give --reward too", param_hint="--keep")
     if not reward and target_kl is None and target_length is None:
         raise typer.BadParameter(
             "give one, or --target-kl or --target-length: there is nothing to choose by", param_hint="--reward"

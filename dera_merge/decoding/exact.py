@@ -132,7 +132,10 @@ class DeraForCausalLM(LambdaModel):
 
         Args:
             input_ids: (batch, tokens).
-            attention_mask, position_ids, use_cache, logits_to_keep: as for any causal model.
+            attention_mask: as for any causal model.
+            position_ids: likewise.
+            use_cache: likewise.
+            logits_to_keep: likewise.
             cache: what an earlier call returned; `past_key_values` is its older name.
             labels: (batch, tokens); gives `loss`, the mean cross-entropy in nats per token.
             lam: λ, one for all or one per sequence; None takes the default.

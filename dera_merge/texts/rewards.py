@@ -56,6 +56,7 @@ class Reward:
         check: looks at it before any work is done for it, given a stand-in answer to each prompt; raises DeraError.
         compares: whether it compares with the aligned model's own answer, `Exchange.rival`.
         spent: what it took so far, for reports; None where that is nobody's cost.
+        needs: what a bare pair of texts lacks for it, and what to give instead; None where it lacks nothing.
     """
 
     name: str
@@ -63,13 +64,17 @@ class Reward:
     check: Check | None = None
     compares: bool = False
     spent: Callable[[], dict[str, Any]] | None = None
+    needs: str | None = None
 
     def score(self, texts: Sequence[Exchange | tuple[str, str]]) -> list[float | None]:
         """The reward of each text; None where it has none, or fails, or is no finite number, twice.
 
         Raises:
+            DeraError: a text is a bare pair, and this reward wants a column of its prompt's row.
             RewardDown: no text is at fault.
         """
+        if self.needs and not all(isinstance(text, Exchange) for text in texts):
+            raise DeraError(self.needs)
         texts = [text if isinstance(text, Exchange) else Exchange(*text) for text in texts]
         values = self._said_of(texts)
         if isinstance(values, str):
@@ -145,8 +150,9 @@ def load_reward(
         return Reward(server.name, server, server.check)
     if spec == "answer:python":
         return Reward(spec, parses)
-    if kind == "answer" and (answers := verified(spec)):
-        return Reward(spec, answers, answers.check)
+    if kind == "answer":
+        answers = verified(spec)
+        return Reward(spec, answers, answers.check, needs=answers.needs)
     if kind == "command" and rest:
         return Reward(spec, scorer := Program(rest), partial(_trial, scorer))
     if kind == "model" and rest:

@@ -65,14 +65,24 @@ class Verified:
     right: Callable[[Any], Any]
     wants: str
 
+    @property
+    def needs(self) -> str:
+        """What to give for a pair of a prompt and a text."""
+        column = self.column or COLUMNS[0]
+        return (
+            f"the reward {self.name} wants the right answer beside prompt and text: "
+            f'dera_merge.texts.exchanges.Exchange(prompt, text, {{"{column}": …}})'
+        )
+
     def check(self, texts: Sequence[Exchange]) -> None:
         """Raise DeraError where a prompt has no right answer."""
         for number, text in enumerate(texts, 1):
             column = self._column(text)
             if column is None:
                 has = f"its other columns are {', '.join(text.columns)}" if text.columns else "it has no other columns"
-                wanted = self.column or f"one of {', '.join(COLUMNS)}; or name one as {self.name}#COLUMN"
-                raise DeraError(f"the reward {self.name} wants a column {wanted}; prompt {number}: {has}")
+                any_of = f"a column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]} (or name yours: {self.name}#COLUMN)"
+                wanted = f"the column {self.column}" if self.column else any_of
+                raise DeraError(f"the reward {self.name} wants {wanted}; prompt {number}: {has}")
             if not self._rights(text.columns[column]):
                 held = " ".join(str(text.columns[column]).split())
                 raise DeraError(
@@ -228,7 +238,12 @@ KINDS: dict[str, tuple[Callable[[str], Any], Callable[[Any], Any], str]] = {
 }
 
 
-def verified(spec: str) -> Verified | None:
-    """The scorer of `answer:KIND[#COLUMN]`; None where there is no such kind."""
+def verified(spec: str) -> Verified:
+    """The scorer of `answer:KIND[#COLUMN]`. Raises DeraError where there is no such kind."""
     kind, _, column = spec.removeprefix("answer:").partition("#")
-    return Verified(f"answer:{kind}", column, *KINDS[kind]) if kind in KINDS else None
+    if kind == "python":
+        raise DeraError("answer:python takes no column: it asks whether code parses")
+    if kind not in KINDS:
+        known = [f"answer:{name}" for name in KINDS]
+        raise DeraError(f"{spec!r} is no reward; answers are checked by {', '.join(known)} or answer:python")
+    return Verified(f"answer:{kind}", column, *KINDS[kind])

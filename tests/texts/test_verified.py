@@ -84,10 +84,19 @@ def test_prompts_without_a_right_answer_are_told_of_before_any_work():
         with pytest.raises(DeraError, match=why):
             reward.check([Exchange("w1", "Yes.", {"answer": "3"}), Exchange("w1", "Yes.", columns)])
     load_reward("answer:number#gold").check([Exchange("w1", "Yes.", {"gold": "3", "answer": "x"})])
-    with pytest.raises(DeraError, match="a column gold"):
+    with pytest.raises(DeraError, match="the column gold"):
         load_reward("answer:number#gold").check([Exchange("w1", "Yes.", {"answer": "3"})])
-    with pytest.raises(DeraError, match="cannot be loaded"):
+    with pytest.raises(DeraError, match="answer:number, answer:boxed, answer:choice or answer:python"):
         load_reward("answer:nothing")
+    with pytest.raises(DeraError, match="takes no column"):
+        load_reward("answer:python#answer")
+
+
+def test_a_pair_of_texts_without_the_right_answer_is_told_what_to_give_instead():
+    with pytest.raises(DeraError, match="Exchange.*\"gold\""):
+        load_reward("answer:number#gold").score([("w1", "It is 7.")])
+    assert load_reward("answer:python").score([("w1", "Yes.")]) == [0]
+    assert load_reward("length").score([("w1", "It is 7.")]) == [3]
 
 
 def test_texts_that_repeat_themselves_are_checked_in_no_time():
