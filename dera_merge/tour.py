@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ LAMS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
 SHOWN = [0.0, 0.5, 1.0, 2.0]
 PROMPT = 2  # whose texts are shown: short ones, which say what λ does
 TOKENS = 64
+log = logging.getLogger(__name__)
 
 
 def run(out: str | os.PathLike[str], progress: Progress | None = None) -> dict[str, Any]:
@@ -38,10 +40,12 @@ def run(out: str | os.PathLike[str], progress: Progress | None = None) -> dict[s
     tokenizer = pair.tokenizer
     prompts = demo.prompts()
     (checkpoint,) = pair.merge(folder / "merged-0.5", [0.5], overwrite=True)
-    report = compare(pair, LAMS, prompts, max_new_tokens=TOKENS, progress=progress)
+    asked = encode(prompts, tokenizer)
+    log.info("%d prompts of the demo's own, each answered at %d λ", len(asked), len(LAMS))
+    report = compare(pair, LAMS, asked, max_new_tokens=TOKENS, progress=progress)
     report.save(folder)
 
-    ids = [prompt.ids for prompt in encode(prompts, tokenizer)]
+    ids = [prompt.ids for prompt in asked]
     exact, merged = pair.exact(), pair.merged(0.0)
     samples, rewards = [], {"exact": [], "merged": []}
     for number, lam in enumerate(LAMS, 1):
@@ -59,7 +63,7 @@ def run(out: str | os.PathLike[str], progress: Progress | None = None) -> dict[s
         if lam in SHOWN:
             samples.append({"lambda": lam, "exact": texts["exact"][PROMPT], "merged": texts["merged"][PROMPT]})
         if progress:
-            progress("sampling for the reward", number, len(LAMS))
+            progress("sampling answers, whose praise is counted, at λ number", number, len(LAMS))
     plot = plot_fidelity(
         report.results, folder / "demo.png", {"exact DeRa": rewards["exact"], "merged": rewards["merged"]}
     )

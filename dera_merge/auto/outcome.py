@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,9 @@ class Outcome:
         """Write auto.json, card.md and index.html."""
         content, recipe = self.to_dict(), read_recipe(self.model)
         write_atomically(self.folder / "auto.json", json_bytes(content))
-        name = "USER/NAME"
-        values = card.metadata(recipe, self.report, name, {})
-        text = card.edited(None, values, card.section(recipe, self.report, name, "main"), "NAME")
+        aligned = Path(str(recipe["aligned"]["name"]).partition("@")[0]).name
+        name = re.sub(r"[^\w.-]+", "-", f"{aligned}-merged", flags=re.ASCII)
+        values = card.metadata(recipe, self.report, f"USER/{name}", {})
+        text = card.edited(None, values, card.section(recipe, self.report, f"USER/{name}", "main"), name)
         write_atomically(self.folder / "card.md", text.encode())
         write_atomically(self.page, html(content, self.along.to_dict(), self.found, self.report.to_dict()).encode())

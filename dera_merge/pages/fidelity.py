@@ -222,7 +222,8 @@ def _apart_at_the_ends(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 
 def draw_captured(axis: Any, results: Sequence[dict[str, Any]]) -> None:
     """The captured shift over λ."""
-    draw_curve(axis, results, lambda r: r["captured"], color="C0", marker="o", markersize=4)
+    rows = _apart_at_the_ends(results)
+    draw_curve(axis, rows, lambda r: r.get("captured"), color="C0", marker="o", markersize=4)
     axis.axhline(0, color="0.6", linewidth=0.8)
     _, lams = over_lambda(axis, results)
     low = min([r["captured"] for r in results if r["captured"] is not None], default=0)

@@ -76,7 +76,7 @@ def legend(colour: str) -> str:
     if kind == "KL":
         return (
             '<span class="heat" style="--k: 0.15">pale</span> to <span class="heat" style="--k: 1">strong</span>: '
-            "KL of the merged from the exact distribution of this token, 0.001 to 1 nats: what parts the answers."
+            "KL of the merged from the exact distribution of this token, 0.001 to 1 nats: what can part the answers."
         )
     if kind == "log-ratio":
         aligned = f"aligned model {which}" if which else "aligned model"

@@ -26,7 +26,7 @@ from ..errors import DeraError
 from ..lambdas import Vector, name, numbers
 from ..models.pair import Pair
 from ..pages import play
-from .answers import MOST_NEW_TOKENS, Asked, answers
+from .answers import LARGEST_LAMBDA, MOST_NEW_TOKENS, Asked, answers
 from .both import Both
 from .look import CSS, INTRODUCTION, MOVE, PICK, THEME, WATCH, download
 from .reading import curve, read, seen
@@ -224,8 +224,8 @@ def build(
                 info = "0 is the reference, 1 the aligned model, beyond 1 more than was trained, below 0 the opposite."
                 sliders.append(gr.Slider(*SPAN, min(max(lam, SPAN[0]), SPAN[1]), step=0.05, label=label, info=info,
                                          buttons=[], scale=5, elem_classes="turn"))  # fmt: skip
-                fields.append(gr.Number(lam, label=f"{label}, typed", info="any number", step=0.05, scale=1,
-                                        min_width=150, elem_classes="typed"))  # fmt: skip
+                fields.append(gr.Number(lam, label=f"{label}, typed", info=f"within ±{LARGEST_LAMBDA:g}", step=0.05,
+                                        scale=1, min_width=150, elem_classes="typed"))  # fmt: skip
         note = gr.HTML("", elem_id="note")
         with gr.Row():
             cards = {}

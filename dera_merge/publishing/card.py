@@ -109,7 +109,7 @@ def metadata(recipe: dict[str, Any], report: Report | None, repo_id: str, inheri
         figures = [
             EvalResult(
                 task_type="text-generation", dataset_type="dera-merge", dataset_name=data, metric_type=key,
-                metric_name=label, metric_value=float(result[key]),
+                metric_name=label, metric_value=float(f"{result[key]:.4g}"),
             )
             for key, label in METRICS.items() if result.get(key) is not None
         ]  # fmt: skip

@@ -212,6 +212,9 @@ def _in_words(prompts: Sequence[Prompt], lost: int, max_new_tokens: int, limit: 
     forms = [_asked(prompt.given) for prompt in prompts]
     counts = Counter(form.source for form in forms)
     parts = [f"{source}" if len(counts) == 1 else f"{source} ({count})" for source, count in counts.items()]
+    ours = [each for row in built_in() for each in (row, row["messages"][-1]["content"])]
+    if all(prompt.given in ours for prompt in prompts):
+        parts = ["those that are built in"]
     words = f"{len(prompts)} prompts from {', '.join(parts)}"
     if cut := sum(form.cut for form in forms):
         words += f"; final answers left out of {'all' if cut == len(prompts) else cut}"

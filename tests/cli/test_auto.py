@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,8 @@ from dera_merge.auto import Wanted, auto
 from dera_merge.auto.journal import Journal
 from dera_merge.errors import DeraError
 from dera_merge.models.pair import Pair
+from dera_merge.pages import auto as pages
+from dera_merge.publishing import card
 
 ROOM = importlib.import_module("dera_merge.auto.auto")  # the room gives the name to the function
 PAIR = demo.REF, demo.ALIGNED_LORA
@@ -62,6 +65,18 @@ def test_it_ends_with_an_ordinary_model_at_the_lambda_measured_as_written_and_a_
         assert (outcome.folder / link).is_file()
     assert "λ = 0.75 (it was asked for), merged on the straight line" in page
     assert all(command in page for command in outcome.commands.values())
+    words = re.findall(r"<a [^>]+>([^<]+)</a>", page)
+    assert len(set(words)) == len(words)
+    (entry,) = card.read_metadata((outcome.folder / "card.md").read_text())["model-index"]
+    assert entry["name"] == "aligned-lora-merged λ=0.75"
+
+
+def test_the_page_connects_the_two_figures_of_a_learned_path():
+    learned, line = {"learned": True}, {"kl": 0.006}
+    run = {"learning": learned, "line": line, "result": {"kl": 0.002}}
+    (said,) = pages._against_the_line(run)
+    assert "3 times nearer" in said
+    assert pages._against_the_line(run | {"learning": {"learned": False}}) == []
 
 
 def test_the_next_run_uses_every_step_again_and_says_the_same(outcome, pair):

@@ -9,9 +9,11 @@ import torch
 from builders import tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, DeraWarning, ModelPair, compare
+from dera_merge.pages.fidelity import draw_captured
 from dera_merge.statistics.intervals import bootstrap
 from dera_merge.statistics.summary import MEASURES
 from dera_merge.texts import prompts as prompt_files
@@ -194,3 +196,10 @@ def test_a_report_on_disk_is_json_markdown_and_a_plot(pair, tmp_path):
     assert json.loads((folder / "report.json").read_text())["results"] == report.results
     assert (folder / "report.md").read_text().count("\n| ") == 5
     assert (folder / "fidelity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_captured_share_has_no_line_through_an_end_where_it_is_undefined():
+    axis = Figure().subplots()
+    draw_captured(axis, [{"lambda": lam, "captured": 0.5} for lam in (0.5, 0.75, 1.25, 1.5)])
+    at, shares = axis.lines[0].get_data()
+    assert [lam for lam, share in zip(at, shares, strict=True) if math.isnan(share)] == [1]

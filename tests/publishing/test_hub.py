@@ -367,6 +367,7 @@ def test_a_report_goes_with_its_weights_only(hub, environment, merged, tmp_path)
     (entry,) = yaml.safe_load(files["README.md"].decode().split("---\n")[1])["model-index"]
     values = {metric["type"]: metric["value"] for metric in entry["results"][0]["metrics"]}
     assert values["kl"] == pytest.approx(row["kl"], rel=0.05)
+    assert all(value == float(f"{value:.4g}") for value in values.values())  # no more digits than mean something
     assert files["fidelity.png"].startswith(b"\x89PNG")
     assert row["verdict"] in files["README.md"].decode()
     assert set(hub.repos["me/force"].files()) == {".gitattributes", "README.md"}

@@ -147,6 +147,10 @@ def test_other_columns_stay_with_the_prompts_that_fit_and_one_line_says_what_was
     assert record.getMessage() == (
         "2 prompts from `question` (1), `messages` (1); final answers left out of 1; 1 too long for 256 tokens with 64 new ones"
     )
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "dera_merge"):
+        prompts.fitting(prompts.default(chat)[:2], chat, 8, None)
+    assert caplog.records[0].getMessage() == "2 prompts from those that are built in"
     with pytest.raises(DeraError, match="every prompt is too long"):
         prompts.fitting(rows[1:2], chat, 64, 256)
 
