@@ -32,8 +32,9 @@ h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 0; }
         color: #fff; background: #b3261e; } #gone[hidden] { display: none; }
 .card { border: 1px solid var(--border-color-primary); border-radius: .5rem; padding: .8rem 1rem; min-height: 9rem; }
 .wide { overflow-x: auto; max-width: calc(100vw - 7rem); }
-.wide table { border-collapse: collapse; font-size: .76rem; border: 0; }
-.wide th, .wide td { padding: .12rem .5rem .12rem 0 !important; text-align: left; white-space: nowrap;
+.wide table { border-collapse: collapse; border: 0; }
+.wide :is(th, td, td *) { font-size: .76rem !important; }
+.wide th, .wide td { padding: .15rem .25rem !important; text-align: left; white-space: nowrap;
                      border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 .charts figure { margin: 0; }
