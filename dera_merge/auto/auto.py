@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..calibrating.calibrate import calibrate
+from ..choosing import harness
 from ..choosing.bench import bench
 from ..choosing.report import Sweep
 from ..choosing.sweep import sweep
@@ -119,6 +120,9 @@ def auto(
     if wanted.rewards and not (folder / "sweep" / "sweep.json").is_file():  # hours before sweep asks them
         rows = prompt_files.default(pair.tokenizer) if wanted.prompts is None else wanted.prompts
         checked([as_reward(reward) for reward in wanted.rewards], prompt_files.encode(rows, pair.tokenizer))
+    if wanted.tasks and not (folder / "bench" / "bench.json").is_file():
+        harness.check()
+        harness.manager_of(wanted.tasks, None if wanted.include_path is None else Path(wanted.include_path))
     with alone(folder):
         return _Run(pair, folder, wanted, tell).outcome()
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 FEWSHOT_SEED = 1234  # the harness's own default
 READ = ("loglikelihood", "loglikelihood_rolling")  # kinds of requests that are answered by reading
@@ -182,12 +183,14 @@ def _named(what: str) -> Iterator[None]:
         raise DeraError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-def _loaded(names: Sequence[str], include_path: Path | None) -> dict[str, Any]:
-    """The harness's tasks of these names; of its thousands of task files only where one's own do not have them."""
-    import datasets
+def manager_of(names: Sequence[str], include_path: Path | None) -> TaskManager:
+    """What knows these tasks; of the harness's thousands of task files only where one's own do not have them.
+
+    Raises:
+        DeraError: there is no such task, or no directory of one's own.
+    """
     from lm_eval.tasks import TaskManager
 
-    datasets.disable_progress_bars()
     if include_path is not None and not include_path.is_dir():
         raise DeraError(f"{include_path} is no directory with task files")
     own = None if include_path is None else TaskManager(include_path=include_path, include_defaults=False)
@@ -196,8 +199,18 @@ def _loaded(names: Sequence[str], include_path: Path | None) -> dict[str, Any]:
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
-            meant = f"; did you mean {', '.join(near)}?" if near else "; lm_eval ls tasks lists them all"
+            mine = f"; {include_path} has {', '.join(sorted(own.all_tasks)[:8])}" if own and own.all_tasks else ""
+            meant = f"; did you mean {', '.join(near)}?" if near else f"{mine}; lm_eval ls tasks lists its own"
             raise DeraError(f"lm-eval knows no task {name}{meant}")
+    return manager
+
+
+def _loaded(names: Sequence[str], include_path: Path | None) -> dict[str, Any]:
+    """The harness's tasks of these names."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    manager = manager_of(names, include_path)
     with _named(f"the tasks {', '.join(names)} cannot be loaded"):  # a network, a data set
         return manager.load(list(names))
 

@@ -86,7 +86,8 @@ def run(
         elif entry["kept"] is not None:
             noise = f", noise {entry['error']:.2g} × ‖λΔ‖" if entry["error"] >= QUIET else ""
             remark = f"  ({entry['kept']:.1%} of λΔ kept by {entry['rounding']} rounding{noise})"
-        say(f"λ={entry['lambda']:g}  {entry['path']}{remark}")
+        parts = f" ({', '.join(entry['lambda_for'])})" if entry["lambda_for"] else ""
+        say(f"λ={entry['lambda']:g}{parts}  {entry['path']}{remark}")
         for count, state in ((entry["saturated"], "saturated"), (entry["nonfinite"], "are NaN or infinite")):
             if count:
                 note(f"warning: λ={entry['lambda']:g}: {count:,} weights {state}")
@@ -111,11 +112,13 @@ def _share(text: str | None) -> tuple[int, int] | None:
 
 def _merged(lam: Any, folder: Path) -> dict[str, Any]:
     """What `merge` says of one output."""
+    from ..merging.parts import rules_of
     from ..merging.recipe import RECIPE, read_recipe
 
     entry: dict[str, Any] = {"lambda": lam, "path": str(folder), "complete": (folder / RECIPE).is_file()}
     recipe = read_recipe(folder) if entry["complete"] else {}
     statistics = recipe.get("statistics", {})
+    entry["lambda_for"] = rules_of(recipe.get("path"))
     return entry | {key: recipe.get(key) for key in ("rounding", "rank")} | {
         key: statistics.get(key) for key in ("kept", "error", "saturated", "nonfinite", "energy")
     }  # fmt: skip
@@ -124,6 +127,8 @@ def _merged(lam: Any, folder: Path) -> dict[str, Any]:
 def _serve_lines(base: Source | None, lams: list[Any], folders: list[Path]) -> str:
     """How to serve what was merged with vLLM: each checkpoint by itself, or all adapters over `base`."""
     from ..merging.adapters import serving_rank
+    from ..merging.parts import output_name
+    from ..merging.recipe import read_recipe
 
     if base is None:
         return "\n".join(shlex.join(["vllm", "serve", str(folder)]) for folder in folders)
@@ -133,5 +138,6 @@ def _serve_lines(base: Source | None, lams: list[Any], folders: list[Path]) -> s
     model, commit = base.address
     revision = ["--revision", commit] if commit else []
     words = ["vllm", "serve", model, *revision, "--enable-lora", "--max-lora-rank", rank, "--max-loras", len(lams)]
-    modules = [f"lambda-{lam:g}={folder}" for lam, folder in zip(lams, folders, strict=True)]
+    names = [output_name(lam, read_recipe(folder).get("path")) for lam, folder in zip(lams, folders, strict=True)]
+    modules = [f"{name}={folder}" for name, folder in zip(names, folders, strict=True)]
     return shlex.join(map(str, [*words, "--lora-modules", *modules]))

@@ -28,6 +28,7 @@ COLUMNS = (
     "kl_rounding",
     "verdict",
 )
+MEASURED = ("kl", "kl_ci", "kl_ref", "kl_aligned")  # what has a resolution, in nats
 LEGEND = (
     "kl: KL(exact‖merged) in nats per token, with its 95 % interval (bootstrap over prompts). tv: total variation. "
     "top1: share of tokens with the same argmax. kl_ref, kl_aligned: how far exact DeRa is from the two models. "
@@ -38,10 +39,19 @@ NO_BAND = (math.nan, math.nan)
 
 def cells(result: dict[str, Any]) -> list[str]:
     """One result as the texts of `COLUMNS`; what could not be measured is a dash."""
-    texts = [_cell(column, result[column]) for column in COLUMNS]
+    least = result.get("resolution") or 0.0
+    texts = [_cell(column, _resolved(result[column], least) if column in MEASURED else result[column])
+             for column in COLUMNS]  # fmt: skip
     if is_unresolved(result):
         texts[COLUMNS.index("kl")] = f"≤ {number(result['resolution'])}"
     return texts
+
+
+def _resolved(value: Any, least: float) -> Any:
+    """A figure, or bounds of one, in nats, with 0 for what is less than can be told from it."""
+    if isinstance(value, list | tuple):
+        return [_resolved(each, least) for each in value]
+    return 0.0 if value is not None and abs(value) < least else value
 
 
 def is_unresolved(result: dict[str, Any]) -> bool:

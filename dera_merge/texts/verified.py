@@ -35,9 +35,11 @@ _NUMBER = re.compile(
     r"(?:\s*/\s*\d+(?![\d./]))?"  # a half as 1/2
 )
 _FRACTION = re.compile(r"([-+−–]?)\s*\\[dt]?frac\s*\{?\s*([-+]?\d+)\s*\}?\s*\{?\s*(\d+)\s*\}?")
+_SMALL = r"[b-hj-z]|[ai](?=[).:]|\W*$)"
 _CHOICES = (
-    re.compile(r"(?i:answer|option|choice)\W{0,8}(?i:is|would be)?\W{0,8}([A-Z])(?![\w'])"),
-    re.compile(r"^[*\s]*([A-Z])(?:[).:,]|\W*$)"),
+    # A small letter too, but "a" and "i" where they may be words.
+    re.compile(rf"(?i:answer|option|choice)\b\W{{0,8}}(?i:is|would be)?\W{{0,8}}([A-Z]|{_SMALL})(?![\w'])"),
+    re.compile(r"^[*\s]*([A-Z](?=[).:,]|\W*$)|[a-z](?=[).:]))"),
     re.compile(r"\(([A-Z])\)"),
     re.compile(r"\*\*\W?([A-Z])\W?\*\*"),
 )
@@ -170,7 +172,7 @@ def letter_of(text: str) -> str | None:
         return text.strip("\n\t .():*").upper() or None
     for form in _CHOICES:
         if found := form.findall(text.strip()):
-            return found[-1]
+            return found[-1].upper()
     return None
 
 
@@ -234,7 +236,7 @@ def _fenced(text: str) -> list[tuple[str, str]]:
 KINDS: dict[str, tuple[Callable[[str], Any], Callable[[Any], Any], str]] = {
     "number": (number_of, _right_number, "a number"),
     "boxed": (lambda text: None if (inside := boxed(text)) is None else written(inside), _right_boxed, "an answer"),
-    "choice": (letter_of, _right_letter, "a letter (or a number counted from 0)"),
+    "choice": (letter_of, _right_letter, "a letter (or, in JSON, a number from 0; digits in a text may count from 1)"),
 }
 
 

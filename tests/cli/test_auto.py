@@ -114,6 +114,12 @@ def test_a_reward_that_the_prompts_cannot_serve_is_told_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_task_that_nobody_has_is_told_before_anything_is_done(pair, tmp_path):
+    with pytest.raises(DeraError, match=r"no task nosuch; .* has praise, sense"):
+        auto(pair, tmp_path / "out", Wanted(tasks=["nosuch"], include_path=demo.FOLDER / "tasks"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_step_that_broke_off_goes_on_and_a_lost_result_is_made_again(tmp_path):
     seen, kept = [], {}
 

@@ -80,6 +80,8 @@ def test_what_16_bits_do_not_resolve_is_told_as_no_more_than_that(near, narrow):
     below = {**result, "kl": result["resolution"] / 2}
     assert cells(below)[COLUMNS.index("kl")].startswith("≤ ")
     assert not cells(end)[COLUMNS.index("kl")].startswith("≤")  # nothing by construction
+    noise = cells({**end, "kl": 3.5e-18, "kl_ci": [-3.1e-17, 4e-17], "kl_ref": -2e-17, "resolution": 1e-12})
+    assert [noise[COLUMNS.index(name)] for name in ("kl", "kl_ci", "kl_ref")] == ["0", "0–0", "0"]
 
 
 def test_a_gate_below_the_resolution_is_not_met_by_noise(narrow):

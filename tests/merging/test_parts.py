@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from dera_merge import DeraError, DeraWarning, ModelPair, compare, demo
 from dera_merge.measuring.inspection import describe
 from dera_merge.merging.parts import output_name, parse
-from dera_merge.publishing.card import command
+from dera_merge.publishing.card import command, section
 
 RULES = {"mlp": 0.8, "layers.1-9": 0.2, "down_proj": 1.0, "layers.2.mlp.up_proj": 0.0}
 
@@ -118,6 +118,9 @@ def test_what_was_asked_stands_in_the_recipe_the_name_and_the_cards_command(tmp_
     recipe = json.loads((folders[1] / "dera_merge.json").read_text())
     assert recipe["path"]["lambda_for"] == ["mlp=0.8", "layers.0-1=0.3333333333333333"]
     assert "--lambda-for mlp=0.8 --lambda-for layers.0-1=0.3333333333333333" in command(recipe)
+    shown = section(recipe, None, "me/m", "main")
+    assert "strength λ = 1, and at others in parts\n" in shown
+    assert "The weights θ_ref + λΔ at" not in shown
     assert describe(str(folders[1]))["merged"]["lambda_for"] == recipe["path"]["lambda_for"]
     again = ModelPair.from_pretrained(folders[1], demo.ALIGNED_DENSE).merge(tmp_path / "again", [0.5])
     assert json.loads((again[0] / "dera_merge.json").read_text())["ref"]["merge"]["path"] == recipe["path"]

@@ -60,6 +60,7 @@ def test_what_is_boxed_alone_counts(text, answer, right):
     [
         ("B", "B", 1), ("(b)", "B", 1), ("B. It is warm.", "B", 1), ("The answer is (C).", "C", 1), ("Answer: **D**", "d.", 1),
         ("(A) is wrong, hence (B)", "B", 1), ("\\boxed{\\text{C}}", 2, 1), ("A dog barks", "A", 0), ("the answer is a dog", "A", 0),
+        ("Answer: b", "B", 1), ("b) y", "B", 1), ("the answer is a.", "A", 1), ("Answer: a) milk", "A", 1), ("answers vary", "S", 0),
         ("Bread", "B", 0), ("The correct option is C) 3 m", "C", 1), ("Answer: B", "A", 0),
     ],
 )  # fmt: skip
