@@ -84,7 +84,7 @@ class Outcome:
         """Write auto.json, card.md and index.html."""
         content, recipe = self.to_dict(), read_recipe(self.model)
         write_atomically(self.folder / "auto.json", json_bytes(content))
-        aligned = Path(str(recipe["aligned"]["name"]).partition("@")[0]).name
+        aligned = Path(str(recipe["aligned"]["name"]).partition("@")[0]).name or "model"
         name = re.sub(r"[^\w.-]+", "-", f"{aligned}-merged", flags=re.ASCII)
         values = card.metadata(recipe, self.report, f"USER/{name}", {})
         text = card.edited(None, values, card.section(recipe, self.report, f"USER/{name}", "main"), name)
