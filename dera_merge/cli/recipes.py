@@ -25,6 +25,8 @@ from .help import where
 from .show import in_plain_words
 
 OWN = ("config", "help")  # options that no file sets
+_PASSWORD = re.compile(r"(?<=://)[^/?#\s]*@")
+_QUERY = re.compile(r"(?<=://)([^?#\s]*)\?[^#\s]*")
 
 
 def with_config(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,9 +72,9 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def command_line(context: typer.Context) -> str:
-    """The command that was given, with the options of a file as if they had been typed."""
+    """The command that was given, with the options of a file as if they had been typed, and no address's secrets."""
     if context.params.get("config") is None:
-        return shlex.join(["dera-merge", *sys.argv[1:]])
+        return shlex.join(["dera-merge", *map(_public, sys.argv[1:])])
     words, behind = ["dera-merge", str(context.info_name)], []
     for parameter in context.command.params:
         value, source = context.params.get(parameter.name), context.get_parameter_source(parameter.name)
@@ -85,13 +87,18 @@ def command_line(context: typer.Context) -> str:
         else:
             values = value if isinstance(value, list | tuple) else [value]
             behind += [word for each in values for word in (max(parameter.opts, key=len), str(each))]
-    return shlex.join([*words, *behind])
+    return shlex.join(map(_public, [*words, *behind]))
+
+
+def _public(word: str) -> str:
+    """A word without what may be a password or a key in an address: `https://host/v1?…`."""
+    return _QUERY.sub(r"\1?…", _PASSWORD.sub("", word))
 
 
 def write_recipe(context: typer.Context, file: Path) -> Path:
     """Write down the options that a command runs with, so that `--config` gives them again; returns the file."""
     content = {
-        _key(parameter): str(value) if isinstance(value, Path) else value
+        _key(parameter): str(value) if isinstance(value, Path) else _without_secrets(value)
         for parameter in context.command.params
         if parameter.name not in (*OWN, "as_json")
         and (value := context.params.get(parameter.name)) not in (None, [], ())
@@ -99,6 +106,13 @@ def write_recipe(context: typer.Context, file: Path) -> Path:
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
     write_atomically(file, f"# dera-merge {context.info_name} --config {file}\n{text}".encode())
     return file
+
+
+def _without_secrets(value: Any) -> Any:
+    """As `_public`, of what an option has."""
+    if isinstance(value, list | tuple):
+        return [_without_secrets(each) for each in value]
+    return _public(value) if isinstance(value, str) else value
 
 
 def _loaded(file: Path, command: str | None) -> dict[Any, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from typing import Any
 
@@ -30,3 +32,9 @@ class Buffers:
 def as_bytes(tensor: torch.Tensor) -> Any:
     """The bytes of a contiguous CPU tensor as a numpy array that shares its memory."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def give_back() -> None:
+    """Return freed memory to the system. glibc keeps much of it, for each thread that ever had some by itself."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of another C library
+        ctypes.CDLL(None).malloc_trim(0)

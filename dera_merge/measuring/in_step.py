@@ -20,6 +20,7 @@ import torch
 
 from ..errors import DeraError
 from ..files.ahead import Ahead, Source
+from ..files.buffers import give_back
 from ..merging.hollow import Unit, hollow, lacking, units
 from ..merging.parameters import Parameters
 from ..merging.storage import Storage
@@ -201,6 +202,8 @@ class InStep:
         finally:
             for (owner, key), empty in zip(places, before, strict=True):
                 owner[key] = empty
+            made.clear()
+            give_back()  # each of a score of threads keeps what its layer took, else
 
     def _place(self, name: str) -> tuple[dict[str, Any], str]:
         path, _, key = name.rpartition(".")

@@ -90,6 +90,19 @@ def test_a_report_records_the_options_that_held(recipe):
     )
 
 
+def test_neither_a_recorded_command_nor_a_recipe_holds_a_key(recipe, tmp_path):
+    from typer.main import get_command
+
+    address = "https://me:password@host/v1/chat/completions?key=secret#judge"
+    words = ["--config", recipe({"ref": "a", "aligned": "b", "reward": [address, "tokens"], "output": "out"})]
+    context = get_command(cli.app).commands["auto"].make_context("auto", words)
+    written = recipes.write_recipe(context, tmp_path / "auto.yaml").read_text()
+    for text in (written, recipes.command_line(context)):
+        assert "https://host/v1/chat/completions?…#judge" in text
+        assert "tokens" in text
+        assert not any(secret in text for secret in ("password", "secret"))
+
+
 def test_every_command_takes_a_config():
     from typer.main import get_command
 
