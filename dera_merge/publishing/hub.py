@@ -72,11 +72,17 @@ def _asked_to_wait(headers: Any) -> int:
 
 
 def full_id(api: HfApi, repo_id: str) -> str:
-    """`user/name`; a name alone is the token's user's."""
+    """`user/name`; a name alone is the token's user's. Raises DeraError where that is not known."""
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo_id)
-    return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+    if "/" in repo_id:
+        return repo_id
+    try:
+        return f"{api.whoami()['name']}/{repo_id}"
+    except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        raise DeraError(f"whose {repo_id}? Give it as OWNER/{repo_id}, or log in: hf auth login") from error
 
 
 def if_there(ask: Callable[[], T]) -> T | None:

@@ -131,6 +131,12 @@ def test_a_plan_can_be_looked_at_without_the_hub(environment, merged, way):
     assert any(word in sent for word in ("cannot be reached", "HF_HUB_OFFLINE", "hf auth login"))
 
 
+def test_a_name_without_an_owner_asks_for_one_where_nobody_is_logged_in(merged, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(DeraError, match="Give it as OWNER/model"):
+        push_to_hub(merged / "lambda-0.5", "model", dry_run=True)
+
+
 @pytest.mark.parametrize("fault", [ValueError, RuntimeError, OSError])
 def test_a_fault_of_ours_in_planning_is_not_reported_as_the_hubs(merged, monkeypatch, fault):
     def broken(*args, **kwargs):
