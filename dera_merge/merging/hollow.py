@@ -135,6 +135,7 @@ def offloaded(
     pair.check_tokens(course.used(lam) if course else [lam])
     kind = compute_dtype or (torch.float32 if storage.dtype is None else storage.dtype)
     model = hollow(pair, getattr(torch, kind) if isinstance(kind, str) else kind)
+    model.tie_weights()  # which was undone as it was made on the meta device
     weights = _Turned(Parameters.at(pair, lam, storage, course))
     names = lacking(model, weights)
     shared = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
@@ -144,8 +145,10 @@ def offloaded(
     def fill() -> None:
         made: dict[int, torch.Tensor] = {}  # a tied head is the embeddings
         for name in stay:
-            key = id(parameters.get(name, name))
-            made[key] = made[key] if key in made else weights[name]
+            place = parameters.get(name)
+            key = id(name if place is None else place)
+            if key not in made:
+                made[key] = weights[name] if place is None else weights[name].to(device, place.dtype)
             set_module_tensor_to_device(model, name, device, value=made[key])
 
     fill()

@@ -47,11 +47,11 @@ class Parameters(Mapping[str, torch.Tensor]):
 
     @classmethod
     def at(cls, pair: Pair, lam: Lam, storage: Storage, course: Course | None = None) -> Parameters:
-        """The same; where one side stands alone and has all of it, the files of the others are not read."""
+        """The same; where one side stands alone and has all of it in REF's dtypes, no other's files are read."""
         end = pair.ends().index(lam) if course is None and lam in pair.ends() else None
         side = None if end is None else pair.names.weights[end]
-        heights = {} if side is None else {name: side.rows(name) for name in side.keys}
-        if heights != {name: info.rows for name, info in pair.tensors.items()}:
+        own = {} if side is None else {name: (side.rows(name), side.info(name).dtype) for name in side.keys}
+        if own != {name: (info.rows, info.dtype) for name, info in pair.tensors.items()}:
             return cls(pair, lam, storage, course)
         alone = replace(pair.names, weights=(side, side))
         parameters = cls(pair, 0.0, storage, names=alone)
