@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .checks import check_report_folder, choose_device
 from .help import how, what, where
-from .options import ComputeDtype, Device, Given, Overwrite, PathFile, Resume, Seed, with_models
+from .options import ComputeDtype, Devices, Given, Overwrite, PathFile, Resume, Seed, with_models
 from .show import PLAIN, print_json, progress, say, say_figures
 
 EXAMPLES = (
@@ -41,7 +41,7 @@ def run(
     resume: Resume = False,
     overwrite: Overwrite = False,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: Devices = "auto",
     compute_dtype: ComputeDtype = "auto",
 ) -> None:
     """Benchmarks of lm-evaluation-harness at every λ, from one reading of both models."""
@@ -50,7 +50,7 @@ def run(
     at["generate_at"] = given.lams([generate_at]) if generate_at else None
     lams = given.lams(lam) if lam else None
     pair = given.open()
-    place = choose_device(device)
+    place = choose_device(device, spreads=True)
     check_report_folder(output, pair)
     from ..choosing.bench import bench
 

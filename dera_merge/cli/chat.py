@@ -19,7 +19,7 @@ from ..errors import DeraError
 from ..files.atomic import json_bytes, write_atomically
 from .checks import choose_device
 from .help import how, what
-from .options import Device, Dtype, Given, OneLambda, Seed, with_models
+from .options import Devices, Dtype, Given, OneLambda, Seed, with_models
 from .show import note, one_line, print_json
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ def run(
     max_new_tokens: Annotated[int, how(min=1, help="Length of a reply.")] = 256,
     temperature: Annotated[float | None, how(min=0.0, help="0, the default, is greedy.")] = None,
     seed: Seed = 0,
-    device: Device = "auto",
+    device: Devices = "auto",
     compute_dtype: Annotated[Dtype, how(help="auto: float32 on CPU, else the checkpoint's.")] = "auto",
 ) -> None:
     """Talk to the pair at λ, and turn λ while you talk. Reads lines, so that it works in a pipe too."""
     value = given.lam(lam)
     if temperature and not 1e-3 <= temperature <= 1e3:
         raise typer.BadParameter("must be 0 (greedy) or from 0.001 to 1000", param_hint="--temperature")
-    place = choose_device(device)
+    place = choose_device(device, spreads=True)
     pair = given.open()
     from ..playing.both import Both
     from ..playing.chat import Conversation

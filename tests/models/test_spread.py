@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
-from dera_merge import DeraError, DeraForCausalLM, ModelPair, compare, demo
+from dera_merge import DeraError, DeraForCausalLM, ModelPair, bench, compare, demo
 from dera_merge.decoding import load
 from dera_merge.merging import live
 from dera_merge.models import spread
@@ -54,6 +56,16 @@ def test_hooks_between_devices_change_nothing(aligned, request):
     made.clear()
     assert compare(pair, [0.5, 2.0], PROMPTS, extras=()).results == whole.results
     assert len(made) == (3 if aligned == demo.ALIGNED_DENSE else 2)
+
+
+def test_hooks_between_devices_change_no_score(request, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(demo.FOLDER / "tasks", tmp_path / "demo" / "tasks").parents[1])
+    pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA)
+    how = {"lams": [0.0, 0.5, 1.0], "merged": [0.5], "limit": 6, "include_path": "demo/tasks"}
+    whole = bench(pair, ["praise"], **how)
+    made = request.getfixturevalue("hooked")
+    assert bench(pair, ["praise"], **how).to_dict() == whole.to_dict()
+    assert made
 
 
 def test_a_layer_on_a_disk_changes_no_token(tmp_path):
