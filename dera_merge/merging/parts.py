@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,8 @@ class ByPart:
             if all(map(pair.names.is_same, found)):
                 warn(f"--lambda-for {pattern} changes nothing: all sides have the same {found[0]}"
                      + (f" and {len(found) - 1} more" if len(found) > 1 else ""))  # fmt: skip
+            for word, last in _beyond(pattern, pair.tensors):
+                warn(f"--lambda-for {pattern}: {word} goes on beyond {last}, which is the last there is")
             rules.append((pattern, value))
             own |= dict.fromkeys(found, value)
         changing = [tensor for tensor in pair.tensors if not pair.names.is_same(tensor)]
@@ -156,6 +158,23 @@ def output_name(lam: Lam, described: Any) -> str:
     rules = [re.sub(r"[^\w.+-]", "-", rule, flags=re.ASCII) for rule in rules_of(described)]
     whole = "_".join([folder_name(lam), *rules])
     return whole if len(whole) <= LONGEST else f"{folder_name(lam)}_parts-{described['sha256'][:8]}"
+
+
+def _beyond(pattern: str, tensors: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Ranges of a pattern that run past the last number in their place, and that number."""
+    words = pattern.split(".")
+    for at, word in enumerate(words):
+        if span := _RANGE.fullmatch(word):
+            tests = [_word(before, pattern) for before in words[:at]]
+            rows = (tensor.split(".") for tensor in tensors)
+            last = max(
+                int(row[start + at])
+                for row in rows
+                for start in range(len(row) - at)
+                if row[start + at].isdecimal() and all(test(row[start + n]) for n, test in enumerate(tests))
+            )
+            if last < int(span[2]):
+                yield word, last
 
 
 def _nothing(pattern: str, matches: Callable[[str], bool], pair: Pair) -> str:

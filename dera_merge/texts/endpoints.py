@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -15,13 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from ..errors import DeraError
+from ..errors import DeraError, warn
 from .exchanges import RewardDown
 
 PATIENCE = 60.0  # seconds for one answer
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before it is asked again where it cannot be reached, or is busy
 LARGEST = 1 << 26  # bytes of an answer
 LONGEST = 60.0  # seconds that a server may ask to be left alone
+QUIET = 2.0  # seconds of waiting that are not worth a word
 _BUSY = (408, 425, 429, 502, 503, 504)
 
 
@@ -39,9 +41,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class _Later(Exception):
     """Why no answer came that may come later."""
 
-    def __init__(self, why: str, after: float = 0.0) -> None:
+    def __init__(self, why: str, after: float = 0.0, nobody: bool = False) -> None:
         super().__init__(why)
         self.after = after  # seconds
+        self.nobody = nobody  # is there
 
 
 class Endpoint:
@@ -81,10 +84,11 @@ class Endpoint:
         self.kind = parts.path.rstrip("/").rpartition("/")[2]
         self.what, self._variable, self._patience, self._pauses = what, token, patience, pauses
         own = parts.hostname in ("localhost", "127.0.0.1", "::1")  # which no proxy reaches
+        self._heard, self._waiting = False, False  # whether it ever answered, and whether its silence has been told
         self._opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if own else []))
 
     def post(self, body: dict[str, Any], alone: bool = True) -> Any:
-        """What it answers, asked again where it may answer later.
+        """What it answers, asked again where it may answer later; not where nobody was there from the first.
 
         Args:
             body: of the request.
@@ -95,16 +99,22 @@ class Endpoint:
             RewardDown: it cannot be reached, does not answer in time, or refuses every request.
             DeraError: it answers with something else than JSON.
         """
-        for pause in (*(PAUSES if self._pauses is None else self._pauses), None):
+        pauses = PAUSES if self._pauses is None else self._pauses
+        for number, pause in enumerate((*pauses, None)):
             try:
                 return self._once(body, alone)
             except _Later as later:
-                if pause is None:
+                if pause is None or (later.nobody and not self._heard):
                     raise RewardDown(
                         f"the {self.what} {self.shown} does not answer: {later}; start it, and go on with --resume "
                         "if there are texts already"
                     ) from later
-                time.sleep(max(pause, later.after))
+                wait = max(pause, later.after)
+                if wait >= QUIET and not self._waiting:  # of many requests at once, one says so
+                    self._waiting = True
+                    left = wait + sum(pauses[number + 1 :])
+                    warn(f"the {self.what} {self.shown} does not answer ({later}); asking again for {left:.0f} s")
+                time.sleep(wait)
         raise AssertionError
 
     def hidden(self, text: str) -> str:
@@ -127,19 +137,23 @@ class Endpoint:
         request = urllib.request.Request(self.address, json.dumps(body, default=str).encode(), headers)
         try:
             with self._opener.open(request, timeout=patience) as answer:
+                self._heard = True
                 while part := answer.read1(1 << 16):
                     content += part
                     if time.monotonic() > deadline:
                         raise TimeoutError
                     if len(content) > LARGEST:
                         raise DeraError(f"the {self.what} {self.shown} answers with more than {LARGEST >> 20} MB")
+            self._waiting = False
         except urllib.error.HTTPError as error:
+            self._heard = True
             raise self._refusal(error) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise self._late(patience, alone) from error
-            raise _Later(str(reason) or type(reason).__name__) from error
+            nobody = isinstance(reason, ConnectionRefusedError | socket.gaierror)
+            raise _Later(str(reason) or type(reason).__name__, nobody=nobody) from error
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:

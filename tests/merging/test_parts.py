@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dera_merge import DeraError, DeraWarning, ModelPair, compare, demo
 from dera_merge.measuring.inspection import describe
-from dera_merge.merging.parts import output_name, parse
+from dera_merge.merging.parts import ByPart, output_name, parse
 from dera_merge.publishing.card import command, section
 
 RULES = {"mlp": 0.8, "layers.1-9": 0.2, "down_proj": 1.0, "layers.2.mlp.up_proj": 0.0}
@@ -177,6 +177,15 @@ def test_a_part_that_is_the_same_on_all_sides_is_warned_of():
     pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA)
     with pytest.warns(DeraWarning, match="norm changes nothing"):
         pair.merged(0.5, lambda_for={"norm": 0.8})
+
+
+def test_a_range_that_runs_past_the_end_is_warned_of_and_one_within_is_not(recwarn):
+    pair = ModelPair.from_pretrained(demo.REF, demo.ALIGNED_LORA)
+    last = json.loads((demo.REF / "config.json").read_text())["num_hidden_layers"] - 1
+    ByPart.of(pair, {f"model.layers.1-{last}.mlp": 0.8, f"0-{last}": 0.7})
+    assert not [each for each in recwarn if each.category is DeraWarning]
+    with pytest.warns(DeraWarning, match=f"layers.0-99.mlp: 0-99 goes on beyond {last}, which is the last there is"):
+        ByPart.of(pair, {"layers.0-99.mlp": 0.8})
 
 
 WORDS = st.sampled_from(["model", "layers", "h", "mlp", "up_proj", "norm", "weight", "0", "7", "17"])

@@ -16,7 +16,7 @@ from loopback import served
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from dera_merge import DeraError, ModelPair, cli, compare, demo, load_reward, sweep
+from dera_merge import DeraError, DeraWarning, ModelPair, cli, compare, demo, load_reward, sweep
 from dera_merge.texts import endpoints
 from dera_merge.texts.exchanges import Exchange, RewardDown
 from dera_merge.texts.rewards import as_reward, checked
@@ -367,6 +367,25 @@ def test_a_busy_server_is_asked_again_and_one_that_goes_ends_the_run(monkeypatch
         assert reward.score([RAW]) == [1.0]
     with pytest.raises(RewardDown, match="does not answer: .*refused"):
         reward.score([RAW])
+
+
+def test_where_nobody_was_there_from_the_first_nobody_waits_and_waiting_is_told_once(monkeypatch):
+    waits, statuses = [], [503, 503, 503]
+    monkeypatch.setattr(endpoints.time, "sleep", waits.append)
+    with served(lambda path, body: {"rewards": [1.0]}) as gone:
+        pass
+    with pytest.raises(RewardDown, match="does not answer: .*refused"):
+        load_reward(f"{gone}/get_reward").score([RAW])
+    assert not waits
+    monkeypatch.setattr(endpoints, "PAUSES", (0.5, 3.0, 4.0))
+    with served(lambda path, body: statuses.pop() if statuses else {"rewards": [1.0]}) as address:
+        reward = load_reward(f"{address}/get_reward")
+        with pytest.warns(DeraWarning, match=r"does not answer \(status 503 .*\); asking again for 7 s") as told:
+            assert reward.score([RAW]) == [1.0]
+        assert (waits, len(told)) == ([0.5, 3.0, 4.0], 1)
+    with pytest.warns(DeraWarning, match="refused"), pytest.raises(RewardDown, match="refused"):
+        reward.score([RAW])  # it was there
+    assert waits[3:] == [0.5, 3.0, 4.0]
 
 
 def test_a_text_that_a_server_refuses_is_the_only_one_without_a_reward():
