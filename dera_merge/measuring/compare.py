@@ -171,17 +171,18 @@ def compare(
     shows = any(prompt.shown for prompt in encoded)
     can_be_layered = (all(given) or texts == "exact") and approx is None and not shows
     # What is given is read once, in any case; sampling from the files takes much longer than with models that are held.
-    held = {"models": 1} if all(given) else {"models": 1 if pair.shared_base else len(pair.sides)}
-    least = torch.bfloat16 if compute_dtype == "auto" and not all(given) else compute_dtype
-    why_layered = too_large(pair, device, **held, limit=limit, dtype=least) if can_be_layered else None
+    models = 1 if all(given) or pair.shared_base else len(pair.sides)
+    is_auto = compute_dtype == "auto"
+    least = torch.bfloat16 if is_auto and not all(given) else compute_dtype
+    why_layered = too_large(pair, device, models, limit, least) if can_be_layered else None
     if why_layered:
-        asked, compute_dtype = "auto", torch.float32 if compute_dtype == "auto" else compute_dtype
+        compute_dtype = torch.float32 if is_auto else compute_dtype
         log.info(f"layer by layer: {why_layered}")
         if "coupled" in extras:
             raise DeraError("--with coupled samples the merged model's texts too, which takes it whole; leave it out")
     else:
-        asked, compute_dtype = compute_dtype, chosen(pair, compute_dtype, device, limit)
-    if why_layered or (asked == "auto" and compute_dtype != torch.float32):
+        compute_dtype = chosen(pair, compute_dtype, device, limit)
+    if why_layered or (is_auto and compute_dtype != torch.float32):
         if whole := [extra for extra in extras if extra in ("floor", "ladder", "layers")]:
             log.info(f"left out: {', '.join(whole)}, which takes whole models in float32")
         extras = tuple(extra for extra in extras if extra not in whole)

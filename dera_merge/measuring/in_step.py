@@ -126,7 +126,8 @@ class InStep:
     # What the files have
 
     def _sources(self, tensors: Iterable[str]) -> dict[Source, None]:
-        return self.weights[0].sources(name for name in tensors if name in self.weights[0])
+        known = [name for name in tensors if name in self.weights[0]]
+        return dict.fromkeys(source for weights in self.weights for source in weights.sources(known))
 
     @contextmanager
     def _at_hand(self, unit: Unit, done: list[Unit]) -> Iterator[None]:
@@ -214,7 +215,7 @@ class InStep:
 @torch.no_grad()
 def wide_trace(pair: Pair, texts: list[Text], device: torch.device | str) -> Trace:
     """What the reference makes of texts in float32, a layer of which is held at a time."""
-    weights = Parameters(pair, pair.ends()[0], Storage.of(pair.names, torch.float32, None, 0))
+    weights = Parameters.at(pair, pair.ends()[0], Storage.of(pair.names, torch.float32, None, 0))
     model, place = hollow(pair, torch.float32), torch.device(device)
 
     def read(text: Text) -> torch.Tensor:

@@ -32,17 +32,16 @@ class Parameters(Mapping[str, torch.Tensor]):
         lam: λ.
         storage: how the values are stored.
         course: what is followed in the place of the straight line with one λ.
-        names: in the place of the pair's own, where the sides are to have less of their adapters.
+        names: in the place of the pair's own, where a side stands alone, or has less of its adapters.
     """
 
     def __init__(
         self, pair: Pair, lam: Lam, storage: Storage, course: Course | None = None, names: Names | None = None
     ) -> None:
-        self.lam = lam
-        self._names = pair.names
+        self._names = names or pair.names
         self._keys = {name: pair.layout.key(name) for name in pair.layout.groups}
         self._homes = {name: home for name, home in pair.architecture.tied.items() if name not in self._keys}
-        self._theta = _Theta(names or pair.names, lam, storage, course)
+        self._theta = _Theta(self._names, lam, storage, course)
         self._stored = Stored(self._theta)
 
     @classmethod
@@ -53,10 +52,7 @@ class Parameters(Mapping[str, torch.Tensor]):
         own = {} if side is None else {name: (side.rows(name), side.info(name).dtype) for name in side.keys}
         if own != {name: (info.rows, info.dtype) for name, info in pair.tensors.items()}:
             return cls(pair, lam, storage, course)
-        alone = replace(pair.names, weights=(side, side))
-        parameters = cls(pair, 0.0, storage, names=alone)
-        parameters._names = alone
-        return parameters
+        return cls(pair, 0.0, storage, names=replace(pair.names, weights=(side, side)))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         key = self._keys[self._homes.get(name, name)]
@@ -74,7 +70,7 @@ class Parameters(Mapping[str, torch.Tensor]):
         return whole
 
     def sources(self, names: Iterable[str]) -> dict[Source, None]:
-        """The stored tensors that some of these are made of, in this order: of the same names the same, whatever λ."""
+        """The stored tensors that some of these are made of, in this order."""
         keys = (self._keys[self._homes.get(name, name)] for name in names)
         stored = (name for key in keys for name in ((key,) if isinstance(key, str) else key.tensors))
         return dict.fromkeys(source for name in stored for source in self._names.sources(name))
